@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Outputs appear whole or not at all: written beside their place, then renamed into it."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from heapr_vllm.errors import HeaprError
+
+OWN_FILES = ("heapr", "moments.safetensors", "partial.safetensors", "model.safetensors.index.json")
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raises HeaprError if `path` exists and may not be replaced."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise HeaprError(f"{path} already exists; pass --overwrite to replace it, or choose another --output")
+    if not path.is_dir() or not any((path / name).exists() for name in OWN_FILES):
+        raise HeaprError(f"{path} was not written by heapr, so --overwrite does not touch it; choose another --output")
+
+
+@contextmanager
+def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty folder that becomes `path` when the block ends well and vanishes when it does not.
+
+    Raises HeaprError if `path` exists and `overwrite` is false, or if it is not a folder heapr wrote.
+    """
+    check_output(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.partial.{os.getpid()}"
+    replaced = path.parent / f".{path.name}.replaced.{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
+        if path.exists():
+            path.rename(replaced)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def atomic_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` on a temporary name, flushes it to disk and renames it to `path`."""
+    partial = path.with_name(f".{path.name}.partial.{os.getpid()}")
+    try:
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

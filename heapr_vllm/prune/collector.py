@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collects neuron moments while a transformers model runs forward and backward.
+
+Hooks into Transformers' experts interface, so every family that uses it works without a name test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.masks import expert_shapes
+from heapr_vllm.prune.moments import SUMS, NeuronMoments
+
+EXPERTS_IMPLEMENTATION = "heapr_moments"
+ROW_MULTIPLE = 64  # rows per expert are padded to it: oneDNN compiles a primitive for every new shape
+
+
+class _Tap(torch.autograd.Function):
+    """Identity on h [rows, I] that adds h^2, g^2 and (h g)^2, with g = dl/dh, to three [I] sums on the way back."""
+
+    @staticmethod
+    def forward(ctx, h: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(h)
+        ctx.sums = sums
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        h, = ctx.saved_tensors
+        h2, g2 = h.double().square_(), grad.double().square_()
+        ctx.sums += torch.stack([h2.sum(0), g2.sum(0), h2.mul_(g2).sum(0)])
+        return grad, None
+
+
+class MomentCollector:
+    """Sums per expert and neuron in float64, on the device of each MoE module.
+
+    `tokens`: prefix to int64 [E]; `sums`: prefix to float64 [E, 3, I] in the order of `SUMS`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Raises HeaprError if `model` has no experts that Transformers' experts interface reaches."""
+        self.model = model
+        self.prefixes: dict[nn.Module, str] = {}
+        self.tokens: dict[str, torch.Tensor] = {}
+        self.sums: dict[str, torch.Tensor] = {}
+        for prefix, (num_experts, width) in expert_shapes(model).items():
+            module = model.get_submodule(prefix)
+            if not getattr(module, "has_gate", False) or module.has_bias or module.is_transposed:
+                raise HeaprError(f"{prefix} ({type(module).__name__}) is not a bias-free gated expert module behind "
+                                 "Transformers' experts interface; this family is not supported")
+            device = module.down_proj.device
+            self.prefixes[module] = prefix
+            self.tokens[prefix] = torch.zeros(num_experts, dtype=torch.int64, device=device)
+            self.sums[prefix] = torch.zeros(num_experts, len(SUMS), width, dtype=torch.float64, device=device)
+        if not self.prefixes:
+            raise HeaprError(f"{type(model).__name__} has no routed experts; HEAPr prunes MoE models")
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Routes the model's experts through `forward` for the duration of the block."""
+        ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, lambda module, *args: self.forward(module, *args))
+        previous = self.model.get_experts_implementation()
+        self.model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+        try:
+            yield
+        finally:
+            self.model.set_experts_implementation(previous)
+
+    def forward(self, module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor,
+                top_k_weights: torch.Tensor) -> torch.Tensor:
+        """The experts' output [T, H] for `hidden_states` [T, H], `top_k_index` and `top_k_weights` [T, top_k].
+
+        Tokens are counted on the way back, like the sums: under gradient checkpointing every forward runs twice, every
+        backward once.
+        """
+
+        def count_tokens(_: torch.Tensor) -> None:
+            self.tokens[prefix] += counts
+
+        prefix = self.prefixes[module]
+        sums = self.sums[prefix]
+        output = torch.zeros_like(hidden_states)
+        routes = top_k_index.flatten()
+        order = routes.argsort(stable=True)
+        counts = routes.bincount(minlength=len(sums))
+        for expert, route in enumerate(order.split(counts.tolist())):
+            if not len(route):
+                continue
+            token = route // top_k_index.shape[1]
+            x = F.pad(hidden_states[token], (0, 0, 0, -len(route) % ROW_MULTIPLE))
+            h = module._apply_gate(F.linear(x, module.gate_up_proj[expert]))
+            if h.requires_grad:
+                h = _Tap.apply(h, sums[expert])
+            out = F.linear(h, module.down_proj[expert])[: len(route)]
+            weight = top_k_weights.flatten()[route, None]
+            output = output.index_add(0, token, (out * weight).to(output.dtype))
+        if output.requires_grad:
+            output.register_hook(count_tokens)
+        return output
+
+    def moments(self, metadata: dict) -> NeuronMoments:
+        """The sums so far, on the CPU."""
+        groups = {name: {prefix: sums[:, i].contiguous().cpu() for prefix, sums in self.sums.items()}
+                  for i, name in enumerate(SUMS)}
+        return NeuronMoments({prefix: tokens.cpu() for prefix, tokens in self.tokens.items()}, **groups,
+                             metadata=metadata)
+
+    def restore(self, moments: NeuronMoments) -> None:
+        """Continues from `moments`, which must be in float64 to continue exactly."""
+        for prefix, sums in self.sums.items():
+            self.tokens[prefix].copy_(moments.tokens[prefix])
+            for i, name in enumerate(SUMS):
+                sums[:, i].copy_(getattr(moments, name)[prefix])

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one calibration pass leaves behind: per neuron, three sums over the tokens routed to its expert.
+
+With h the SwiGLU product that feeds an expert's down_proj, w_k column k of down_proj, and g = dl/dE the gradient of the
+summed next-token loss at the expert's output, HEAPr (arXiv 2509.22299, Eq. 15-16) scores neuron k by
+
+    s_k = 1/T sum_x 1/2 (h_k w_k)^T G (h_k w_k),    G = 1/T sum_x g g^T,
+
+over the T tokens x of that expert. Because h_k is a scalar, s_k = 1/2 mean(h_k^2) w_k^T G w_k, and
+w_k^T G w_k = mean((w_k . g)^2) = mean((dl/dh_k)^2), since dl/dh_k = w_k . g by the chain rule. Hence
+
+    s_k = 1/2 mean(h_k^2) mean((dl/dh_k)^2)
+
+exactly: one forward and one backward pass, and no hidden x hidden matrix. The router weight multiplies the expert's
+output, so it is part of g and of dl/dh_k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.tensorfile import load_tensors, save_tensors
+
+MOMENTS_FILE = "moments.safetensors"
+CALIBRATION_FILE = "calibration.json"
+SUMS = ("activation_sq", "gradient_sq", "fisher")
+
+
+@dataclass(frozen=True)
+class NeuronMoments:
+    """Sums over calibration tokens, by MoE module prefix as in the checkpoint.
+
+    `tokens`: int64 [E] tokens routed to each expert. `activation_sq`: sum of h^2, `gradient_sq`: sum of (dl/dh)^2,
+    `fisher`: sum of (h dl/dh)^2, each float [E, I]. `metadata`: how they were collected, JSON values only.
+    """
+
+    tokens: dict[str, torch.Tensor]
+    activation_sq: dict[str, torch.Tensor]
+    gradient_sq: dict[str, torch.Tensor]
+    fisher: dict[str, torch.Tensor]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def saliency(self) -> dict[str, torch.Tensor]:
+        """HEAPr's score, prefix to float64 [E, I]; zero for experts that saw no token."""
+        scores = {}
+        for prefix, tokens in self.tokens.items():
+            count = tokens.double().clamp(min=1)[:, None]
+            activation, gradient = self.activation_sq[prefix].double(), self.gradient_sq[prefix].double()
+            scores[prefix] = 0.5 * (activation / count) * (gradient / count)
+        return scores
+
+    def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Writes all sums in `dtype` and the metadata to `path`, atomically."""
+        tensors = {f"{prefix}.tokens": count for prefix, count in self.tokens.items()}
+        for name in SUMS:
+            tensors |= {f"{prefix}.{name}": sums.to(dtype) for prefix, sums in getattr(self, name).items()}
+        save_tensors(path, tensors, self.metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> NeuronMoments:
+        """Reads a file written by `save`. Raises HeaprError if it is missing, damaged or incomplete."""
+        tensors, metadata = load_tensors(path)
+        metadata.pop("format_version")
+        groups: dict[str, dict[str, torch.Tensor]] = {name: {} for name in ("tokens", *SUMS)}
+        for key in sorted(tensors):
+            prefix, _, name = key.rpartition(".")
+            groups.setdefault(name, {})[prefix] = tensors[key]
+        if groups.keys() != {"tokens", *SUMS} or len({frozenset(group) for group in groups.values()}) != 1:
+            raise HeaprError(f"{path} is not a complete moments file; `heapr calibrate` writes one")
+        return cls(**groups, metadata=metadata)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes `moments.safetensors` into `directory`."""
+        self.save(Path(directory) / MOMENTS_FILE)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> NeuronMoments:
+        """Reads `moments.safetensors` from a directory written by `heapr calibrate`."""
+        return cls.load(Path(directory) / MOMENTS_FILE)
