@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Variable-width experts behind vLLM's modular-kernel interface."""
+
+from __future__ import annotations
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+
+
+class HeaprExperts(mk.FusedMoEExpertsModular):
+    """Calls `heapr::ragged_moe`, which weights and reduces over top-k itself."""
+
+    def __init__(self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig, layer: RoutedExperts,
+                 kernel: str) -> None:
+        super().__init__(moe_config, quant_config)
+        self.layer = layer
+        self.kernel = kernel
+
+    @staticmethod
+    def activation_format() -> mk.FusedMoEActivationFormat:
+        return mk.FusedMoEActivationFormat.Standard
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return True
+
+    @staticmethod
+    def _supports_no_act_and_mul() -> bool:
+        return False
+
+    @staticmethod
+    def _supports_quant_scheme(weight_key, activation_key) -> bool:
+        return (weight_key, activation_key) == (None, None)
+
+    @staticmethod
+    def _supports_activation(activation: MoEActivation) -> bool:
+        return activation == MoEActivation.SILU
+
+    @staticmethod
+    def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:
+        return True
+
+    def moe_problem_size(self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor,
+                         topk_ids: torch.Tensor) -> tuple[int, int, int, int, int]:
+        """(local experts, M, N, K, top_k); the base class reads them from 3-D weights, ours are flat."""
+        layout = self.layer.quant_method.layout
+        return len(layout.widths), a1.shape[0], 2 * max(layout.widths, default=0), a1.shape[1], topk_ids.shape[1]
+
+    def workspace_shapes(self, M: int, N: int, K: int, topk: int, global_num_experts: int, local_num_experts: int,
+                         expert_tokens_meta: mk.ExpertTokensMetadata | None,
+                         activation: MoEActivation) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        return (0,), (0,), (M, K)
+
+    def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
+        return TopKWeightAndReduceNoOP()
+
+    def apply(self, output: torch.Tensor, hidden_states: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor,
+              topk_weights: torch.Tensor, topk_ids: torch.Tensor, activation: MoEActivation, global_num_experts: int,
+              expert_map: torch.Tensor | None, a1q_scale: torch.Tensor | None, a2_scale: torch.Tensor | None,
+              workspace13: torch.Tensor, workspace2: torch.Tensor,
+              expert_tokens_meta: mk.ExpertTokensMetadata | None, apply_router_weight_on_input: bool) -> None:
+        """Writes the weighted sum over local experts into `output` [M, H].
+
+        `expert_map` is folded into the layer's slot table. With `apply_router_weight_on_input` (top-k 1) the weights
+        are in `hidden_states` already.
+        """
+        if apply_router_weight_on_input:
+            topk_weights = torch.ones_like(topk_weights)
+        torch.ops.heapr.ragged_moe(output, hidden_states, w1, w2, topk_weights, topk_ids, self.layer.heapr_slots,
+                                   self.layer.heapr_buckets, self.kernel)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The MoE method of a pruned layer: owns the ragged weights, loads them, runs them through vLLM's modular kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from torch import nn
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.model_executor.cpu_moe import native_isa, prepack, stored_widths
+from heapr_vllm.model_executor.experts import HeaprExperts
+from heapr_vllm.model_executor.layout import RaggedLayout, tensor_parallel_shares
+from heapr_vllm.model_executor.ragged_moe import REFERENCE, register_op
+
+logger = init_logger(__name__)
+
+SHARE_UNIT = 16  # a rank's share of an expert stays a multiple of it
+
+
+class HeaprMoEMethod(FusedMoEMethodBase):
+    """Method of one layer. `keep`: bool [num_experts, moe_intermediate_size], all experts of the model's layer.
+
+    `weights_layout`: "compact" if checkpoint tensors hold the kept neurons only, "masks" if they are full-size.
+    """
+
+    def __init__(self, moe: FusedMoEConfig, keep: torch.Tensor, prefix: str, weights_layout: str) -> None:
+        super().__init__(moe)
+        self.keep = keep
+        self.prefix = prefix
+        self.weights_layout = weights_layout
+        self.loaded: set[tuple[int, str]] = set()
+
+    def create_weights(self, layer: RoutedExperts, num_experts: int, hidden_size: int,
+                       intermediate_size_per_partition: int, params_dtype: torch.dtype, **extra_weight_attrs) -> None:
+        """Registers `w13_weight` [2 * rows, H] and `w2_weight` [rows, H]; `layout.py` says what the rows are.
+
+        Raises HeaprError if the model's experts do not have the shape of the masks.
+        """
+        register_op()
+        expected = (layer.global_num_experts, self.moe.intermediate_size)
+        if tuple(self.keep.shape) != expected:
+            raise HeaprError(f"masks do not belong to this model: {self.prefix} has (experts, neurons) {expected}, the "
+                             f"masks have {tuple(self.keep.shape)}; use the model they were made for")
+        if extra_weight_attrs.get("unpadded_hidden_size", hidden_size) != hidden_size:
+            raise HeaprError("this all-to-all backend pads the hidden size, which pruned experts do not support; "
+                             "choose another with --all2all-backend")
+        self.local_ids = {e: local for e in range(layer.global_num_experts)
+                          if (local := layer._map_global_expert_id_to_local_expert_id(e)) >= 0}
+        experts = sorted(self.local_ids, key=self.local_ids.__getitem__)
+        parallel = self.moe.moe_parallel_config
+        kept = [int(self.keep[e].sum()) for e in experts]
+        self.shares = tensor_parallel_shares(kept, parallel.tp_size, parallel.tp_rank, SHARE_UNIT)
+        widths = [stop - start for start, stop in self.shares]
+        self.kernel = (native_isa(params_dtype, hidden_size) if current_platform.is_cpu() else None) or REFERENCE
+        stored = (widths if self.kernel == REFERENCE else
+                  stored_widths(widths, self.moe.experts_per_token, hidden_size, params_dtype.itemsize))
+        self.layout = RaggedLayout.build(widths, stored)
+        attributes = {key: value for key, value in extra_weight_attrs.items()
+                      if key not in ("weight_loader", "unpadded_hidden_size", "global_num_experts")}
+        for name, rows_per_neuron in (("w13_weight", 2), ("w2_weight", 1)):
+            weight = nn.Parameter(torch.empty(rows_per_neuron * self.layout.num_rows, hidden_size, dtype=params_dtype),
+                                  requires_grad=False)
+            layer.register_parameter(name, weight)
+            set_weight_attrs(weight, {**attributes, "weight_loader": self.weight_loader,
+                                      "weight_loader_numel": rows_per_neuron * sum(widths) * hidden_size})
+
+    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str,
+                      expert_id: int, return_success: bool = False) -> bool | None:
+        """Copies this rank's share of one expert tensor into `param`.
+
+        `loaded_weight`: gate ("w1") or up ("w3") [width, H], or down ("w2") [H, width]; width is the kept width in the
+        compact layout and moe_intermediate_size otherwise. Raises HeaprError if it is not.
+        """
+        local = self.local_ids.get(expert_id, -1)
+        if local < 0:
+            return False if return_success else None
+        rows = loaded_weight.T if shard_id == "w2" else loaded_weight
+        kept = self.keep[expert_id].nonzero().flatten()
+        width = len(kept) if self.weights_layout == "compact" else self.keep.shape[1]
+        if rows.shape[0] != width:
+            raise HeaprError(f"{weight_name} ({shard_id} of {self.prefix}.{expert_id}) has {rows.shape[0]} neurons "
+                             f"instead of {width}: weights and masks do not belong together; export again")
+        start, stop = self.shares[local]
+        if start < stop:
+            chosen = rows[start:stop] if self.weights_layout == "compact" else rows[kept[start:stop]]
+            self._destination(param, local, shard_id).copy_(chosen)
+        self.loaded.add((local, shard_id))
+        return True if return_success else None
+
+    def _destination(self, param: torch.Tensor, local: int, shard_id: str) -> torch.Tensor:
+        """Rows of `param` that hold the real neurons of a local expert's gate, up or down."""
+        row, stored = self.layout.place(local)
+        first = {"w1": 2 * row, "w3": 2 * row + stored, "w2": row}[shard_id]
+        return param.data[first : first + self.layout.widths[local]]
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Checks that every tensor came, zeroes the padding, packs in place, builds the kernel.
+
+        Runs again after `reload_weights`, on parameters that were re-created uninitialised. Raises HeaprError if the
+        checkpoint lacks an expert tensor.
+        """
+        wanted = {(local, shard) for local, width in enumerate(self.layout.widths) if width
+                  for shard in ("w1", "w2", "w3")}
+        missing = sorted(wanted - self.loaded)
+        if missing and get_current_vllm_config().load_config.load_format != "dummy":
+            local, shard = missing[0]
+            expert = next(e for e, i in self.local_ids.items() if i == local)
+            raise HeaprError(f"the checkpoint lacks {len(missing)} expert tensors, first {shard} of {self.prefix}."
+                             f"{expert}; export or download it again")
+        self.loaded.clear()
+        self._zero_padding(layer)
+        if self.kernel != REFERENCE:
+            prepack(layer.w13_weight.data, layer.w2_weight.data, self.layout, self.kernel)
+        self._register_tables(layer)
+        if self.moe_kernel is None:
+            self._build_kernel(layer)
+            logger.info("%s: %d of %d neurons, kernel %s, stored widths %s", self.prefix, sum(self.layout.widths),
+                        len(self.local_ids) * self.keep.shape[1], self.kernel,
+                        " ".join(f"{b.num_slots}x{b.width}" for b in self.layout.buckets))
+
+    def _zero_padding(self, layer: RoutedExperts) -> None:
+        for local, width in enumerate(self.layout.widths):
+            if self.layout.slots[local] >= 0:
+                row, stored = self.layout.place(local)
+                layer.w13_weight.data[2 * row : 2 * (row + stored)].view(2, stored, -1)[:, width:] = 0
+                layer.w2_weight.data[row + width : row + stored] = 0
+
+    def _register_tables(self, layer: RoutedExperts) -> None:
+        """Index tables as non-persistent buffers: not checkpoint weights, and kept by sleep level 2 and reload."""
+        slots = torch.full((layer.global_num_experts,), -1, dtype=torch.int32)
+        for expert, local in self.local_ids.items():
+            slots[expert] = self.layout.slots[local]
+        buckets = torch.tensor([(b.first_slot, b.num_slots, b.width, b.row) for b in self.layout.buckets],
+                               dtype=torch.int32).view(-1, 4)
+        device = layer.w13_weight.device
+        layer.register_buffer("heapr_slots", slots.to(device), persistent=False)
+        layer.register_buffer("heapr_buckets", buckets.to(device), persistent=False)
+
+    def _build_kernel(self, layer: RoutedExperts) -> None:
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        prepare_finalize = maybe_make_prepare_finalize(
+            moe=self.moe, quant_config=self.moe_quant_config, routing_tables=layer._expert_routing_tables(),
+            allow_new_interface=True)
+        if prepare_finalize.activation_format != mk.FusedMoEActivationFormat.Standard:
+            raise HeaprError("pruned experts need an all-to-all backend with the standard activation format; choose "
+                             "another with --all2all-backend")
+        self.moe_kernel = mk.FusedMoEKernel(prepare_finalize, HeaprExperts(self.moe, self.moe_quant_config, layer,
+                                                                          self.kernel))
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
+        return FusedMoEQuantConfig.make()
+
+    def apply(self, layer: RoutedExperts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor,
+              *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Routed experts' output [T, H] for `x` [T, H]; a partial sum under tensor parallelism, which vLLM reduces."""
+        return self.moe_kernel.apply(
+            hidden_states=x, w1=layer.w13_weight, w2=layer.w2_weight, topk_weights=topk_weights, topk_ids=topk_ids,
+            activation=layer.activation, global_num_experts=layer.global_num_experts, expert_map=layer.expert_map,
+            apply_router_weight_on_input=layer.apply_router_weight_on_input)
+
+
+HeaprMoEMethod.weight_loader.supports_moe_loading = True  # vLLM's Llama-4 loader asks for it

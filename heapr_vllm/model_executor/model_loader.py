@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--load-format heapr`: serves a masks repository by streaming its base model's weights.
+
+The parameters of pruned experts slice every tensor as it arrives, so no full-size expert is ever kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from vllm.config import ModelConfig, get_current_vllm_config
+from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from heapr_vllm.checkpoint import Checkpoint
+from heapr_vllm.config import PruningConfig
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.model_executor.quantization import check_base
+
+BASE_MODEL_KEY = "base_model"
+
+
+class HeaprModelLoader(DefaultModelLoader):
+    """vLLM's default loader, pointed at the base model.
+
+    `--model-loader-extra-config '{"base_model": "/path/or/repo"}'` overrides where the masks say it is.
+    """
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        extra = dict(load_config.model_loader_extra_config)
+        self.base_override: str | None = extra.pop(BASE_MODEL_KEY, None)
+        super().__init__(dataclasses.replace(load_config, load_format="auto", model_loader_extra_config=extra))
+
+    def base_model_config(self, model_config: ModelConfig) -> ModelConfig:
+        """`model_config` with the base model as its source.
+
+        Raises HeaprError if the model is not a masks repository or its base model cannot be read.
+        """
+        block = getattr(model_config.hf_config, "quantization_config", None) or {}
+        if block.get("quant_method") != "heapr" or PruningConfig.from_dict(block).layout != "masks":
+            raise HeaprError(f"{model_config.model} is not a masks repository; serve it without --load-format heapr")
+        base = PruningConfig.from_dict(block).base_model
+        name = self.base_override or base.name_or_path
+        try:
+            folder = Checkpoint.resolve(name, None if self.base_override else base.revision)
+        except HeaprError as error:
+            raise HeaprError(f"the base model of {model_config.model} cannot be read: {error}. Say where it is with "
+                             '--model-loader-extra-config \'{"base_model": "PATH"}\'') from error
+        source = copy.copy(model_config)
+        source.model, source.revision = str(folder.path), None
+        return source
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        super().download_model(self.base_model_config(model_config))
+
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        source = self.base_model_config(model_config)
+        check_base(Checkpoint.resolve(source.model), get_current_vllm_config().quant_config)
+        yield from super().get_all_weights(source, model)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quantization_config.quant_method = "heapr"`: finds the masks and gives every MoE layer its method."""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from heapr_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from heapr_vllm.config import QUANT_METHOD, PruningConfig
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.masks import NeuronMasks, file_sha256, find_masks
+
+
+class HeaprConfig(QuantizationConfig):
+    """Travels by pickle to every worker, so it carries names only; each process reads the masks itself."""
+
+    def __init__(self, pruning: PruningConfig | None = None) -> None:
+        super().__init__()
+        self.pruning = pruning or PruningConfig()
+        self.model_name = ""
+        self.revision: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "masks"}
+
+    @classmethod
+    def get_name(cls) -> str:
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> HeaprConfig:
+        """Raises HeaprError if the block is of a newer format or asks for something unsupported."""
+        return cls(PruningConfig.from_dict(config))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """vLLM calls it right after `from_config` with what that lacks: the model's name.
+
+        Raises HeaprError, before any worker starts, if the masks are missing, damaged or belong to another model.
+        """
+        self.model_name, self.revision = model_name, revision
+        text_config = getattr(hf_config, "text_config", None) or hf_config
+        num_layers = getattr(text_config, "num_hidden_layers", None)
+        for prefix in self.masks.keep:
+            if num_layers is not None and _layer_index(prefix) >= num_layers:
+                raise HeaprError(f"masks do not belong to {model_name}: they cover {prefix}, the model has "
+                                 f"{num_layers} layers; use the model they were made for")
+        folder = Path(model_name)
+        if self.pruning.layout == "masks" and any((folder / name).is_file() for name in (INDEX_FILE, SINGLE_FILE)):
+            check_base(Checkpoint(folder), self)
+
+    @cached_property
+    def masks(self) -> NeuronMasks:
+        """Raises HeaprError if they cannot be found or differ from `masks_sha256`."""
+        inside = Path(self.model_name) / self.pruning.masks
+        if inside.is_file():
+            path = inside
+        elif Path(self.model_name).is_dir() or Path(self.pruning.masks).exists():
+            path = find_masks(self.pruning.masks)
+        elif self.pruning.masks == PruningConfig().masks:
+            path = find_masks(self.model_name, self.revision)
+        else:
+            path = find_masks(self.pruning.masks)
+        if self.pruning.masks_sha256 not in (None, file_sha256(path)):
+            raise HeaprError(f"{path} differs from the masks_sha256 in config.json; create or download it again")
+        return NeuronMasks.load(path)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The ragged method for a pruned MoE layer, unquantized methods for everything else."""
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        if isinstance(layer, LinearBase):
+            return UnquantizedLinearMethod()
+        if not isinstance(layer, RoutedExperts) or is_draft_layer(prefix):
+            return None
+        from heapr_vllm.model_executor.fused_moe import HeaprMoEMethod
+        from heapr_vllm.model_executor.unsupported import refuse_unsupported
+
+        if prefix not in self.masks.keep:
+            raise HeaprError(f"masks do not belong to {self.model_name}: they lack {prefix}; use the model they were "
+                             "made for")
+        refuse_unsupported(layer, self)
+        return HeaprMoEMethod(layer.moe_config, self.masks.keep[prefix], prefix, self.pruning.layout)
+
+
+def is_draft_layer(prefix: str) -> bool:
+    """Whether `prefix` belongs to a multi-token-prediction module, whose experts are never pruned."""
+    return "mtp" in prefix.split(".")
+
+
+def check_base(base: Checkpoint, config: HeaprConfig) -> None:
+    """Raises HeaprError unless `base` is the model the masks were calibrated on."""
+    config.masks.check_fits(base.expert_shapes(), str(base.path))
+    expected = (config.masks.metadata.get("base_model") or {}).get("fingerprint")
+    if config.pruning.base_model.fingerprint != "any" and expected not in (None, base.fingerprint()):
+        raise HeaprError(f"masks do not belong to {base.path}: its fingerprint differs from that of the calibrated "
+                         "model; serve the right base model, or, for a fine-tune of it, pass --hf-overrides "
+                         '\'{"quantization_config": {"base_model": {"fingerprint": "any"}}}\'')
+
+
+def _layer_index(prefix: str) -> int:
+    match = re.search(r"\.layers\.(\d+)\.", prefix)
+    return int(match[1]) if match else 0

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serving options that pruned experts cannot honour yet, refused while the model is built."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+from heapr_vllm.errors import HeaprError
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    from heapr_vllm.model_executor.quantization import HeaprConfig
+
+RUNTIME_FORMATS = ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
+EXPERT_MODULES = {"experts", "gate_proj", "up_proj", "down_proj", "gate_up_proj"}
+
+
+def refuse_unsupported(layer: RoutedExperts, config: HeaprConfig) -> None:
+    """Raises HeaprError naming the option and the remedy."""
+    vllm_config = get_current_vllm_config()
+    lora, load_format = vllm_config.lora_config, vllm_config.load_config.load_format
+    targets = getattr(lora, "target_modules", None)
+    if vllm_config.parallel_config.enable_eplb:
+        raise HeaprError("EPLB moves experts of equal size and pruned experts differ; drop --enable-eplb")
+    if lora is not None and (targets is None or EXPERT_MODULES & set(targets)):
+        raise HeaprError("LoRA on pruned experts is not supported; restrict it to attention with "
+                         "--lora-target-modules q_proj k_proj v_proj o_proj")
+    if config.online_quantization_config is not None:
+        raise HeaprError("online quantization of pruned experts is not supported; drop --quantization-config")
+    if load_format in RUNTIME_FORMATS:
+        raise HeaprError(f"--load-format {load_format} stores weights in a kernel's own layout, which pruned experts "
+                         "do not support; use auto, safetensors or heapr")
+    if layer.activation != MoEActivation.SILU or layer.moe_config.has_bias or layer.swiglu_limit is not None:
+        raise HeaprError(f"pruned experts compute SiLU-gated experts without bias; {layer.layer_name} has activation "
+                         f"{layer.activation.value}, bias {layer.moe_config.has_bias}, limit {layer.swiglu_limit}")
