@@ -147,6 +147,14 @@ class Checkpoint:
             shapes[prefix] = (num_experts, widths[prefix])
         return shapes
 
+    def check_readable(self) -> None:
+        """Raises HeaprError if a shard is missing, cut short, or lacks a tensor of the index. Reads headers only."""
+        for shard, names in self.shards.items():
+            with self.open(shard) as file:
+                if missing := sorted(set(names) - set(file.keys())):
+                    raise HeaprError(f"{self.path / shard} lacks {missing[0]} although {INDEX_FILE} lists it; "
+                                     "download the checkpoint again")
+
     def num_bytes(self) -> int:
         """Size of all weights."""
         return sum(torch.Size(shape).numel() * _ITEM_SIZE[dtype] for dtype, shape in self.headers.values())

@@ -63,8 +63,11 @@ class HeaprConfig(QuantizationConfig):
                 raise HeaprError(f"masks do not belong to {model_name}: they cover {prefix}, the model has "
                                  f"{num_layers} layers; use the model they were made for")
         folder = Path(model_name)
-        if self.pruning.layout == "masks" and any((folder / name).is_file() for name in (INDEX_FILE, SINGLE_FILE)):
-            check_base(Checkpoint(folder), self)
+        if any((folder / name).is_file() for name in (INDEX_FILE, SINGLE_FILE)):
+            weights = Checkpoint(folder)
+            weights.check_readable()
+            if self.pruning.layout == "masks":
+                check_base(weights, self)
 
     @cached_property
     def masks(self) -> NeuronMasks:

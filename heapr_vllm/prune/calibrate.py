@@ -113,9 +113,8 @@ def calibrate(settings: CalibrationSettings, output: Path, *, device: str = "cpu
     if partial is not None:
         collector.restore(partial)
         first = partial.metadata["samples_done"]
-    output.mkdir(parents=True, exist_ok=True)
-    for stale in (MOMENTS_FILE, *([] if resume else [PARTIAL_FILE])):
-        (output / stale).unlink(missing_ok=True)
+    if not resume:
+        (output / PARTIAL_FILE).unlink(missing_ok=True)
     started = time.time()
     batch_tokens = settings.batch_size * settings.max_seq_length
     with tqdm(total=blocks.numel(), initial=first * settings.max_seq_length, unit="tok", unit_scale=True,

@@ -1,0 +1,30 @@
+# For contributors. Users on a GPU machine: pip install heapr-vllm[vllm]
+PYTHON ?= python3
+BIN := .venv/bin
+ENGINE := VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
+
+.PHONY: help setup demo test lint
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.ready  ## create .venv with everything for development, a CPU build of vLLM included
+
+# torch first: with it in place nothing pulls the CUDA build. The only torchvision, torchaudio and torchcodec builds on
+# PyPI are CUDA ones, which break `import transformers` beside a CPU torch, so they go again.
+.venv/.ready: Makefile pyproject.toml cpu_engine/pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check ./cpu_engine -e '.[prune,dev]'
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+demo: setup  ## prune the bundled model, serve it, compare it with the dense one
+	$(ENGINE) $(BIN)/python serving_examples/demo.py
+
+test: setup  ## run all tests that need no GPU
+	$(ENGINE) $(BIN)/python -m pytest
+
+lint: setup  ## check style
+	$(BIN)/ruff check .

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One vLLM engine in a process of its own: `python -m tests.model_executor.engine` reads a spec, prints results.
+
+The spec is JSON on standard input: `{"llm": {LLM arguments}, "steps": ["generate", "reload", ...]}`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+               "VLLM_CPU_CI_ENV": "0", "VLLM_NO_USAGE_STATS": "1"}
+PROMPTS = [[5, 80, 33, 7], list(range(60, 90)), [17] * 3, [250, 3, 199, 42, 42, 8]]
+MARKER = "RESULT "
+
+
+def run(model: Path, *, steps: tuple[str, ...] = ("generate",), env: dict[str, str] | None = None,
+        **llm: Any) -> subprocess.CompletedProcess:
+    """Runs an engine on `model` in fp32 and returns the finished process; `results` reads its output."""
+    spec = {"llm": {"model": str(model), "dtype": "float32", "max_model_len": 128, "enforce_eager": True, **llm},
+            "steps": steps}
+    return subprocess.run([sys.executable, "-m", "tests.model_executor.engine"], input=json.dumps(spec), text=True,
+                          capture_output=True, cwd=ROOT, env={**os.environ, **ENVIRONMENT, **(env or {})}, timeout=300)
+
+
+def results(process: subprocess.CompletedProcess) -> list[dict[str, Any]]:
+    """Per step that generates: token ids and prompt logprobs of every prompt."""
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
+    line = next(line for line in process.stdout.splitlines() if line.startswith(MARKER))
+    return json.loads(line.removeprefix(MARKER))
+
+
+def generate(llm: Any) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS],
+                           SamplingParams(temperature=0, max_tokens=16, prompt_logprobs=0, ignore_eos=True))
+    return {"ids": [list(output.outputs[0].token_ids) for output in outputs],
+            "logprobs": [[logprobs[token].logprob for token, logprobs in
+                          zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
+                         for prompt, output in zip(PROMPTS, outputs, strict=True)]}
+
+
+def main() -> None:
+    spec = json.load(sys.stdin)
+    from vllm import LLM
+
+    llm = LLM(**spec["llm"])
+    found = []
+    for step in spec["steps"]:
+        if step == "generate":
+            found.append(generate(llm))
+        elif step == "reload":
+            llm.collective_rpc("reload_weights")
+        elif step == "weight_bytes":
+            found.append(llm.apply_model(routed_expert_bytes)[0])
+    print(MARKER + json.dumps(found))
+
+
+def routed_expert_bytes(model: Any) -> dict[str, int]:
+    return {name: p.nbytes for name, p in model.named_parameters() if ".experts." in name}
+
+
+if __name__ == "__main__":
+    main()

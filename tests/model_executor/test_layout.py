@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host-side schedule: stored widths, buckets, tensor-parallel shares."""
+
+from itertools import combinations_with_replacement
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heapr_vllm.model_executor.layout import RaggedLayout, bucketed, tensor_parallel_shares
+
+WIDTHS = st.lists(st.integers(0, 130), min_size=1, max_size=12)
+
+
+@given(widths=WIDTHS, unit=st.sampled_from([1, 16, 32]), max_buckets=st.integers(1, 5))
+def test_layout_is_a_partition_of_the_rows(widths: list[int], unit: int, max_buckets: int) -> None:
+    stored = bucketed(widths, unit, max_buckets)
+    layout = RaggedLayout.build(widths, stored)
+    assert all(width <= size and size % unit == 0 for width, size in zip(widths, stored, strict=True))
+    assert len(layout.buckets) <= max_buckets
+    covered = []
+    for expert, slot in enumerate(layout.slots):
+        assert (slot < 0) == (stored[expert] == 0)
+        if slot >= 0:
+            row, size = layout.place(expert)
+            assert size == stored[expert]
+            covered += range(row, row + size)
+    assert sorted(covered) == list(range(layout.num_rows))
+    placed = sorted(slot for slot in layout.slots if slot >= 0)
+    assert placed == list(range(len(placed)))
+    assert [b.width for b in layout.buckets] == sorted({b.width for b in layout.buckets}, reverse=True)
+
+
+@settings(deadline=None)
+@given(widths=st.lists(st.integers(0, 12), min_size=1, max_size=7), max_buckets=st.integers(2, 4))
+def test_buckets_are_the_cheapest(widths: list[int], max_buckets: int) -> None:
+    sizes = sorted(set(widths) - {0})
+    if not sizes:
+        assert bucketed(widths, 1, max_buckets) == widths
+        return
+    choices = [set(c) | {sizes[-1]} for c in combinations_with_replacement(sizes, max_buckets - 1)]
+    cheapest = min(sum(min(b for b in bounds if b >= width) for width in widths if width) for bounds in choices)
+    assert sum(bucketed(widths, 1, max_buckets)) == cheapest
+
+
+@given(widths=WIDTHS, tp_size=st.integers(1, 8), unit=st.sampled_from([1, 16]))
+def test_shares_partition_every_expert_and_balance_the_ranks(widths: list[int], tp_size: int, unit: int) -> None:
+    ranks = [tensor_parallel_shares(widths, tp_size, rank, unit) for rank in range(tp_size)]
+    for expert, width in enumerate(widths):
+        covered = [neuron for rank in ranks for neuron in range(*rank[expert])]
+        assert covered == list(range(width))
+        assert all((stop - start) % unit == 0 or stop == width for start, stop in (rank[expert] for rank in ranks))
+    totals = [sum(-(-(stop - start) // unit) for start, stop in rank) for rank in ranks]
+    assert max(totals) - min(totals) <= 1

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The torch reference and the native CPU kernel against a dense fp64 loop, over a table of edge cases."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("vllm")
+from vllm.platforms import current_platform
+
+from heapr_vllm.model_executor import cpu_moe
+from heapr_vllm.model_executor.cpu_moe import WIDTH_UNIT, native_isa, prepack, stored_widths
+from heapr_vllm.model_executor.layout import RaggedLayout, bucketed
+from heapr_vllm.model_executor.ragged_moe import REFERENCE, register_op
+
+current_platform.import_kernels()
+register_op()
+
+# tokens, widths of the experts, top_k, hidden, buckets, experts on another rank
+CASES = [
+    (1, [64, 32, 96], 2, 64, 3, ()),  # decode: one token
+    (7, [0, 1, 13, 48], 2, 32, 4, ()),  # widths 0, 1, odd and full
+    (64, [33, 31, 32, 160], 3, 64, 2, ()),  # around the width unit, coarse buckets
+    (5, [48, 48, 48, 48], 1, 96, 1, ()),  # uniform, one call
+    (9, [0, 16, 80, 16], 2, 64, 1, ()),  # one call with a zero-width expert inside
+    (300, [96, 16, 64, 0, 32, 8], 6, 128, 6, ()),  # every token to every expert
+    (33, [40, 24, 72, 56], 2, 64, 4, (1, 2)),  # expert parallel: half of the experts elsewhere
+    (4, [64, 64], 1, 32, 2, (0,)),  # some tokens have no local expert
+    (17, [0, 0, 0, 40], 2, 64, 3, ()),  # nearly dead layer
+    (3, [0, 0], 1, 32, 2, ()),  # dead layer
+]
+TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (3e-2, 3e-2), torch.float16: (3e-3, 3e-3)}
+
+
+def layer(case: tuple, dtype: torch.dtype, kernel: str) -> tuple:
+    """Random inputs of a case, the op's arguments, and the expected output in fp64. Padding starts as NaN."""
+    tokens, widths, top_k, hidden, max_buckets, remote = case
+    generator = torch.Generator().manual_seed(len(widths) * tokens)
+    local = [e for e in range(len(widths)) if e not in remote]
+    local_widths = [widths[e] for e in local]
+    layout = RaggedLayout.build(local_widths, bucketed(local_widths, 1 if kernel == REFERENCE else WIDTH_UNIT,
+                                                       max_buckets))
+    w13 = torch.full((2 * layout.num_rows, hidden), torch.nan, dtype=dtype)
+    w2 = torch.full((layout.num_rows, hidden), torch.nan, dtype=dtype)
+    slots = torch.full((len(widths),), -1, dtype=torch.int32)
+    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    scores = torch.rand(tokens, len(widths), generator=generator)
+    weights, ids = scores.softmax(-1).topk(top_k)
+    expected = torch.zeros(tokens, hidden, dtype=torch.float64)
+    for i, expert in enumerate(local):
+        slots[expert] = layout.slots[i]
+        gate, up, down = (torch.randn(widths[expert], hidden, generator=generator).mul(0.2).to(dtype) for _ in range(3))
+        if layout.slots[i] >= 0:
+            row, stored = layout.place(i)
+            for flat, first, rows in ((w13, 2 * row, gate), (w13, 2 * row + stored, up), (w2, row, down)):
+                flat[first : first + stored] = 0
+                flat[first : first + len(rows)] = rows
+        h = F.silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)
+        route = (weights * (ids == expert)).sum(-1).double()
+        expected += route[:, None] * (h @ down.double())
+    if kernel != REFERENCE:
+        prepack(w13, w2, layout, kernel)
+    buckets = torch.tensor([(b.first_slot, b.num_slots, b.width, b.row) for b in layout.buckets],
+                           dtype=torch.int32).view(-1, 4)
+    return (x, w13, w2, weights, ids.int(), slots, buckets, kernel), expected
+
+
+def kernels(dtype: torch.dtype) -> list[str]:
+    return [REFERENCE, native] if (native := native_isa(dtype, 32)) else [REFERENCE]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"T{case[0]}-{'_'.join(map(str, case[1]))}-k{case[2]}")
+def test_against_dense_fp64(case: tuple, dtype: torch.dtype) -> None:
+    rtol, atol = TOLERANCES[dtype]
+    for kernel in kernels(dtype):
+        arguments, expected = layer(case, dtype, kernel)
+        output = torch.full_like(arguments[0], torch.nan)
+        torch.ops.heapr.ragged_moe(output, *arguments)
+        torch.testing.assert_close(output.double(), expected, rtol=rtol, atol=atol * expected.abs().max().item())
+        again = torch.full_like(output, torch.nan)
+        torch.ops.heapr.ragged_moe(again, *arguments)
+        assert torch.equal(output, again), "not repeatable"
+
+
+def test_native_kernel_is_used_where_it_fits() -> None:
+    assert native_isa(torch.float32, 64) == "vec" and native_isa(torch.bfloat16, 64) in ("vec", "amx")
+    assert native_isa(torch.float32, 48) is None, "the op needs hidden sizes that are multiples of 32"
+
+
+def test_native_op_never_sees_ids_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op does not check ids: -1 or a global id of another rank would corrupt memory."""
+    calls = []
+
+    def spy(output, hidden_states, w13, w2, bucket, topk_weights, topk_ids, isa) -> None:
+        calls.append((int(topk_ids.min()), int(topk_ids.max()), bucket[1]))
+        output.zero_()
+
+    monkeypatch.setattr(cpu_moe, "_native", spy)
+    for case in CASES:
+        arguments, _ = layer(case, torch.float32, native_isa(torch.float32, case[3]))
+        cpu_moe.cpu_ragged_moe(torch.empty_like(arguments[0]), *arguments)
+    assert len(calls) > len(CASES) - 3
+    assert all(lowest >= 0 and highest < count for lowest, highest, count in calls)
+
+
+def test_op_is_registered_once_and_opaque() -> None:
+    register_op()
+    assert torch.ops.heapr.ragged_moe.default._schema.arguments[0].alias_info.is_write
+    arguments, expected = layer(CASES[2], torch.float32, REFERENCE)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(output: torch.Tensor) -> torch.Tensor:
+        torch.ops.heapr.ragged_moe(output, *arguments)
+        return output * 2
+
+    torch.testing.assert_close(compiled(torch.empty_like(arguments[0])).double(), 2 * expected, rtol=1e-4, atol=1e-4)
+
+
+def test_small_layers_get_one_bucket_and_large_ones_several() -> None:
+    assert len(set(stored_widths([16, 48, 96, 96], 2, 256, 2))) == 1
+    large = stored_widths([64 * (e % 12) for e in range(128)], 8, 2048, 2)
+    assert len(set(large) - {0}) > 2 and sum(large) < 128 * 704

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin as vLLM finds it."""
+
+import pickle
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+from vllm.config.load import LoadConfig
+from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.model_loader import get_model_loader
+
+import heapr_vllm
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.model_executor.model_loader import HeaprModelLoader
+from heapr_vllm.model_executor.quantization import HeaprConfig, is_draft_layer
+
+
+def test_entry_point_registers_more_than_once() -> None:
+    entry, = (entry for entry in entry_points(group="vllm.general_plugins") if entry.name == "heapr")
+    for _ in range(2):
+        entry.load()()
+    heapr_vllm.register()
+    assert get_quantization_config("heapr") is HeaprConfig
+    assert isinstance(get_model_loader(LoadConfig(load_format="heapr")), HeaprModelLoader)
+
+
+def test_config_travels_small_and_reads_masks_again(masks_repository: Path) -> None:
+    config = HeaprConfig.from_config({"quant_method": "heapr"})
+    config.maybe_update_config(str(masks_repository))
+    assert len(config.masks.keep) == 3
+    data = pickle.dumps(config)
+    assert len(data) < 2000
+    assert pickle.loads(data).masks.widths.keys() == config.masks.widths.keys()
+
+
+def test_config_without_arguments_for_dash_q() -> None:
+    assert HeaprConfig.get_config_filenames() == []
+    assert HeaprConfig().pruning.masks == "heapr/masks.safetensors"
+
+
+def test_masks_may_be_a_directory_given_by_the_user(masks_repository: Path, qwen3: Path) -> None:
+    config = HeaprConfig.from_config({"masks": str(masks_repository)})
+    config.maybe_update_config(str(qwen3), SimpleNamespace(num_hidden_layers=3))
+    assert len(config.masks.keep) == 3
+
+
+def test_extra_layers_in_the_masks(masks_repository: Path) -> None:
+    config = HeaprConfig.from_config({})
+    with pytest.raises(HeaprError, match=r"they cover model.layers.2.mlp.experts, the model has 2 layers"):
+        config.maybe_update_config(str(masks_repository), SimpleNamespace(num_hidden_layers=2))
+
+
+@pytest.mark.parametrize(("block", "message"), [
+    ({"format_version": 2}, "format_version 2, this heapr-vllm reads up to 1; upgrade"),
+    ({"layout": "cubist"}, "layout is 'cubist', expected one of masks, compact"),
+    ({"inner": {"quant_method": "fp8"}}, "quantized experts"),
+])
+def test_bad_blocks(block: dict, message: str) -> None:
+    with pytest.raises(HeaprError, match=message):
+        HeaprConfig.from_config(block)
+
+
+def test_unknown_keys_are_ignored() -> None:
+    assert HeaprConfig.from_config({"new_in_v1_1": 1, "base_model": {"also_new": 2}}).pruning.layout == "masks"
+
+
+def test_draft_layers_are_not_layer_zero() -> None:
+    assert is_draft_layer("mtp.layers.0.mlp.experts")
+    assert not is_draft_layer("model.layers.0.mlp.experts")
+
+
+def test_other_layers_stay_unquantized() -> None:
+    linear = ReplicatedLinear.__new__(ReplicatedLinear)
+    assert isinstance(HeaprConfig().get_quant_method(linear, "model.layers.0.self_attn.o_proj"),
+                      UnquantizedLinearMethod)

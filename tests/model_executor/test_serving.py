@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin against stock vLLM on the same weights with the pruned neurons zeroed, in fp32."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from heapr_vllm.masks import NeuronMasks
+from heapr_vllm.model_executor.cpu_moe import stored_widths
+from heapr_vllm.prune import CalibrationSettings, NeuronMoments, calibrate, export_checkpoint, write_masks_repository
+from tests import tiny_models
+from tests.conftest import awkward
+from tests.model_executor import engine
+
+pytestmark = pytest.mark.vllm
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+
+
+@pytest.fixture(scope="module")
+def compact(masks_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("compact") / "compact"
+    export_checkpoint(masks_repository, output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def stock(masks_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Stock vLLM on the masked checkpoint."""
+    output = tmp_path_factory.mktemp("masked") / "masked"
+    export_checkpoint(masks_repository, output, layout="masked")
+    return engine.results(engine.run(output, env={"VLLM_PLUGINS": ""}))[0]
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    assert found["ids"] == expected["ids"]
+    for logprobs, wanted in zip(found["logprobs"], expected["logprobs"], strict=True):
+        assert max(abs(a - b) for a, b in zip(logprobs, wanted, strict=True)) < 1e-4
+
+
+def override(masks_repository: Path) -> dict:
+    return {"quantization_config": {"quant_method": "heapr", "masks": str(masks_repository)}}
+
+
+def test_compact_also_after_reload(compact: Path, stock: dict) -> None:
+    found = engine.results(engine.run(compact, steps=("generate", "reload", "generate")))
+    assert_same(found[0], stock)
+    assert_same(found[1], stock)
+
+
+def test_masks_repository_also_after_reload(masks_repository: Path, stock: dict) -> None:
+    found = engine.results(engine.run(masks_repository, load_format="heapr", steps=("generate", "reload", "generate")))
+    assert_same(found[0], stock)
+    assert_same(found[1], stock)
+
+
+def test_masks_over_an_untouched_base(masks_repository: Path, qwen3: Path, stock: dict) -> None:
+    assert_same(engine.results(engine.run(qwen3, hf_overrides=override(masks_repository)))[0], stock)
+
+
+@pytest.mark.parametrize("layout", ["compact", "masks"])
+def test_torch_compile(layout: str, compact: Path, masks_repository: Path, stock: dict) -> None:
+    arguments = {"load_format": "heapr"} if layout == "masks" else {}
+    model = masks_repository if layout == "masks" else compact
+    assert_same(engine.results(engine.run(model, enforce_eager=False, **arguments))[0], stock)
+
+
+def test_tensor_parallel(compact: Path, stock: dict) -> None:
+    assert_same(engine.results(engine.run(compact, tensor_parallel_size=2, env=TWO_RANKS))[0], stock)
+
+
+def test_expert_parallel_masks(masks_repository: Path, stock: dict) -> None:
+    process = engine.run(masks_repository, load_format="heapr", tensor_parallel_size=2, enable_expert_parallel=True,
+                         env=TWO_RANKS)
+    assert_same(engine.results(process)[0], stock)
+
+
+def test_shared_experts(corpus: Path, tmp_path: Path) -> None:
+    """Qwen2-MoE: shared expert and its gate stay whole."""
+    base = tiny_models.save("qwen2_moe", tmp_path / "base")
+    calibrate(CalibrationSettings(str(base), str(corpus), num_calibration_samples=4, max_seq_length=64),
+              tmp_path / "calib")
+    masks = awkward(NeuronMoments.from_pretrained(tmp_path / "calib"))
+    write_masks_repository(masks, tmp_path / "calib", tmp_path / "masks")
+    export_checkpoint(tmp_path / "masks", tmp_path / "compact")
+    export_checkpoint(tmp_path / "masks", tmp_path / "masked", layout="masked")
+    expected = engine.results(engine.run(tmp_path / "masked", env={"VLLM_PLUGINS": ""}))[0]
+    assert_same(engine.results(engine.run(tmp_path / "compact"))[0], expected)
+
+
+def test_dummy_weights_and_memory(compact: Path, awkward_masks: NeuronMasks) -> None:
+    """Random weights load, and the experts take exactly the bytes of their stored widths."""
+    process = engine.run(compact, load_format="dummy", steps=("generate", "weight_bytes"),
+                         env={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
+    _, stored = engine.results(process)
+    rows = sum(sum(stored_widths(widths.tolist(), 2, 64, 4)) for widths in awkward_masks.widths.values())
+    assert len(stored) == 6 and sum(stored.values()) == rows * 3 * 64 * 4
+
+
+def corrupted(source: Path, target: Path, edit) -> Path:
+    """Copy of a checkpoint whose tensors `edit` changed."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    index["weight_map"] = dict.fromkeys(tensors, "model.safetensors")
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    return target
+
+
+def refused(model: Path, message: str, **arguments) -> None:
+    process = engine.run(model, **arguments)
+    assert process.returncode != 0, "the engine started"
+    assert message in process.stdout + process.stderr, (process.stdout + process.stderr)[-3000:]
+
+
+def test_missing_expert_tensor(compact: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.experts.4.down_proj.weight"
+    broken = corrupted(compact, tmp_path / "broken", lambda tensors: tensors.pop(name))
+    refused(broken, "the checkpoint lacks 1 expert tensors, first w2 of model.layers.1.mlp.experts.4; export")
+
+
+def test_weights_of_other_masks(compact: Path, tmp_path: Path) -> None:
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.mlp.experts.2.up_proj.weight"] = torch.zeros(14, 64)
+
+    refused(corrupted(compact, tmp_path / "wide", widen), "has 14 neurons instead of 13")
+
+
+def test_truncated_weights(compact: Path, tmp_path: Path) -> None:
+    shutil.copytree(compact, tmp_path / "cut")
+    data = (compact / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(data[: len(data) // 2])
+    refused(tmp_path / "cut", "is damaged")
+
+
+def test_changed_masks(compact: Path, tmp_path: Path) -> None:
+    shutil.copytree(compact, tmp_path / "changed")
+    masks = NeuronMasks.from_pretrained(compact)
+    masks.keep["model.layers.0.mlp.experts"][5] ^= True
+    masks.save_pretrained(tmp_path / "changed")
+    refused(tmp_path / "changed", "differs from the masks_sha256 in config.json")
+
+
+def test_masks_over_another_base(masks_repository: Path, qwen3: Path, tmp_path: Path) -> None:
+    shutil.copytree(qwen3, tmp_path / "tuned")
+    tensors = load_file(tmp_path / "tuned" / "model.safetensors")
+    tensors["model.layers.0.mlp.gate.weight"] += 1
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    refused(tmp_path / "tuned", "its fingerprint differs", hf_overrides=override(masks_repository))
+
+
+def test_lost_base_model_names_the_remedy(masks_repository: Path, qwen3: Path, stock: dict, tmp_path: Path) -> None:
+    shutil.copytree(masks_repository, tmp_path / "masks")
+    config = json.loads((tmp_path / "masks" / "config.json").read_text())
+    config["quantization_config"]["base_model"]["name_or_path"] = "/gone/away"
+    (tmp_path / "masks" / "config.json").write_text(json.dumps(config))
+    refused(tmp_path / "masks", '--model-loader-extra-config \'{"base_model": "PATH"}\'', load_format="heapr")
+    process = engine.run(tmp_path / "masks", load_format="heapr", model_loader_extra_config={"base_model": str(qwen3)})
+    assert_same(engine.results(process)[0], stock)
+
+
+def test_expert_lora(compact: Path) -> None:
+    refused(compact, "LoRA on pruned experts is not supported; restrict it to attention", enable_lora=True)
+
+
+def test_load_format_of_a_masks_repository(compact: Path) -> None:
+    refused(compact, "is not a masks repository; serve it without --load-format heapr", load_format="heapr")
+
+
+def test_quantized_experts(compact: Path, tmp_path: Path) -> None:
+    shutil.copytree(compact, tmp_path / "fp8")
+    config = json.loads((compact / "config.json").read_text())
+    config["quantization_config"]["inner"] = {"quant_method": "fp8"}
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+    refused(tmp_path / "fp8", "quantized experts (quantization_config.inner) are not supported yet")

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options refused at start-up, option by option."""
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.model_executor import unsupported
+from heapr_vllm.model_executor.quantization import HeaprConfig
+
+
+def refuse(monkeypatch, *, eplb=False, lora=None, load_format="auto", activation=MoEActivation.SILU, has_bias=False,
+           online=None) -> None:
+    vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(enable_eplb=eplb), lora_config=lora,
+                                  load_config=SimpleNamespace(load_format=load_format))
+    monkeypatch.setattr(unsupported, "get_current_vllm_config", lambda: vllm_config)
+    layer = SimpleNamespace(activation=activation, moe_config=SimpleNamespace(has_bias=has_bias), swiglu_limit=None,
+                            layer_name="model.layers.0.mlp.experts")
+    config = HeaprConfig()
+    config.online_quantization_config = online
+    unsupported.refuse_unsupported(layer, config)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"eplb": True}, "drop --enable-eplb"),
+    ({"lora": SimpleNamespace(target_modules=None)}, "--lora-target-modules q_proj"),
+    ({"lora": SimpleNamespace(target_modules=["q_proj", "experts"])}, "--lora-target-modules q_proj"),
+    ({"online": object()}, "drop --quantization-config"),
+    ({"load_format": "sharded_state"}, "use auto, safetensors or heapr"),
+    ({"activation": MoEActivation.GELU}, "has activation gelu"),
+    ({"has_bias": True}, "bias True"),
+])
+def test_refused(monkeypatch, options: dict, message: str) -> None:
+    with pytest.raises(HeaprError, match=message):
+        refuse(monkeypatch, **options)
+
+
+def test_accepted(monkeypatch) -> None:
+    refuse(monkeypatch)
+    refuse(monkeypatch, lora=SimpleNamespace(target_modules=["q_proj", "o_proj"]), load_format="runai_streamer")

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `heapr` command: the whole path, and one-line errors with exit code 2 that leave nothing behind."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from heapr_vllm.cli import main
+
+
+def test_whole_path(qwen3: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    calib, masks, compact = (str(tmp_path / name) for name in ("calib", "masks", "compact"))
+    assert main(["calibrate", str(qwen3), "--dataset", str(corpus), "-o", calib, "--num-calibration-samples", "4",
+                 "--max-seq-length", "64"]) == 0
+    assert main(["prune", calib, "--sparsity", "0.5", "-o", masks]) == 0
+    assert "stored -50.0% | executed FLOPs -" in capsys.readouterr().out
+    assert main(["export", masks, "-o", compact]) == 0
+    capsys.readouterr()
+    assert main(["inspect", compact, "--json", "--plot", str(tmp_path / "widths.png")]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["kept"] == 576 and summary["neurons"] == 1152
+    assert 0 < summary["executed_reduction"] < 1
+    assert all(width % 16 == 0 for widths in summary["widths"].values() for width in widths)
+    assert (tmp_path / "widths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_env_is_json(capsys: pytest.CaptureFixture) -> None:
+    assert main(["env"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["torch"] and report["supported_vllm"] and isinstance(report["plugin_discovered"], bool)
+
+
+def fails(argv: list[str], message: str, capsys: pytest.CaptureFixture, folder: Path) -> None:
+    before = sorted(path for path in folder.rglob("*"))
+    capsys.readouterr()
+    assert main(argv) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("heapr: error: ") and message in error
+    assert sorted(path for path in folder.rglob("*")) == before, "something was written"
+
+
+@pytest.mark.parametrize("sparsity", ["0", "1", "-0.5", "25"])
+def test_sparsity_outside_range(sparsity: str, calibration: Path, tmp_path: Path, capsys) -> None:
+    fails(["prune", str(calibration), "--sparsity", sparsity, "-o", str(tmp_path / "m")], "not between 0 and 1",
+          capsys, tmp_path)
+
+
+def test_existing_output(calibration: Path, qwen3: Path, corpus: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").write_text("years of work")
+    output = ["-o", str(tmp_path / "taken")]
+    calibrate = ["calibrate", str(qwen3), "--dataset", str(corpus), *output]
+    for argv in (["prune", str(calibration), "--sparsity", "0.5", *output], calibrate):
+        fails(argv, "already exists; pass --overwrite", capsys, tmp_path)
+        fails([*argv, "--overwrite"], "was not written by heapr", capsys, tmp_path)
+
+
+def test_overwrite_replaces_own_output(calibration: Path, tmp_path: Path) -> None:
+    for sparsity in ("0.25", "0.5"):
+        assert main(["prune", str(calibration), "--sparsity", sparsity, "-o", str(tmp_path / "m"), "--overwrite"]) == 0
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]["sparsity"] == 0.5
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_dense_model(qwen3: Path, corpus: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(qwen3, tmp_path / "dense")
+    tensors = load_file(tmp_path / "dense" / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if ".experts." not in name},
+              tmp_path / "dense" / "model.safetensors")
+    fails(["calibrate", str(tmp_path / "dense"), "--dataset", str(corpus), "-o", str(tmp_path / "c")],
+          "has no routed experts", capsys, tmp_path)
+
+
+def test_damaged_base_model(qwen3: Path, masks_repository: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(qwen3, tmp_path / "cut")
+    data = (qwen3 / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(data[: len(data) // 2])
+    fails(["export", str(masks_repository), "--model", str(tmp_path / "cut"), "-o", str(tmp_path / "out")],
+          "is damaged", capsys, tmp_path)
+
+
+def test_damaged_masks(masks_repository: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(masks_repository, tmp_path / "masks")
+    path = tmp_path / "masks" / "heapr" / "masks.safetensors"
+    path.write_bytes(path.read_bytes()[:40])
+    fails(["export", str(tmp_path / "masks"), "-o", str(tmp_path / "out")], "is damaged", capsys, tmp_path)
+
+
+def test_nan_weights(qwen3: Path, corpus: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(qwen3, tmp_path / "nan")
+    tensors = load_file(tmp_path / "nan" / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    assert main(["calibrate", str(tmp_path / "nan"), "--dataset", str(corpus), "-o", str(tmp_path / "c"),
+                 "--num-calibration-samples", "2", "--max-seq-length", "64"]) == 2
+    assert "the loss is nan at sample 0; try --dtype float32" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["inspect", "nowhere"], "no masks at nowhere"),
+    (["export", "nowhere", "-o", "out"], "no masks at nowhere"),
+    (["prune", "nowhere", "--sparsity", "0.5", "-o", "out"], "nowhere/moments.safetensors does not exist"),
+    (["calibrate", "nowhere", "--dataset", "x.txt", "-o", "out"], "nowhere is neither a local directory nor"),
+])
+def test_missing_input(argv: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    fails(argv, message, capsys, tmp_path)
