@@ -119,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     output = parser.parse_args().output
+    print("sources and licences: " + ", ".join(f"{name} ({text})" for name, text in licences().items()))
     for split, files in build().items():
         write_jsonl(output / f"{split}.jsonl", files.items())
         print(f"{split}: {len(files)} files, {sum(map(len, files.values())) / 1e6:.1f} MB")

@@ -12,6 +12,7 @@ import torch
 
 from heapr_vllm.errors import HeaprError
 
+POOL_FACTOR = 8  # blocks are drawn from a pool this many times larger, so that they come from many documents
 _SPEC = re.compile(r"(?P<name>[^\[\](){}]+)(\[(?P<subset>[^\]]+)\])?(\((?P<split>[^)]+)\))?")
 
 
@@ -64,8 +65,8 @@ def token_blocks(documents: list[str], tokenizer: Any, num_samples: int, max_seq
                  seed: int) -> torch.Tensor:
     """int64 [num_samples, max_seq_length]: a seeded sample of the documents joined by the end-of-text token.
 
-    Documents are taken in random order until there are enough tokens, then blocks are drawn at random. Raises
-    HeaprError if there is too little text.
+    Documents are taken in random order until the pool is full (or they run out), then blocks are drawn at random.
+    Raises HeaprError if there is too little text.
     """
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = []
@@ -73,7 +74,7 @@ def token_blocks(documents: list[str], tokenizer: Any, num_samples: int, max_seq
         ids += tokenizer(documents[index], add_special_tokens=False, verbose=False).input_ids
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
-        if len(ids) >= num_samples * max_seq_length:
+        if len(ids) >= POOL_FACTOR * num_samples * max_seq_length:
             break
     available = len(ids) // max_seq_length
     if available < num_samples:

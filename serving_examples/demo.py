@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make demo`: calibrate, prune and export the bundled model, serve it, and compare it with the dense one.
+
+Every step is a command a user would type; it is printed before it runs.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from openai import OpenAI
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_server import bench, serve
+
+from heapr_vllm.checkpoint import Checkpoint, ExpertTensor
+from heapr_vllm.masks import NeuronMasks
+from heapr_vllm.prune import perplexity
+from heapr_vllm.prune.data import read_documents, token_blocks
+
+HERE = Path(__file__).parent
+MODEL = HERE / "tiny_qwen3_moe"
+SERVE_OPTIONS = ("--max-num-seqs", "32", "--no-enable-prefix-caching", "--disable-uvicorn-access-log")
+PROMPT = "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n"
+HELD_OUT_BLOCKS, BENCH_ROUNDS, CONCURRENCY = 200, 5, 8
+
+
+def step(*command: object) -> None:
+    print("$", *command, flush=True)
+    subprocess.run([str(part) for part in command], check=True)
+
+
+def prune(work: Path, sparsity: float) -> tuple[Path, Path]:
+    """Folders of the masks and of the compact checkpoint."""
+    heapr = Path(sys.executable).with_name("heapr")
+    step(sys.executable, HERE / "python_corpus.py", "-o", work / "corpus")
+    step(heapr, "calibrate", MODEL, "--dataset", work / "corpus" / "calibration.jsonl", "-o", work / "calib",
+         "--max-seq-length", 512, "--dtype", "float32", "--overwrite")
+    step(heapr, "prune", work / "calib", "--sparsity", sparsity, "-o", work / "masks", "--overwrite")
+    step(heapr, "export", work / "masks", "-o", work / "pruned", "--overwrite")
+    step(heapr, "inspect", work / "pruned", "--plot", work / "widths.png")
+    return work / "masks", work / "pruned"
+
+
+def measure_perplexity(work: Path, masks: NeuronMasks) -> tuple[float, float]:
+    """Held-out perplexity in fp32, dense and pruned."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    documents = read_documents(str(work / "corpus" / "held_out.jsonl"))
+    blocks = token_blocks(documents, AutoTokenizer.from_pretrained(MODEL), HELD_OUT_BLOCKS, 512, seed=0)
+    dense = perplexity(model, blocks)
+    with masks.applied(model):
+        return dense, perplexity(model, blocks)
+
+
+def measure_serving(work: Path, pruned: Path) -> tuple[float, float]:
+    """Median output tokens/s of both models, served side by side and asked in turn; shows one answer."""
+    with (serve(MODEL, *SERVE_OPTIONS, log=work / "dense.log", plugins="") as dense_url,
+          serve(pruned, *SERVE_OPTIONS, log=work / "pruned.log") as pruned_url):
+        client = OpenAI(base_url=f"{pruned_url}/v1", api_key="none")
+        answer = client.completions.create(model=str(pruned), prompt=PROMPT, max_tokens=48, temperature=0)
+        print(f"\nthe pruned model on the OpenAI endpoint:\n{PROMPT}\033[1m{answer.choices[0].text}\033[0m\n")
+        speeds: dict[str, list[float]] = {"dense": [], "pruned": []}
+        for round_number in range(BENCH_ROUNDS):
+            for name, url, model in (("dense", dense_url, MODEL), ("pruned", pruned_url, pruned)):
+                result = bench(url, model, concurrency=CONCURRENCY, num_prompts=4 * CONCURRENCY, input_len=64,
+                               output_len=128)
+                speeds[name].append(result["output_throughput"])
+                print(f"round {round_number + 1}: {name} {speeds[name][-1]:.0f} tokens/s", flush=True)
+    return statistics.median(speeds["dense"]), statistics.median(speeds["pruned"])
+
+
+def executed_flops(masks: NeuronMasks, tokens: dict[str, list[int]], hidden_size: int, top_k: int) -> float:
+    """Routed-expert FLOPs per token: 6 * hidden_size per neuron an average token runs through."""
+    neurons = 0.0
+    for prefix, counts in tokens.items():
+        routed = torch.tensor(counts, dtype=torch.float64)
+        neurons += top_k * float((routed * masks.widths[prefix]).sum() / routed.sum())
+    return 6 * hidden_size * neurons
+
+
+def table(work: Path, pruned: Path, masks: NeuronMasks, perplexities: tuple[float, float],
+          speeds: tuple[float, float]) -> str:
+    config = Checkpoint(MODEL).config
+    tokens = json.loads((work / "calib" / "calibration.json").read_text())["tokens"]
+    whole = NeuronMasks({prefix: torch.ones_like(keep) for prefix, keep in masks.keep.items()})
+    flops = [executed_flops(m, tokens, config["hidden_size"], config["num_experts_per_tok"]) for m in (whole, masks)]
+    rows = [("routed-expert parameters, M", *(routed_parameters(path) / 1e6 for path in (MODEL, pruned)), 2),
+            ("weight bytes, MB", *(Checkpoint(path).num_bytes() / 1e6 for path in (MODEL, pruned)), 1),
+            ("executed expert FLOPs per token, M", flops[0] / 1e6, flops[1] / 1e6, 2),
+            ("held-out perplexity (fp32)", *perplexities, 2),
+            (f"output tokens/s, {CONCURRENCY} requests at once", *speeds, 0)]
+    lines = [f"{'':<38} {'dense':>9} {'pruned':>9} {'change':>8}"]
+    lines += [f"{name:<38} {dense:>9.{digits}f} {small:>9.{digits}f} {small / dense - 1:>+8.1%}"
+              for name, dense, small, digits in rows]
+    return "\n".join(lines)
+
+
+def routed_parameters(path: Path) -> int:
+    return sum(torch.Size(shape).numel() for name, (_, shape) in Checkpoint(path).headers.items()
+               if ExpertTensor.parse(name))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sparsity", type=float, default=0.25)
+    parser.add_argument("--work", type=Path, default=Path("build/demo"), help="where everything is written")
+    args = parser.parse_args()
+    started = time.time()
+    masks_dir, pruned = prune(args.work, args.sparsity)
+    masks = NeuronMasks.from_pretrained(masks_dir)
+    perplexities = measure_perplexity(args.work, masks)
+    speeds = measure_serving(args.work, pruned)
+    print(f"\n{table(args.work, pruned, masks, perplexities, speeds)}\n")
+    print(f"took {time.time() - started:.0f} s; everything is in {args.work}. Serve it yourself: vllm serve {pruned}")
+
+
+if __name__ == "__main__":
+    main()
