@@ -21,7 +21,7 @@ setup: .venv/.ready  ## create .venv with everything for development, a CPU buil
 	touch $@
 
 demo: setup  ## prune the bundled model, serve it, compare it with the dense one
-	$(ENGINE) $(BIN)/python serving_examples/demo.py
+	$(ENGINE) $(BIN)/python -m serving_examples.demo
 
 test: setup  ## run all tests that need no GPU
 	$(ENGINE) $(BIN)/python -m pytest

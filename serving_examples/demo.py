@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm_server import bench, serve
 
 from heapr_vllm.checkpoint import Checkpoint, ExpertTensor
 from heapr_vllm.masks import NeuronMasks
 from heapr_vllm.prune import perplexity
 from heapr_vllm.prune.data import read_documents, token_blocks
+from serving_examples.vllm_server import bench, serve
 
 HERE = Path(__file__).parent
 MODEL = HERE / "tiny_qwen3_moe"

@@ -28,7 +28,7 @@ def serve(model: str | Path, *arguments: str, log: Path, plugins: str | None = N
     """
     port = _free_port()
     command = [VLLM, "serve", str(model), "--port", str(port), *arguments]
-    env = os.environ if plugins is None else {**os.environ, "VLLM_PLUGINS": plugins}
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ} | ({} if plugins is None else {"VLLM_PLUGINS": plugins})
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True)

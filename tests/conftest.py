@@ -62,7 +62,7 @@ def masks_repository(awkward_masks: NeuronMasks, calibration: Path, tmp_path_fac
 @pytest.fixture(scope="session")
 def python_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Calibration and held-out text of the bundled model, written from the installed Python sources."""
-    import python_corpus as corpus
+    from serving_examples import python_corpus as corpus
 
     folder = tmp_path_factory.mktemp("python_corpus")
     for split, files in corpus.build().items():

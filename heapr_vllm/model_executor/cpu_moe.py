@@ -15,10 +15,10 @@ from heapr_vllm.model_executor.layout import RaggedLayout, bucketed
 
 WIDTH_UNIT = 32
 MAX_BUCKETS = 6
-# What an extra bucket costs (sorting rows, one more op call) against what it saves (weights not read at decode); from
-# `python -m benchmarks.cpu_buckets`, see docs/architecture.md.
-SECONDS_PER_BUCKET = 60e-6
-BYTES_PER_SECOND = 12e9
+# Sorting rows into buckets costs a fixed time per layer, however many buckets; it pays where decoding reads so much less
+# that it saves more. Figures from `python -m benchmarks.cpu_buckets`, kept in docs/measurements.md.
+BUCKETING_SECONDS = 1e-4
+BYTES_PER_SECOND = 30e9
 
 
 def native_isa(dtype: torch.dtype, hidden_size: int) -> str | None:
@@ -34,14 +34,11 @@ def native_isa(dtype: torch.dtype, hidden_size: int) -> str | None:
 
 
 def stored_widths(widths: list[int], top_k: int, hidden_size: int, element_size: int) -> list[int]:
-    """Stored width per expert with the number of buckets that makes decoding cheapest."""
-    row_bytes = 3 * hidden_size * element_size
-
-    def seconds(num_buckets: int) -> float:
-        mean_width = sum(bucketed(widths, WIDTH_UNIT, num_buckets)) / len(widths)
-        return min(top_k, len(widths)) * mean_width * row_bytes / BYTES_PER_SECOND + num_buckets * SECONDS_PER_BUCKET
-
-    return bucketed(widths, WIDTH_UNIT, min(range(1, MAX_BUCKETS + 1), key=seconds))
+    """Stored width per expert: one width for all where calls dominate, else `MAX_BUCKETS` widths."""
+    uniform, ragged = bucketed(widths, WIDTH_UNIT, 1), bucketed(widths, WIDTH_UNIT, MAX_BUCKETS)
+    saved_rows = top_k * (sum(uniform) - sum(ragged)) / len(widths)
+    saved_seconds = saved_rows * 3 * hidden_size * element_size / BYTES_PER_SECOND
+    return ragged if saved_seconds > BUCKETING_SECONDS else uniform
 
 
 def prepack(w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, isa: str) -> None:
@@ -57,19 +54,28 @@ def prepack(w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, isa: str)
             flat.copy_(packed.view(flat.shape))
 
 
+def cpu_uniform_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor,
+                    topk_weights: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, isa: str) -> None:
+    """Writes the MoE output [T, H] of a layer whose experts are all local and stored at one width, in id order.
+
+    It is the engine's op and nothing else, so torch.compile traces it as it traces a dense layer.
+    """
+    hidden_size = hidden_states.shape[1]
+    width = w2.shape[0] // num_experts
+    torch.ops._C.cpu_fused_moe(
+        output, hidden_states, w13.view(num_experts, 2 * width, hidden_size), w2.view(num_experts, hidden_size, width),
+        None, None, topk_weights, topk_ids, False, "silu", isa)
+
+
 def cpu_ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor,
                    topk_weights: torch.Tensor, topk_ids: torch.Tensor, slots: torch.Tensor, buckets: torch.Tensor,
                    isa: str) -> None:
     """Writes the MoE output [T, H]; arguments as in `ragged_moe_reference`, weights prepacked for `isa`.
 
-    A layer with a single bucket of all experts goes to the op as it is. Otherwise each bucket gets the rows routed to
-    it, and rows are summed in fp32; routes to slot -1 are dropped.
+    Each bucket gets the rows routed to it, and rows are summed in fp32; routes to slot -1 are dropped.
     """
     hidden_size = hidden_states.shape[1]
     plan = buckets.tolist()
-    if len(plan) == 1 and plan[0][1] == len(slots):
-        _native(output, hidden_states, w13, w2, plan[0], topk_weights, topk_ids, isa)
-        return
     top_k = topk_ids.shape[1]
     route_slots = slots[topk_ids.flatten()]
     order = route_slots.argsort(stable=True)
@@ -82,20 +88,9 @@ def cpu_ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch
             continue
         routes = order[start:stop]
         token = routes // top_k
+        rows = slice(bucket[3], bucket[3] + bucket[1] * bucket[2])
         partial = hidden_states.new_empty(len(routes), hidden_size)
-        _native(partial, hidden_states[token], w13, w2, bucket, weights[routes, None],
-                (route_slots[routes, None] - bucket[0]), isa)
+        cpu_uniform_moe(partial, hidden_states[token], w13[2 * rows.start : 2 * rows.stop], w2[rows],
+                        weights[routes, None].float(), route_slots[routes, None] - bucket[0], bucket[1], isa)
         total.index_add_(0, token, partial.float())
     output.copy_(total)
-
-
-def _native(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, bucket: list[int],
-            topk_weights: torch.Tensor, topk_ids: torch.Tensor, isa: str) -> None:
-    """One call of the op over a bucket's experts; `topk_ids` count from the bucket's first slot."""
-    _, count, width, row = bucket
-    hidden_size = hidden_states.shape[1]
-    stop = row + count * width
-    torch.ops._C.cpu_fused_moe(
-        output, hidden_states.contiguous(), w13[2 * row : 2 * stop].view(count, 2 * width, hidden_size),
-        w2[row:stop].view(count, hidden_size, width), None, None, topk_weights.float().contiguous(),
-        topk_ids.int().contiguous(), False, "silu", isa)

@@ -10,15 +10,25 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
+from heapr_vllm.model_executor.cpu_moe import cpu_uniform_moe
+from heapr_vllm.model_executor.layout import RaggedLayout
+from heapr_vllm.model_executor.ragged_moe import REFERENCE
+
 
 class HeaprExperts(mk.FusedMoEExpertsModular):
-    """Calls `heapr::ragged_moe`, which weights and reduces over top-k itself."""
+    """Calls `heapr::ragged_moe`, which weights and reduces over top-k itself.
+
+    `layer` holds the index tables. A layer whose experts happen to be stored at one width needs none of it and goes
+    to the engine's own op.
+    """
 
     def __init__(self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig, layer: RoutedExperts,
-                 kernel: str) -> None:
+                 layout: RaggedLayout, kernel: str) -> None:
         super().__init__(moe_config, quant_config)
         self.layer = layer
+        self.layout = layout
         self.kernel = kernel
+        self.is_uniform = kernel != REFERENCE and layout.is_uniform and layer.expert_map is None
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:
@@ -47,8 +57,8 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
     def moe_problem_size(self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor,
                          topk_ids: torch.Tensor) -> tuple[int, int, int, int, int]:
         """(local experts, M, N, K, top_k); the base class reads them from 3-D weights, ours are flat."""
-        layout = self.layer.quant_method.layout
-        return len(layout.widths), a1.shape[0], 2 * max(layout.widths, default=0), a1.shape[1], topk_ids.shape[1]
+        widths = self.layout.widths
+        return len(widths), a1.shape[0], 2 * max(widths, default=0), a1.shape[1], topk_ids.shape[1]
 
     def workspace_shapes(self, M: int, N: int, K: int, topk: int, global_num_experts: int, local_num_experts: int,
                          expert_tokens_meta: mk.ExpertTokensMetadata | None,
@@ -70,5 +80,9 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
         """
         if apply_router_weight_on_input:
             topk_weights = torch.ones_like(topk_weights)
-        torch.ops.heapr.ragged_moe(output, hidden_states, w1, w2, topk_weights, topk_ids, self.layer.heapr_slots,
-                                   self.layer.heapr_buckets, self.kernel)
+        if self.is_uniform:
+            cpu_uniform_moe(output, hidden_states, w1, w2, topk_weights, topk_ids, len(self.layout.widths),
+                            self.kernel)
+        else:
+            torch.ops.heapr.ragged_moe(output, hidden_states, w1, w2, topk_weights, topk_ids, self.layer.heapr_slots,
+                                       self.layer.heapr_buckets, self.kernel)

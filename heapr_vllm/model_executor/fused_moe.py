@@ -23,7 +23,7 @@ from heapr_vllm.model_executor.experts import HeaprExperts
 from heapr_vllm.model_executor.layout import RaggedLayout, tensor_parallel_shares
 from heapr_vllm.model_executor.ragged_moe import REFERENCE, register_op
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers below its own name only
 
 SHARE_UNIT = 16  # a rank's share of an expert stays a multiple of it
 
@@ -155,8 +155,8 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         if prepare_finalize.activation_format != mk.FusedMoEActivationFormat.Standard:
             raise HeaprError("pruned experts need an all-to-all backend with the standard activation format; choose "
                              "another with --all2all-backend")
-        self.moe_kernel = mk.FusedMoEKernel(prepare_finalize, HeaprExperts(self.moe, self.moe_quant_config, layer,
-                                                                          self.kernel))
+        experts = HeaprExperts(self.moe, self.moe_quant_config, layer, self.layout, self.kernel)
+        self.moe_kernel = mk.FusedMoEKernel(prepare_finalize, experts)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         return FusedMoEQuantConfig.make()

@@ -38,6 +38,11 @@ class RaggedLayout:
         """Stored neurons, padding included."""
         return sum(bucket.num_slots * bucket.width for bucket in self.buckets)
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all experts are stored at one width, in order."""
+        return len(self.buckets) == 1 and self.slots == tuple(range(len(self.widths)))
+
     def place(self, expert: int) -> tuple[int, int]:
         """(first row, stored width) of a stored local expert."""
         slot = self.slots[expert]

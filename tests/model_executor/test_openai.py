@@ -7,10 +7,10 @@ import pytest
 import torch
 from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm_server import serve
 
 from heapr_vllm.cli import main
 from heapr_vllm.masks import NeuronMasks
+from serving_examples.vllm_server import serve
 from tests.conftest import BUNDLED
 
 pytestmark = pytest.mark.vllm

@@ -92,11 +92,11 @@ def test_native_op_never_sees_ids_out_of_range(monkeypatch: pytest.MonkeyPatch) 
     """The op does not check ids: -1 or a global id of another rank would corrupt memory."""
     calls = []
 
-    def spy(output, hidden_states, w13, w2, bucket, topk_weights, topk_ids, isa) -> None:
-        calls.append((int(topk_ids.min()), int(topk_ids.max()), bucket[1]))
+    def spy(output, hidden_states, w13, w2, topk_weights, topk_ids, num_experts, isa) -> None:
+        calls.append((int(topk_ids.min()), int(topk_ids.max()), num_experts))
         output.zero_()
 
-    monkeypatch.setattr(cpu_moe, "_native", spy)
+    monkeypatch.setattr(cpu_moe, "cpu_uniform_moe", spy)
     for case in CASES:
         arguments, _ = layer(case, torch.float32, native_isa(torch.float32, case[3]))
         cpu_moe.cpu_ragged_moe(torch.empty_like(arguments[0]), *arguments)

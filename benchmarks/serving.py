@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Output tokens/s of a dense model in stock vLLM and of its pruned version with the plugin.
+
+    python -m benchmarks.serving --pruned build/demo/pruned --dense serving_examples/tiny_qwen3_moe
+
+Both servers run at once with equal options and are asked in turn by `vllm bench serve`, so that a slow moment of the
+machine hits both; the ratio is the median over rounds of pruned / dense.
+"""
+
+import argparse
+import csv
+import datetime
+import platform
+import statistics
+import sys
+from pathlib import Path
+
+from heapr_vllm.environment import report
+from serving_examples.vllm_server import bench, serve
+
+SERVE_OPTIONS = ("--no-enable-prefix-caching", "--disable-uvicorn-access-log")
+
+
+def compare(dense: Path, pruned: Path, *, concurrencies: list[int], rounds: int, input_len: int, output_len: int,
+            requests: int, options: list[str], log_dir: Path) -> list[dict]:
+    """One row per concurrency: medians of both arms, and the median and range of the per-round ratios.
+
+    `requests` is the number of requests per round, at least two per concurrent stream.
+    """
+    arms = {"dense": dense, "pruned": pruned}
+    rows = []
+    with (serve(dense, *SERVE_OPTIONS, *options, log=log_dir / "dense.log", plugins="") as dense_url,
+          serve(pruned, *SERVE_OPTIONS, *options, log=log_dir / "pruned.log") as pruned_url):
+        urls = {"dense": dense_url, "pruned": pruned_url}
+        for concurrency in concurrencies:
+            speeds: dict[str, list[float]] = {"dense": [], "pruned": []}
+            for number in range(rounds):
+                for arm in ("dense", "pruned") if number % 2 == 0 else ("pruned", "dense"):
+                    result = bench(urls[arm], arms[arm], concurrency=concurrency, input_len=input_len,
+                                   output_len=output_len, num_prompts=max(requests, 2 * concurrency))
+                    speeds[arm].append(result["output_throughput"])
+                print(f"batch {concurrency} round {number + 1}: dense {speeds['dense'][-1]:.0f}, pruned "
+                      f"{speeds['pruned'][-1]:.0f} tokens/s", file=sys.stderr, flush=True)
+            ratios = [p / d for p, d in zip(speeds["pruned"], speeds["dense"], strict=True)]
+            rows.append({"batch": concurrency, "dense_tok_s": round(statistics.median(speeds["dense"]), 1),
+                         "pruned_tok_s": round(statistics.median(speeds["pruned"]), 1),
+                         "ratio": round(statistics.median(ratios), 3), "ratio_min": round(min(ratios), 3),
+                         "ratio_max": round(max(ratios), 3), "rounds": rounds})
+    return rows
+
+
+def append_csv(path: Path, rows: list[dict]) -> None:
+    """Adds `rows` with date, hardware, versions and command."""
+    environment = report()
+    versions = environment["versions"]
+    shared = {"date": datetime.date.today().isoformat(), "device": ", ".join(environment["gpus"]) or
+              f"CPU {platform.processor() or platform.machine()} {environment['cpu']['capability']}, "
+              f"{environment['cpu']['threads']} threads",
+              "versions": " ".join(f"{name}={versions[name]}" for name in ("heapr-vllm", "vllm", "torch")
+                                   if name in versions),
+              "command": "python -m benchmarks.serving " + " ".join(sys.argv[1:])}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=[*rows[0], *shared])
+        if new:
+            writer.writeheader()
+        writer.writerows({**row, **shared} for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dense", type=Path, required=True)
+    parser.add_argument("--pruned", type=Path, required=True)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="concurrent requests")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=8, help="per round, at least two per concurrent stream")
+    parser.add_argument("--input-len", type=int, default=64)
+    parser.add_argument("--output-len", type=int, default=256)
+    parser.add_argument("--csv", type=Path, help="append the rows here")
+    parser.add_argument("--log-dir", type=Path, default=Path("build/serving"))
+    parser.add_argument("options", nargs="*", help="further `vllm serve` options for both, after --")
+    args = parser.parse_args()
+    rows = compare(args.dense, args.pruned, concurrencies=args.batch, rounds=args.rounds, input_len=args.input_len,
+                   output_len=args.output_len, requests=args.requests, options=args.options, log_dir=args.log_dir)
+    for row in rows:
+        print(f"batch {row['batch']:>3}: dense {row['dense_tok_s']:.0f} tokens/s, pruned {row['pruned_tok_s']:.0f} "
+              f"tokens/s, ratio {row['ratio']:.3f} ({row['ratio_min']:.3f} to {row['ratio_max']:.3f} over "
+              f"{row['rounds']} rounds)")
+    if args.csv:
+        append_csv(args.csv, rows)
+
+
+if __name__ == "__main__":
+    main()
