@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--dense", type=Path, required=True)
     parser.add_argument("--pruned", type=Path, required=True)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="concurrent requests")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--requests", type=int, default=8, help="per round, at least two per concurrent stream")
     parser.add_argument("--input-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=256)

@@ -16,6 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 START_SECONDS = 300
+DEFAULT_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without it a CPU engine wants most of the memory
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # by default idle connections drop after 5 s, under the benchmark client
+}
 VLLM = str(Path(sys.executable).with_name("vllm"))
 
 
@@ -28,7 +32,7 @@ def serve(model: str | Path, *arguments: str, log: Path, plugins: str | None = N
     """
     port = _free_port()
     command = [VLLM, "serve", str(model), "--port", str(port), *arguments]
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ} | ({} if plugins is None else {"VLLM_PLUGINS": plugins})
+    env = {**DEFAULT_ENVIRONMENT, **os.environ} | ({} if plugins is None else {"VLLM_PLUGINS": plugins})
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True)
