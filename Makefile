@@ -1,5 +1,6 @@
 # For contributors. Users on a GPU machine: pip install heapr-vllm[vllm]
 PYTHON ?= python3
+SPARSITY ?= 0.25
 BIN := .venv/bin
 ENGINE := VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
 
@@ -21,7 +22,7 @@ setup: .venv/.ready  ## create .venv with everything for development, a CPU buil
 	touch $@
 
 demo: setup  ## prune the bundled model, serve it, compare it with the dense one
-	$(ENGINE) $(BIN)/python -m serving_examples.demo
+	$(ENGINE) $(BIN)/python -m serving_examples.demo --sparsity $(SPARSITY)
 
 test: setup  ## run all tests that need no GPU
 	$(ENGINE) $(BIN)/python -m pytest
