@@ -46,7 +46,7 @@ def arm(widths: list[int], stored: list[int], hidden: int, dtype: torch.dtype, k
             prepack(w13, w2, layout, kernel)
         copies.append((w13, w2))
     slots = torch.tensor(layout.slots, dtype=torch.int32)
-    buckets = torch.tensor([(b.first_slot, b.num_slots, b.width, b.row) for b in layout.buckets], dtype=torch.int32)
+    table = torch.tensor(layout.bucket_table() if kernel else layout.expert_table(), dtype=torch.int32)
     turn = 0
 
     def run(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
@@ -55,11 +55,11 @@ def arm(widths: list[int], stored: list[int], hidden: int, dtype: torch.dtype, k
         w13, w2 = copies[turn % COPIES]
         output = torch.empty_like(x)
         if kernel is None:
-            ragged_moe_reference(x, w13, w2, weights, ids, slots, buckets)
+            ragged_moe_reference(x, w13, w2, weights, ids, slots, table)
         elif layout.is_uniform:
             cpu_uniform_moe(output, x, w13, w2, weights, ids, len(widths), kernel)
         else:
-            cpu_ragged_moe(output, x, w13, w2, weights, ids, slots, buckets, kernel)
+            cpu_ragged_moe(output, x, w13, w2, weights, ids, slots, table, kernel)
 
     return run
 

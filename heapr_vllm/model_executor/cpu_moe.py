@@ -70,9 +70,10 @@ def cpu_uniform_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torc
 def cpu_ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor,
                    topk_weights: torch.Tensor, topk_ids: torch.Tensor, slots: torch.Tensor, buckets: torch.Tensor,
                    isa: str) -> None:
-    """Writes the MoE output [T, H]; arguments as in `ragged_moe_reference`, weights prepacked for `isa`.
+    """Writes the MoE output [T, H]; arguments as in `ragged_moe_reference`, but weights prepacked for `isa`.
 
-    Each bucket gets the rows routed to it, and rows are summed in fp32; routes to slot -1 are dropped.
+    `buckets` int32 [B, 4] is `layout.bucket_table()`. Each bucket gets the rows routed to it, and rows are summed in
+    fp32; routes without a slot are dropped.
     """
     hidden_size = hidden_states.shape[1]
     plan = buckets.tolist()

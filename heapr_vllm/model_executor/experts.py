@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeig
 
 from heapr_vllm.model_executor.cpu_moe import cpu_uniform_moe
 from heapr_vllm.model_executor.layout import RaggedLayout
-from heapr_vllm.model_executor.ragged_moe import REFERENCE
+from heapr_vllm.model_executor.ragged_moe import REFERENCE, TRITON
 
 
 class HeaprExperts(mk.FusedMoEExpertsModular):
@@ -28,7 +28,7 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
         self.layer = layer
         self.layout = layout
         self.kernel = kernel
-        self.is_uniform = kernel != REFERENCE and layout.is_uniform and layer.expert_map is None
+        self.is_uniform = kernel not in (REFERENCE, TRITON) and layout.is_uniform and layer.expert_map is None
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:
@@ -85,4 +85,4 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
                             self.kernel)
         else:
             torch.ops.heapr.ragged_moe(output, hidden_states, w1, w2, topk_weights, topk_ids, self.layer.heapr_slots,
-                                       self.layer.heapr_buckets, self.kernel)
+                                       self.layer.heapr_table, self.layout.max_width, self.kernel)

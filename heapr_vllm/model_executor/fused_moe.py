@@ -15,18 +15,13 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.utils import set_weight_attrs
-from vllm.platforms import current_platform
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.model_executor.cpu_moe import native_isa, prepack, stored_widths
+from heapr_vllm.model_executor import ragged_moe
 from heapr_vllm.model_executor.experts import HeaprExperts
 from heapr_vllm.model_executor.layout import RaggedLayout, tensor_parallel_shares
-from heapr_vllm.model_executor.ragged_moe import REFERENCE, register_op
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers below its own name only
-
-SHARE_UNIT = 16  # a rank's share of an expert stays a multiple of it
-
 
 class HeaprMoEMethod(FusedMoEMethodBase):
     """Method of one layer. `keep`: bool [num_experts, moe_intermediate_size], all experts of the model's layer.
@@ -47,7 +42,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
 
         Raises HeaprError if the model's experts do not have the shape of the masks.
         """
-        register_op()
+        ragged_moe.register_op()
         expected = (layer.global_num_experts, self.moe.intermediate_size)
         if tuple(self.keep.shape) != expected:
             raise HeaprError(f"masks do not belong to this model: {self.prefix} has (experts, neurons) {expected}, the "
@@ -60,12 +55,12 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         experts = sorted(self.local_ids, key=self.local_ids.__getitem__)
         parallel = self.moe.moe_parallel_config
         kept = [int(self.keep[e].sum()) for e in experts]
-        self.shares = tensor_parallel_shares(kept, parallel.tp_size, parallel.tp_rank, SHARE_UNIT)
+        self.kernel = ragged_moe.select_kernel(params_dtype, hidden_size)
+        self.shares = tensor_parallel_shares(kept, parallel.tp_size, parallel.tp_rank,
+                                             ragged_moe.share_unit(self.kernel))
         widths = [stop - start for start, stop in self.shares]
-        self.kernel = (native_isa(params_dtype, hidden_size) if current_platform.is_cpu() else None) or REFERENCE
-        stored = (widths if self.kernel == REFERENCE else
-                  stored_widths(widths, self.moe.experts_per_token, hidden_size, params_dtype.itemsize))
-        self.layout = RaggedLayout.build(widths, stored)
+        self.layout = RaggedLayout.build(widths, ragged_moe.stored_widths(
+            self.kernel, widths, self.moe.experts_per_token, hidden_size, params_dtype.itemsize))
         attributes = {key: value for key, value in extra_weight_attrs.items()
                       if key not in ("weight_loader", "unpadded_hidden_size", "global_num_experts")}
         for name, rows_per_neuron in (("w13_weight", 2), ("w2_weight", 1)):
@@ -120,8 +115,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
                              f"{expert}; export or download it again")
         self.loaded.clear()
         self._zero_padding(layer)
-        if self.kernel != REFERENCE:
-            prepack(layer.w13_weight.data, layer.w2_weight.data, self.layout, self.kernel)
+        ragged_moe.pack(self.kernel, layer.w13_weight.data, layer.w2_weight.data, self.layout)
         self._register_tables(layer)
         if self.moe_kernel is None:
             self._build_kernel(layer)
@@ -131,21 +125,19 @@ class HeaprMoEMethod(FusedMoEMethodBase):
 
     def _zero_padding(self, layer: RoutedExperts) -> None:
         for local, width in enumerate(self.layout.widths):
-            if self.layout.slots[local] >= 0:
+            if self.layout.slots[local] < self.layout.num_slots:
                 row, stored = self.layout.place(local)
                 layer.w13_weight.data[2 * row : 2 * (row + stored)].view(2, stored, -1)[:, width:] = 0
                 layer.w2_weight.data[row + width : row + stored] = 0
 
     def _register_tables(self, layer: RoutedExperts) -> None:
         """Index tables as non-persistent buffers: not checkpoint weights, and kept by sleep level 2 and reload."""
-        slots = torch.full((layer.global_num_experts,), -1, dtype=torch.int32)
+        slots = torch.full((layer.global_num_experts,), self.layout.num_slots, dtype=torch.int32)
         for expert, local in self.local_ids.items():
             slots[expert] = self.layout.slots[local]
-        buckets = torch.tensor([(b.first_slot, b.num_slots, b.width, b.row) for b in self.layout.buckets],
-                               dtype=torch.int32).view(-1, 4)
         device = layer.w13_weight.device
         layer.register_buffer("heapr_slots", slots.to(device), persistent=False)
-        layer.register_buffer("heapr_buckets", buckets.to(device), persistent=False)
+        layer.register_buffer("heapr_table", ragged_moe.table(self.kernel, self.layout).to(device), persistent=False)
 
     def _build_kernel(self, layer: RoutedExperts) -> None:
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)

@@ -26,7 +26,8 @@ class Bucket:
 class RaggedLayout:
     """Storage of one layer's local experts.
 
-    `widths`: kept neurons per local expert. `slots`: position of each local expert in storage, -1 if it is not stored.
+    `widths`: kept neurons per local expert. `slots`: position of each local expert in storage, `num_slots` if it has
+    none because its stored width is 0.
     """
 
     widths: tuple[int, ...]
@@ -39,21 +40,37 @@ class RaggedLayout:
         return sum(bucket.num_slots * bucket.width for bucket in self.buckets)
 
     @property
+    def num_slots(self) -> int:
+        return sum(bucket.num_slots for bucket in self.buckets)
+
+    @property
+    def max_width(self) -> int:
+        """Widest stored width."""
+        return max((bucket.width for bucket in self.buckets), default=0)
+
+    @property
     def is_uniform(self) -> bool:
         """Whether all experts are stored at one width, in order."""
         return len(self.buckets) == 1 and self.slots == tuple(range(len(self.widths)))
 
     def place(self, expert: int) -> tuple[int, int]:
         """(first row, stored width) of a stored local expert."""
-        slot = self.slots[expert]
-        bucket = next(b for b in self.buckets if b.first_slot <= slot < b.first_slot + b.num_slots)
-        return bucket.row + (slot - bucket.first_slot) * bucket.width, bucket.width
+        return self.expert_table()[self.slots[expert]]
+
+    def expert_table(self) -> list[tuple[int, int]]:
+        """(first row, stored width) by slot."""
+        return [(bucket.row + i * bucket.width, bucket.width) for bucket in self.buckets
+                for i in range(bucket.num_slots)]
+
+    def bucket_table(self) -> list[tuple[int, int, int, int]]:
+        """(first slot, number of slots, stored width, first row) by bucket."""
+        return [(bucket.first_slot, bucket.num_slots, bucket.width, bucket.row) for bucket in self.buckets]
 
     @classmethod
     def build(cls, widths: Sequence[int], stored_widths: Sequence[int]) -> RaggedLayout:
         """Experts sorted widest first into buckets of equal stored width; stored width 0 takes no slot."""
         order = sorted((e for e in range(len(widths)) if stored_widths[e]), key=lambda e: (-stored_widths[e], e))
-        slots = [-1] * len(widths)
+        slots = [len(order)] * len(widths)
         buckets: list[Bucket] = []
         row = 0
         for slot, expert in enumerate(order):

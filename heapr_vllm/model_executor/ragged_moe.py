@@ -1,35 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The custom op `heapr::ragged_moe`: opaque to torch.compile, dispatches to the kernel its weights were packed for.
+"""The custom op `heapr::ragged_moe` and the choice of its kernel.
 
-All tables are tensor arguments, so a compiled graph holds no state of the process that traced it.
+The op is opaque to torch.compile and takes all tables as tensors, so a compiled graph holds no state of the process
+that traced it. Kernels: "triton" on GPUs, "amx" or "vec" for vLLM's native CPU op by instruction set, "reference" for
+plain torch. They differ in how they store weights (`stored_widths`, `pack`) and in the table they read.
 """
 
+from __future__ import annotations
+
+import importlib.util
+
 import torch
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from heapr_vllm.model_executor.cpu_moe import cpu_ragged_moe
+from heapr_vllm.model_executor import cpu_moe
+from heapr_vllm.model_executor.layout import RaggedLayout
 from heapr_vllm.model_executor.reference import ragged_moe_reference
 
-REFERENCE = "reference"
+REFERENCE, TRITON = "reference", "triton"
+TRITON_WIDTH_UNIT, SHARE_UNIT = 64, 16
 _LIBRARY = torch.library.Library("heapr", "FRAGMENT")
 
 
-def ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor,
-               topk_weights: torch.Tensor, topk_ids: torch.Tensor, slots: torch.Tensor, buckets: torch.Tensor,
-               kernel: str) -> None:
-    """Writes the MoE output [T, H] into `output`; the other arguments as in `ragged_moe_reference`.
+def select_kernel(dtype: torch.dtype, hidden_size: int) -> str:
+    """The fastest kernel that can run this layer here."""
+    if current_platform.is_cpu():
+        return cpu_moe.native_isa(dtype, hidden_size) or REFERENCE
+    has_triton = current_platform.is_cuda_alike() and importlib.util.find_spec("triton") is not None
+    return TRITON if has_triton and hidden_size % 16 == 0 else REFERENCE
 
-    `kernel` is "reference", or the instruction set of vLLM's native CPU op, "amx" or "vec".
-    """
+
+def share_unit(kernel: str) -> int:
+    """A tensor-parallel rank's share of an expert is a multiple of it."""
+    return TRITON_WIDTH_UNIT if kernel == TRITON else SHARE_UNIT
+
+
+def stored_widths(kernel: str, widths: list[int], top_k: int, hidden_size: int, element_size: int) -> list[int]:
+    """Stored width per local expert, at least the kept width."""
     if kernel == REFERENCE:
-        output.copy_(ragged_moe_reference(hidden_states, w13, w2, topk_weights, topk_ids, slots, buckets))
+        return widths
+    if kernel == TRITON:
+        return [-(-width // TRITON_WIDTH_UNIT) * TRITON_WIDTH_UNIT for width in widths]
+    return cpu_moe.stored_widths(widths, top_k, hidden_size, element_size)
+
+
+def pack(kernel: str, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout) -> None:
+    """Brings the loaded parameters into the kernel's layout, in place."""
+    if kernel == TRITON:
+        from heapr_vllm.model_executor.triton_moe import pack_down
+
+        pack_down(w2)
+    elif kernel != REFERENCE:
+        cpu_moe.prepack(w13, w2, layout, kernel)
+
+
+def table(kernel: str, layout: RaggedLayout) -> torch.Tensor:
+    """int32 [num_slots, 2], first row and stored width by slot; for the native CPU op `layout.bucket_table()`."""
+    per_expert = kernel in (REFERENCE, TRITON)
+    rows = layout.expert_table() if per_expert else layout.bucket_table()
+    return torch.tensor(rows, dtype=torch.int32).view(-1, 2 if per_expert else 4)
+
+
+def ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor,
+               topk_weights: torch.Tensor, topk_ids: torch.Tensor, slots: torch.Tensor, table: torch.Tensor,
+               max_width: int, kernel: str) -> None:
+    """Writes the MoE output [T, H] into `output`.
+
+    `hidden_states` [T, H]; `w13` and `w2` as `pack` left them; `topk_weights` float32 and `topk_ids` int32 [T, k],
+    global expert ids; `slots` int32 [num_experts], the number of slots for experts that are not stored; `table` from
+    `table()`; `max_width` the widest stored width.
+    """
+    if kernel == TRITON:
+        from heapr_vllm.model_executor.triton_moe import triton_ragged_moe
+
+        triton_ragged_moe(output, hidden_states, w13, w2, topk_weights, topk_ids, slots, table, max_width)
+    elif kernel == REFERENCE:
+        output.copy_(ragged_moe_reference(hidden_states, w13, w2, topk_weights, topk_ids, slots, table))
     else:
-        cpu_ragged_moe(output, hidden_states, w13, w2, topk_weights, topk_ids, slots, buckets, kernel)
+        cpu_moe.cpu_ragged_moe(output, hidden_states, w13, w2, topk_weights, topk_ids, slots, table, kernel)
 
 
 def _fake(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor,
-          topk_weights: torch.Tensor, topk_ids: torch.Tensor, slots: torch.Tensor, buckets: torch.Tensor,
-          kernel: str) -> None:
+          topk_weights: torch.Tensor, topk_ids: torch.Tensor, slots: torch.Tensor, table: torch.Tensor,
+          max_width: int, kernel: str) -> None:
     """Shapes only: the op writes in place and returns nothing."""
 
 

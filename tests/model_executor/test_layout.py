@@ -19,13 +19,13 @@ def test_layout_is_a_partition_of_the_rows(widths: list[int], unit: int, max_buc
     assert len(layout.buckets) <= max_buckets
     covered = []
     for expert, slot in enumerate(layout.slots):
-        assert (slot < 0) == (stored[expert] == 0)
-        if slot >= 0:
+        assert (slot == layout.num_slots) == (stored[expert] == 0)
+        if slot < layout.num_slots:
             row, size = layout.place(expert)
             assert size == stored[expert]
             covered += range(row, row + size)
     assert sorted(covered) == list(range(layout.num_rows))
-    placed = sorted(slot for slot in layout.slots if slot >= 0)
+    placed = sorted(slot for slot in layout.slots if slot < layout.num_slots)
     assert placed == list(range(len(placed)))
     assert [b.width for b in layout.buckets] == sorted({b.width for b in layout.buckets}, reverse=True)
 

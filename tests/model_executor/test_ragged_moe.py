@@ -9,9 +9,9 @@ pytest.importorskip("vllm")
 from vllm.platforms import current_platform
 
 from heapr_vllm.model_executor import cpu_moe
-from heapr_vllm.model_executor.cpu_moe import WIDTH_UNIT, native_isa, prepack, stored_widths
+from heapr_vllm.model_executor.cpu_moe import WIDTH_UNIT, native_isa
 from heapr_vllm.model_executor.layout import RaggedLayout, bucketed
-from heapr_vllm.model_executor.ragged_moe import REFERENCE, register_op
+from heapr_vllm.model_executor.ragged_moe import REFERENCE, TRITON, pack, register_op, stored_widths, table
 
 current_platform.import_kernels()
 register_op()
@@ -38,11 +38,12 @@ def layer(case: tuple, dtype: torch.dtype, kernel: str) -> tuple:
     generator = torch.Generator().manual_seed(len(widths) * tokens)
     local = [e for e in range(len(widths)) if e not in remote]
     local_widths = [widths[e] for e in local]
-    layout = RaggedLayout.build(local_widths, bucketed(local_widths, 1 if kernel == REFERENCE else WIDTH_UNIT,
-                                                       max_buckets))
+    stored = (bucketed(local_widths, WIDTH_UNIT, max_buckets) if kernel not in (REFERENCE, TRITON) else
+              stored_widths(kernel, local_widths, top_k, hidden, dtype.itemsize))
+    layout = RaggedLayout.build(local_widths, stored)
     w13 = torch.full((2 * layout.num_rows, hidden), torch.nan, dtype=dtype)
     w2 = torch.full((layout.num_rows, hidden), torch.nan, dtype=dtype)
-    slots = torch.full((len(widths),), -1, dtype=torch.int32)
+    slots = torch.full((len(widths),), layout.num_slots, dtype=torch.int32)
     x = torch.randn(tokens, hidden, generator=generator).to(dtype)
     scores = torch.rand(tokens, len(widths), generator=generator)
     weights, ids = scores.softmax(-1).topk(top_k)
@@ -50,7 +51,7 @@ def layer(case: tuple, dtype: torch.dtype, kernel: str) -> tuple:
     for i, expert in enumerate(local):
         slots[expert] = layout.slots[i]
         gate, up, down = (torch.randn(widths[expert], hidden, generator=generator).mul(0.2).to(dtype) for _ in range(3))
-        if layout.slots[i] >= 0:
+        if layout.slots[i] < layout.num_slots:
             row, stored = layout.place(i)
             for flat, first, rows in ((w13, 2 * row, gate), (w13, 2 * row + stored, up), (w2, row, down)):
                 flat[first : first + stored] = 0
@@ -58,11 +59,8 @@ def layer(case: tuple, dtype: torch.dtype, kernel: str) -> tuple:
         h = F.silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)
         route = (weights * (ids == expert)).sum(-1).double()
         expected += route[:, None] * (h @ down.double())
-    if kernel != REFERENCE:
-        prepack(w13, w2, layout, kernel)
-    buckets = torch.tensor([(b.first_slot, b.num_slots, b.width, b.row) for b in layout.buckets],
-                           dtype=torch.int32).view(-1, 4)
-    return (x, w13, w2, weights, ids.int(), slots, buckets, kernel), expected
+    pack(kernel, w13, w2, layout)
+    return (x, w13, w2, weights, ids.int(), slots, table(kernel, layout), layout.max_width, kernel), expected
 
 
 def kernels(dtype: torch.dtype) -> list[str]:
@@ -99,7 +97,7 @@ def test_native_op_never_sees_ids_out_of_range(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cpu_moe, "cpu_uniform_moe", spy)
     for case in CASES:
         arguments, _ = layer(case, torch.float32, native_isa(torch.float32, case[3]))
-        cpu_moe.cpu_ragged_moe(torch.empty_like(arguments[0]), *arguments)
+        cpu_moe.cpu_ragged_moe(torch.empty_like(arguments[0]), *arguments[:7], arguments[8])
     assert len(calls) > len(CASES) - 3
     assert all(lowest >= 0 and highest < count for lowest, highest, count in calls)
 
@@ -118,6 +116,6 @@ def test_op_is_registered_once_and_opaque() -> None:
 
 
 def test_small_layers_get_one_bucket_and_large_ones_several() -> None:
-    assert len(set(stored_widths([16, 48, 96, 96], 2, 256, 2))) == 1
-    large = stored_widths([64 * (e % 12) for e in range(128)], 8, 2048, 2)
+    assert len(set(cpu_moe.stored_widths([16, 48, 96, 96], 2, 256, 2))) == 1
+    large = cpu_moe.stored_widths([64 * (e % 12) for e in range(128)], 8, 2048, 2)
     assert len(set(large) - {0}) > 2 and sum(large) < 128 * 704
