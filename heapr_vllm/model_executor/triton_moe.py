@@ -50,15 +50,17 @@ class TileConfig:
             raise ValueError(f"down.block_k {self.down.block_k} does not divide {WIDTH_UNIT}")
 
 
-def default_config(num_tokens: int, top_k: int, num_experts: int, hidden_size: int) -> TileConfig:
-    """Tiles by routes per expert, for shapes without a tuned configuration."""
+def default_config(num_tokens: int, top_k: int, num_experts: int, hidden_size: int, hopper: bool = True) -> TileConfig:
+    """Tiles by routes per expert, for shapes without a tuned configuration; Ampere's registers hold smaller ones."""
     routes = num_tokens * top_k / max(num_experts, 1)
     if routes <= 16:
         config = TileConfig(16, Tile(32, 128, 4, 4), Tile(64, 64, 4, 4))
     elif routes <= 64:
         config = TileConfig(32 if routes <= 32 else 64, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4, 1))
-    else:
+    elif hopper:
         config = TileConfig(128, Tile(128, 64, 8, 4, 8), Tile(256, 64, 8, 3, 8))
+    else:
+        config = TileConfig(128, Tile(64, 64, 8, 3, 8), Tile(128, 64, 8, 3, 8))
     up_k = _largest_divisor(hidden_size, config.up.block_k)
     down_n = _largest_divisor(hidden_size, config.down.block_n)
     return TileConfig(config.block_m, replace(config.up, block_k=up_k), replace(config.down, block_n=down_n))
@@ -132,7 +134,7 @@ def triton_ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: to
     if num_slots == 0:
         output.zero_()
         return
-    config = config or default_config(num_tokens, top_k, num_slots, hidden_size)
+    config = config or default_config(num_tokens, top_k, num_slots, hidden_size, _is_hopper())
     config.check(hidden_size)
     num_routes = num_tokens * top_k
     route_slots = slots[topk_ids]
@@ -160,6 +162,11 @@ def triton_ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: to
     combine_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
         routed, topk_weights, route_slots, num_slots, output, output.stride(0), H=hidden_size, TOP_K=top_k,
         BLOCK_N=block)
+
+
+@cache
+def _is_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def _largest_divisor(size: int, limit: int) -> int:
