@@ -9,7 +9,7 @@ from pathlib import Path
 
 from heapr_vllm.errors import HeaprError
 
-OWN_FILES = ("heapr", "moments.safetensors", "partial.safetensors", "model.safetensors.index.json")
+OWN_FILES = ("heapr/masks.safetensors", "moments.safetensors", "partial.safetensors")
 
 
 def check_output(path: Path, overwrite: bool) -> None:
@@ -37,7 +37,12 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         yield partial
         if path.exists():
             path.rename(replaced)
-        partial.rename(path)
+        try:
+            partial.rename(path)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(path)
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from heapr_vllm.errors import HeaprError
+from heapr_vllm.errors import HeaprError, first_line
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -63,6 +63,8 @@ class Checkpoint:
     @classmethod
     def resolve(cls, name_or_path: str | Path, revision: str | None = None) -> Checkpoint:
         """Opens a directory, or downloads a Hub repository. Raises HeaprError if there is none."""
+        if not str(name_or_path):
+            raise HeaprError("no model is named; say which with --model or `base_model`")
         path = Path(name_or_path)
         if not path.is_dir():
             path = _download(str(name_or_path), revision)
@@ -70,6 +72,15 @@ class Checkpoint:
         if not (path / "config.json").is_file():
             raise HeaprError(f"{path} holds no config.json; MODEL is a Hugging Face checkpoint directory or Hub id")
         return checkpoint
+
+    @property
+    def commit(self) -> str | None:
+        """Commit of a Hub snapshot, None for a plain directory."""
+        return self.path.name if self.path.parent.name == "snapshots" else None
+
+    @property
+    def has_weights(self) -> bool:
+        return any((self.path / name).is_file() for name in (INDEX_FILE, SINGLE_FILE))
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -197,4 +208,4 @@ def _download(repo_id: str, revision: str | None) -> Path:
                                                                                   *SIDE_FILES]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise HeaprError(f"{repo_id} is neither a local directory nor reachable on the Hub: "
-                         f"{str(error).splitlines()[0]}") from error
+                         f"{first_line(error)}") from error

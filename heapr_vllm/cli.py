@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from heapr_vllm import __version__
-from heapr_vllm.errors import HeaprError
+from heapr_vllm.errors import HeaprError, first_line
 
 # Imports of torch and transformers sit inside the commands: `heapr --help` must not wait for them.
 
@@ -77,16 +77,16 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("model", metavar="MODEL", help="checkpoint directory or Hub id")
     command.add_argument("--dataset", required=True, metavar="SPEC",
                          help="file.txt, file.jsonl (field `text`) or name[subset](split)")
-    _output(command, "CALIB")
+    _output(command, "CALIB").add_argument("--resume", action="store_true", help="continue a run that was killed")
     command.add_argument("--num-calibration-samples", type=_positive, default=128, metavar="N")
     command.add_argument("--max-seq-length", type=_positive, default=2048, metavar="L")
-    command.add_argument("--batch-size", type=_positive, default=1, metavar="B", help="does not change the result")
+    command.add_argument("--batch-size", type=_positive, default=1, metavar="B",
+                         help="does not change the result, beyond rounding in half precision")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     command.add_argument("--revision", help="revision of a Hub id")
     command.add_argument("--checkpoint-every", type=_positive, default=8, metavar="K", help="batches between saves")
-    command.add_argument("--resume", action="store_true", help="continue a run that was killed")
     command.add_argument("--dry-run", action="store_true", help="print sizes, load no weight, write nothing")
 
     command = _command(commands, "prune", run_prune, "moments to masks at any sparsity; needs no model and no GPU",
@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--scope", default="global", choices=("global", "layer", "expert"),
                          help="where neurons compete (default: global)")
     command.add_argument("--align", type=_positive, default=16, metavar="A", help="kept counts are multiples of it")
-    command.add_argument("--min-width", type=int, default=0, metavar="W", help="neurons every expert keeps")
+    command.add_argument("--min-width", type=_not_negative, default=0, metavar="W", help="neurons every expert keeps")
     command.add_argument("--unrouted", default="keep", choices=("keep", "prune", "error"),
                          help="experts without a calibration token (default: keep)")
     _output(command, "MASKS")
@@ -126,15 +126,25 @@ def _command(commands, name: str, run, summary: str, example: str) -> argparse.A
     return command
 
 
-def _output(command: argparse.ArgumentParser, metavar: str) -> None:
+def _output(command: argparse.ArgumentParser, metavar: str) -> argparse._MutuallyExclusiveGroup:
+    """Adds --output and --overwrite; the returned group holds what excludes --overwrite."""
     command.add_argument("-o", "--output", type=Path, required=True, metavar=metavar)
-    command.add_argument("--overwrite", action="store_true", help="replace what heapr wrote there before")
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--overwrite", action="store_true", help="replace what heapr wrote there before")
+    return group
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
 
 
@@ -150,6 +160,9 @@ def main(argv: list[str] | None = None) -> int:
         args.run(args)
     except HeaprError as error:
         print(f"heapr: error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        print(f"heapr: error: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("heapr: interrupted; --resume continues a calibration", file=sys.stderr)

@@ -4,3 +4,8 @@
 
 class HeaprError(ValueError):
     """A mistake the user can fix: one line that says what is wrong and what to do. The CLI exits with 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

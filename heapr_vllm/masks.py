@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from heapr_vllm.config import MASKS_FILE
-from heapr_vllm.errors import HeaprError
+from heapr_vllm.errors import HeaprError, first_line
 from heapr_vllm.tensorfile import load_tensors, save_tensors
 
 
@@ -35,6 +35,13 @@ def unpack_bits(packed: torch.Tensor, num_neurons: int) -> torch.Tensor:
 
 def file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def check_masks_sha256(path: Path, expected: str | None) -> None:
+    """Raises HeaprError if the masks file is not the one config.json was written for; None expects nothing."""
+    if expected not in (None, file_sha256(path)):
+        raise HeaprError(f"{path} is damaged or changed: it differs from the masks_sha256 in config.json; create or "
+                         "download it again")
 
 
 @dataclass(frozen=True)
@@ -163,4 +170,4 @@ def find_masks(name_or_path: str, revision: str | None = None) -> Path:
         return Path(hf_hub_download(name_or_path, MASKS_FILE, revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise HeaprError(f"no masks at {name_or_path}: it is no local file or directory, and the Hub says: "
-                         f"{str(error).splitlines()[0]}") from error
+                         f"{first_line(error)}") from error

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from heapr_vllm.cli import main
+from heapr_vllm.masks import NeuronMasks
 
 
 def test_whole_path(qwen3: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -110,3 +111,43 @@ def test_nan_weights(qwen3: Path, corpus: Path, tmp_path: Path, capsys) -> None:
 def test_missing_input(argv: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     fails(argv, message, capsys, tmp_path)
+
+
+def test_export_never_replaces_its_input(masks_repository: Path, qwen3: Path, tmp_path: Path, capsys) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(qwen3, base)
+    export = ["export", str(masks_repository), "--model", str(base), "-o", str(base), "--overwrite"]
+    fails(export, "is the input of this export", capsys, tmp_path)
+    sharded = tmp_path / "sharded"
+    sharded.mkdir()
+    (sharded / "model.safetensors.index.json").write_text("{}")
+    fails([*export[:5], str(sharded), "--overwrite"], "was not written by heapr", capsys, tmp_path)
+
+
+def test_masks_with_two_flipped_bits(masks_repository: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(masks_repository, tmp_path / "masks")
+    masks = NeuronMasks.from_pretrained(masks_repository)
+    masks.keep["model.layers.0.mlp.experts"][5, :2] ^= True
+    masks.save_pretrained(tmp_path / "masks")
+    fails(["export", str(tmp_path / "masks"), "-o", str(tmp_path / "out")], "differs from the masks_sha256", capsys,
+          tmp_path)
+
+
+def test_resume_does_not_write_into_other_folders(qwen3: Path, corpus: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    fails(["calibrate", str(qwen3), "--dataset", str(corpus), "-o", str(tmp_path / "other"), "--resume"],
+          "already exists", capsys, tmp_path)
+
+
+def test_device_that_is_not_there(qwen3: Path, corpus: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    fails(["calibrate", str(qwen3), "--dataset", str(corpus), "-o", str(tmp_path / "c"), "--device", "cuda"],
+          "sees no GPU; use --device cpu", capsys, tmp_path)
+
+
+def test_broken_config_json(qwen3: Path, corpus: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(qwen3, tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text("{")
+    fails(["calibrate", str(tmp_path / "base"), "--dataset", str(corpus), "-o", str(tmp_path / "c")],
+          "JSONDecodeError", capsys, tmp_path)

@@ -7,6 +7,7 @@ never checks expert ids and aborts the process on anything else, so everything i
 
 from __future__ import annotations
 
+import os
 import platform
 
 import torch
@@ -34,8 +35,14 @@ def native_isa(dtype: torch.dtype, hidden_size: int) -> str | None:
 
 
 def stored_widths(widths: list[int], top_k: int, hidden_size: int, element_size: int) -> list[int]:
-    """Stored width per expert: one width for all where calls dominate, else `MAX_BUCKETS` widths."""
+    """Stored width per expert: one width for all where calls dominate, else `MAX_BUCKETS` widths.
+
+    HEAPR_CPU_BUCKETS=always or never overrides the choice.
+    """
     uniform, ragged = bucketed(widths, WIDTH_UNIT, 1), bucketed(widths, WIDTH_UNIT, MAX_BUCKETS)
+    override = os.environ.get("HEAPR_CPU_BUCKETS")
+    if override in ("always", "never"):
+        return ragged if override == "always" else uniform
     saved_rows = top_k * (sum(uniform) - sum(ragged)) / len(widths)
     saved_seconds = saved_rows * 3 * hidden_size * element_size / BYTES_PER_SECOND
     return ragged if saved_seconds > BUCKETING_SECONDS else uniform

@@ -80,6 +80,9 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         local = self.local_ids.get(expert_id, -1)
         if local < 0:
             return False if return_success else None
+        if not loaded_weight.is_floating_point() or loaded_weight.itemsize < 2:
+            raise HeaprError(f"{weight_name} is quantized ({loaded_weight.dtype}); pruned experts need the unquantized "
+                             "base model")
         rows = loaded_weight.T if shard_id == "w2" else loaded_weight
         kept = self.keep[expert_id].nonzero().flatten()
         width = len(kept) if self.weights_layout == "compact" else self.keep.shape[1]

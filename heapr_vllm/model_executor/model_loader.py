@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -33,16 +34,19 @@ class HeaprModelLoader(DefaultModelLoader):
     def __init__(self, load_config: LoadConfig) -> None:
         extra = dict(load_config.model_loader_extra_config)
         self.base_override: str | None = extra.pop(BASE_MODEL_KEY, None)
+        extra.setdefault("enable_weights_track", True)  # off by default for quantized models: every tensor must come
         super().__init__(dataclasses.replace(load_config, load_format="auto", model_loader_extra_config=extra))
 
     def base_model_config(self, model_config: ModelConfig) -> ModelConfig:
-        """`model_config` with the base model as its source.
+        """`model_config` with the base model as its source, unless it names weights itself (`reload_weights`).
 
         Raises HeaprError if the model is not a masks repository or its base model cannot be read.
         """
         block = getattr(model_config.hf_config, "quantization_config", None) or {}
         if block.get("quant_method") != "heapr" or PruningConfig.from_dict(block).layout != "masks":
             raise HeaprError(f"{model_config.model} is not a masks repository; serve it without --load-format heapr")
+        if Path(model_config.model).is_dir() and Checkpoint(Path(model_config.model)).has_weights:
+            return model_config
         base = PruningConfig.from_dict(block).base_model
         name = self.base_override or base.name_or_path
         try:

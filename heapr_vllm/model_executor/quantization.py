@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from heapr_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-from heapr_vllm.config import QUANT_METHOD, PruningConfig
+from heapr_vllm.checkpoint import Checkpoint
+from heapr_vllm.config import MASKS_FILE, QUANT_METHOD, PruningConfig
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.masks import NeuronMasks, file_sha256, find_masks
+from heapr_vllm.masks import NeuronMasks, check_masks_sha256, file_sha256, find_masks
 
 
 class HeaprConfig(QuantizationConfig):
@@ -62,28 +62,31 @@ class HeaprConfig(QuantizationConfig):
             if num_layers is not None and _layer_index(prefix) >= num_layers:
                 raise HeaprError(f"masks do not belong to {model_name}: they cover {prefix}, the model has "
                                  f"{num_layers} layers; use the model they were made for")
-        folder = Path(model_name)
-        if any((folder / name).is_file() for name in (INDEX_FILE, SINGLE_FILE)):
-            weights = Checkpoint(folder)
-            weights.check_readable()
-            if self.pruning.layout == "masks":
-                check_base(weights, self)
+        if isinstance(getattr(hf_config, "quantization_config", None), dict):
+            # vLLM's cache of compiled graphs is keyed by the config: make it depend on the widths, not on a path
+            hf_config.quantization_config["masks_sha256"] = file_sha256(self.masks_path)
+        if Path(model_name).is_dir() or self.pruning.layout == "masks":
+            weights = Checkpoint.resolve(model_name, revision)
+            if weights.has_weights:
+                weights.check_readable()
+                if self.pruning.layout == "masks":
+                    check_base(weights, self)
+
+    @property
+    def masks_path(self) -> Path:
+        """The masks file: inside the model by default, else where the user says. Raises HeaprError if it is missing."""
+        inside = Path(self.model_name) / self.pruning.masks
+        if inside.is_file():
+            return inside
+        if self.pruning.masks == MASKS_FILE:
+            return find_masks(self.model_name, self.revision)
+        return find_masks(self.pruning.masks)
 
     @cached_property
     def masks(self) -> NeuronMasks:
         """Raises HeaprError if they cannot be found or differ from `masks_sha256`."""
-        inside = Path(self.model_name) / self.pruning.masks
-        if inside.is_file():
-            path = inside
-        elif Path(self.model_name).is_dir() or Path(self.pruning.masks).exists():
-            path = find_masks(self.pruning.masks)
-        elif self.pruning.masks == PruningConfig().masks:
-            path = find_masks(self.model_name, self.revision)
-        else:
-            path = find_masks(self.pruning.masks)
-        if self.pruning.masks_sha256 not in (None, file_sha256(path)):
-            raise HeaprError(f"{path} differs from the masks_sha256 in config.json; create or download it again")
-        return NeuronMasks.load(path)
+        check_masks_sha256(self.masks_path, self.pruning.masks_sha256)
+        return NeuronMasks.load(self.masks_path)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The ragged method for a pruned MoE layer, unquantized methods for everything else."""
@@ -111,6 +114,7 @@ def is_draft_layer(prefix: str) -> bool:
 
 def check_base(base: Checkpoint, config: HeaprConfig) -> None:
     """Raises HeaprError unless `base` is the model the masks were calibrated on."""
+    base.check_unquantized()
     config.masks.check_fits(base.expert_shapes(), str(base.path))
     expected = (config.masks.metadata.get("base_model") or {}).get("fingerprint")
     if config.pruning.base_model.fingerprint != "any" and expected not in (None, base.fingerprint()):

@@ -9,6 +9,7 @@ plain torch. They differ in how they store weights (`stored_widths`, `pack`) and
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 
 import torch
 from vllm.platforms import current_platform
@@ -20,7 +21,6 @@ from heapr_vllm.model_executor.reference import ragged_moe_reference
 
 REFERENCE, TRITON = "reference", "triton"
 TRITON_WIDTH_UNIT, SHARE_UNIT = 64, 16
-_LIBRARY = torch.library.Library("heapr", "FRAGMENT")
 
 
 def select_kernel(dtype: torch.dtype, hidden_size: int) -> str:
@@ -87,8 +87,9 @@ def _fake(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Tensor, 
     """Shapes only: the op writes in place and returns nothing."""
 
 
-def register_op() -> None:
-    """Defines the op once per process."""
-    if not hasattr(torch.ops.heapr, "ragged_moe"):
-        direct_register_custom_op("ragged_moe", ragged_moe, mutates_args=["output"], fake_impl=_fake,
-                                  target_lib=_LIBRARY)
+@cache
+def register_op() -> torch.library.Library:
+    """Defines the op once per process; it lives as long as the returned library, which the cache holds."""
+    library = torch.library.Library("heapr", "FRAGMENT")
+    direct_register_custom_op("ragged_moe", ragged_moe, mutates_args=["output"], fake_impl=_fake, target_lib=library)
+    return library

@@ -50,10 +50,16 @@ class TileConfig:
             raise ValueError(f"down.block_k {self.down.block_k} does not divide {WIDTH_UNIT}")
 
 
-def default_config(num_tokens: int, top_k: int, num_experts: int, hidden_size: int, hopper: bool = True) -> TileConfig:
-    """Tiles by routes per expert, for shapes without a tuned configuration; Ampere's registers hold smaller ones."""
+def default_config(num_tokens: int, top_k: int, num_experts: int, hidden_size: int, hopper: bool = True,
+                   element_size: int = 2) -> TileConfig:
+    """Tiles by routes per expert, for shapes without a tuned configuration.
+
+    Ampere's registers hold smaller tiles than Hopper's; fp32 is there to be right, not fast.
+    """
     routes = num_tokens * top_k / max(num_experts, 1)
-    if routes <= 16:
+    if element_size > 2:
+        config = TileConfig(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2))
+    elif routes <= 16:
         config = TileConfig(16, Tile(32, 128, 4, 4), Tile(64, 64, 4, 4))
     elif routes <= 64:
         config = TileConfig(32 if routes <= 32 else 64, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4, 1))
@@ -85,7 +91,7 @@ def align_routes(route_slots: torch.Tensor, num_slots: int,
     otherwise torch without a host sync; sizes depend on shapes only.
     """
     if route_slots.is_cuda and (align := _vllm_align()) is not None:
-        return align(route_slots, block_m, num_slots)
+        return align(route_slots, block_m, num_slots + 1)  # the op does not check ids: absent is a slot of its own
     device, num_routes = route_slots.device, route_slots.numel()
     num_blocks = max_blocks(num_routes, num_slots, block_m)
     slot = route_slots.flatten().long()
@@ -134,7 +140,8 @@ def triton_ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: to
     if num_slots == 0:
         output.zero_()
         return
-    config = config or default_config(num_tokens, top_k, num_slots, hidden_size, _is_hopper())
+    config = config or default_config(num_tokens, top_k, num_slots, hidden_size, _is_hopper(),
+                                      hidden_states.element_size())
     config.check(hidden_size)
     num_routes = num_tokens * top_k
     route_slots = slots[topk_ids]

@@ -20,10 +20,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from heapr_vllm.atomic import atomic_file, check_output
 from heapr_vllm.checkpoint import TOKENIZER_FILES, Checkpoint
 from heapr_vllm.environment import versions
-from heapr_vllm.errors import HeaprError
+from heapr_vllm.errors import HeaprError, first_line
 from heapr_vllm.prune.collector import MomentCollector
 from heapr_vllm.prune.data import fingerprint, read_documents, token_blocks
-from heapr_vllm.prune.moments import CALIBRATION_FILE, MOMENTS_FILE, NeuronMoments
+from heapr_vllm.prune.moments import CALIBRATION_FILE, NeuronMoments
 
 PARTIAL_FILE = "partial.safetensors"
 
@@ -93,16 +93,18 @@ def calibrate(settings: CalibrationSettings, output: Path, *, device: str = "cpu
     """`heapr calibrate`: writes `moments.safetensors`, `calibration.json` and the model's config and tokenizer.
 
     Every `checkpoint_every` batches the sums are saved; with `resume` a killed run continues from there and ends in the
-    same bytes. Raises HeaprError on bad input, before anything is written.
+    same bytes. Raises HeaprError on bad input before anything is written, and if the loss becomes NaN on the way.
     """
-    if not resume:
+    if not (resume and (output / PARTIAL_FILE).is_file()):
         check_output(output, overwrite)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise HeaprError(f"--device {device}: this torch ({torch.__version__}) sees no GPU; use --device cpu")
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
     checkpoint.check_unquantized()
     shapes = checkpoint.expert_shapes()
     blocks = _blocks(settings, checkpoint)
-    identity = {**asdict(settings), "dataset_fingerprint": fingerprint(blocks),
-                "base_fingerprint": checkpoint.fingerprint()}
+    identity = {**asdict(settings), "revision": checkpoint.commit or settings.revision,
+                "dataset_fingerprint": fingerprint(blocks), "base_fingerprint": checkpoint.fingerprint()}
     partial = _load_partial(output, identity) if resume else None
     model = _load_model(checkpoint, settings.dtype, device)
     collector = MomentCollector(model)
@@ -115,6 +117,7 @@ def calibrate(settings: CalibrationSettings, output: Path, *, device: str = "cpu
         first = partial.metadata["samples_done"]
     if not resume:
         (output / PARTIAL_FILE).unlink(missing_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
     started = time.time()
     batch_tokens = settings.batch_size * settings.max_seq_length
     with tqdm(total=blocks.numel(), initial=first * settings.max_seq_length, unit="tok", unit_scale=True,
@@ -128,8 +131,8 @@ def calibrate(settings: CalibrationSettings, output: Path, *, device: str = "cpu
 
         collect_moments(model, blocks, settings.batch_size, collector=collector, first=first, after_batch=after_batch)
     moments = collector.moments(identity)
-    moments.save_pretrained(output)
     _write_provenance(output, checkpoint, identity, moments, blocks, time.time() - started)
+    moments.save_pretrained(output)
     (output / PARTIAL_FILE).unlink(missing_ok=True)
     return moments
 
@@ -166,14 +169,12 @@ def _load_model(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedMo
     try:
         return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype).to(device)
     except ValueError as error:
-        raise HeaprError(f"transformers cannot load {checkpoint.path}: {str(error).splitlines()[0]}") from error
+        raise HeaprError(f"transformers cannot load {checkpoint.path}: {first_line(error)}") from error
 
 
 def _load_partial(output: Path, identity: dict[str, Any]) -> NeuronMoments | None:
     """The last saved state, or None if there is none yet. Raises HeaprError if it belongs to other settings."""
     if not (output / PARTIAL_FILE).is_file():
-        if (output / MOMENTS_FILE).is_file():
-            raise HeaprError(f"{output} is already complete; pass --overwrite to calibrate again")
         return None
     partial = NeuronMoments.load(output / PARTIAL_FILE)
     changed = sorted(key for key in identity if partial.metadata.get(key) != identity[key])
@@ -187,6 +188,7 @@ def _write_provenance(output: Path, checkpoint: Checkpoint, identity: dict[str, 
                       blocks: torch.Tensor, seconds: float) -> None:
     record = {**identity, "calibration_tokens": blocks.numel(), "wall_time_seconds": round(seconds, 1),
               "versions": versions(), "tokens": {prefix: count.tolist() for prefix, count in moments.tokens.items()}}
+    output.mkdir(exist_ok=True)
     atomic_file(output / CALIBRATION_FILE, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
     for name in ("config.json", *TOKENIZER_FILES):
         if (checkpoint.path / name).is_file():

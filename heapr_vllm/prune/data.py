@@ -4,15 +4,16 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from heapr_vllm.errors import HeaprError
+from heapr_vllm.errors import HeaprError, first_line
 
 POOL_FACTOR = 8  # blocks are drawn from a pool this many times larger, so that they come from many documents
+PASSAGE_CHARACTERS = 20_000
 _SPEC = re.compile(r"(?P<name>[^\[\](){}]+)(\[(?P<subset>[^\]]+)\])?(\((?P<split>[^)]+)\))?")
 
 
@@ -55,10 +56,21 @@ def _read_hub_dataset(spec: str) -> list[str]:
     try:
         rows = load_dataset(match["name"], match["subset"], split=match["split"] or "train")
     except (FileNotFoundError, ConnectionError, ValueError, OSError) as error:
-        raise HeaprError(f"dataset {spec} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise HeaprError(f"dataset {spec} cannot be loaded: {first_line(error)}") from error
     if "text" not in rows.column_names:
         raise HeaprError(f"dataset {spec} has no `text` column, only {', '.join(rows.column_names)}")
-    return list(rows["text"])
+    return list(_passages(rows["text"]))
+
+
+def _passages(rows: Iterable[str]) -> Iterator[str]:
+    """Consecutive rows joined by blank lines into passages: rows of WikiText are single lines, not documents."""
+    passage: list[str] = []
+    for row in rows:
+        passage.append(row)
+        if sum(map(len, passage)) >= PASSAGE_CHARACTERS:
+            yield "\n\n".join(passage)
+            passage = []
+    yield "\n\n".join(passage)
 
 
 def token_blocks(documents: list[str], tokenizer: Any, num_samples: int, max_seq_length: int,

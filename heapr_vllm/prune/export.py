@@ -21,7 +21,7 @@ from heapr_vllm.atomic import atomic_directory
 from heapr_vllm.checkpoint import INDEX_FILE, SIDE_FILES, TOKENIZER_FILES, Checkpoint, ExpertTensor
 from heapr_vllm.config import MASKS_FILE, BaseModel, PruningConfig
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.masks import NeuronMasks, file_sha256
+from heapr_vllm.masks import NeuronMasks, check_masks_sha256, file_sha256, find_masks
 from heapr_vllm.prune.card import model_card
 from heapr_vllm.prune.moments import CALIBRATION_FILE
 
@@ -34,6 +34,8 @@ def write_masks_repository(masks: NeuronMasks, calibration: Path, output: Path, 
 
     `calibration` is the folder `heapr calibrate` wrote.
     """
+    if not (calibration / CALIBRATION_FILE).is_file():
+        raise HeaprError(f"{calibration / CALIBRATION_FILE} is missing; `heapr calibrate` writes it")
     with atomic_directory(output, overwrite) as folder:
         masks.save_pretrained(folder)
         for name in TOKENIZER_FILES:
@@ -59,9 +61,13 @@ def export_checkpoint(masks_dir: Path, output: Path, *, model: str | None = None
     """
     if layout not in LAYOUTS:
         raise HeaprError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
-    masks = NeuronMasks.from_pretrained(masks_dir)
+    masks_file = find_masks(str(masks_dir))
     block = _pruning_config(masks_dir)
+    check_masks_sha256(masks_file, block.masks_sha256)
+    masks = NeuronMasks.load(masks_file)
     base = Checkpoint.resolve(model or block.base_model.name_or_path, block.base_model.revision if not model else None)
+    if output.resolve() in (base.path.resolve(), masks_dir.resolve()):
+        raise HeaprError(f"{output} is the input of this export; choose another --output")
     base.check_unquantized()
     masks.check_fits(base.expert_shapes(), str(base.path))
     if verify and block.base_model.fingerprint not in (None, base.fingerprint()):

@@ -77,13 +77,13 @@ def plot_report(summary: dict[str, Any], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise HeaprError("--plot needs matplotlib: pip install heapr-vllm[prune]") from error
-    rows = [[width / summary["full_width"][prefix] for width in sorted(widths, reverse=True)]
+    rows = [[width / summary["full_width"][prefix] for width in widths]
             for prefix, widths in summary["widths"].items()]
     figure = Figure(figsize=(8, 1.6 + 0.22 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     image = axes.imshow(rows, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-    axes.set(xlabel="experts, widest first", ylabel="MoE layer", title=format_reductions(summary))
+    axes.set(xlabel="expert", ylabel="MoE layer", title=format_reductions(summary))
     axes.title.set_fontsize(9)
     figure.colorbar(image, label="kept fraction")
     figure.savefig(path, dpi=140)

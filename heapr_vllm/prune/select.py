@@ -25,12 +25,18 @@ def select(moments: NeuronMoments, sparsity: float, *, scope: str = "global", al
         if unrouted == "error" and silent.any():
             raise HeaprError(f"{int(silent.sum())} experts of {prefix} saw no calibration token; calibrate on more "
                              "text, or choose --unrouted keep or prune")
+        if not saliency[prefix].isfinite().all():
+            raise HeaprError(f"{prefix} has saliency that is not finite; calibrate again with --dtype float32")
         saliency[prefix][silent] = torch.inf if unrouted == "keep" else -1.0
-    return select_by_saliency(saliency, sparsity, scope=scope, align=align, min_width=min_width,
-                              metadata={"criterion": "heapr", "unrouted": unrouted,
-                                        "base_model": {"name_or_path": moments.metadata.get("model", ""),
-                                                       "revision": moments.metadata.get("revision"),
-                                                       "fingerprint": moments.metadata.get("base_fingerprint")}})
+    masks = select_by_saliency(saliency, sparsity, scope=scope, align=align, min_width=min_width,
+                               metadata={"criterion": "heapr", "unrouted": unrouted,
+                                         "base_model": {"name_or_path": moments.metadata.get("model", ""),
+                                                        "revision": moments.metadata.get("revision"),
+                                                        "fingerprint": moments.metadata.get("base_fingerprint")}})
+    if unrouted == "keep" and any(not keep[moments.tokens[prefix] == 0].all() for prefix, keep in masks.keep.items()):
+        raise HeaprError(f"sparsity {sparsity} with scope {scope} leaves no room to keep experts without a calibration "
+                         "token whole; calibrate on more text, or choose --unrouted prune")
+    return masks
 
 
 def select_by_saliency(saliency: dict[str, torch.Tensor], sparsity: float, *, scope: str = "global", align: int = 16,

@@ -56,13 +56,16 @@ def main() -> None:
             found.append(generate(llm))
         elif step == "reload":
             llm.collective_rpc("reload_weights")
-        elif step == "weight_bytes":
-            found.append(llm.apply_model(routed_expert_bytes)[0])
+        elif step == "expert_tensors":
+            found.append(llm.apply_model(expert_tensors)[0])
     print(MARKER + json.dumps(found))
 
 
-def routed_expert_bytes(model: Any) -> dict[str, int]:
-    return {name: p.nbytes for name, p in model.named_parameters() if ".experts." in name}
+def expert_tensors(model: Any) -> dict[str, int]:
+    """Bytes of the routed experts' parameters, and where their index tables are registered."""
+    return {"parameter_bytes": sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name),
+            "tables_in_state_dict": sum(".heapr_" in name for name in model.state_dict()),
+            "tables_in_buffers": sum(".heapr_" in name for name, _ in model.named_buffers())}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The torch reference and the native CPU kernel against a dense fp64 loop, over a table of edge cases."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from vllm.platforms import current_platform
 
 from heapr_vllm.model_executor import cpu_moe
 from heapr_vllm.model_executor.cpu_moe import WIDTH_UNIT, native_isa
+from heapr_vllm.model_executor.experts import HeaprExperts
 from heapr_vllm.model_executor.layout import RaggedLayout, bucketed
 from heapr_vllm.model_executor.ragged_moe import REFERENCE, TRITON, pack, register_op, stored_widths, table
 
@@ -119,3 +122,18 @@ def test_small_layers_get_one_bucket_and_large_ones_several() -> None:
     assert len(set(cpu_moe.stored_widths([16, 48, 96, 96], 2, 256, 2))) == 1
     large = cpu_moe.stored_widths([64 * (e % 12) for e in range(128)], 8, 2048, 2)
     assert len(set(large) - {0}) > 2 and sum(large) < 128 * 704
+
+
+def test_router_weight_on_input_is_not_applied_twice() -> None:
+    """With it (top-k 1) vLLM has multiplied the hidden states already."""
+    arguments, _ = layer((6, [32, 64], 1, 64, 2, ()), torch.float32, REFERENCE)
+    x, w13, w2, weights, ids, slots, tables, _, kernel = arguments
+    experts = HeaprExperts.__new__(HeaprExperts)
+    experts.layer = SimpleNamespace(heapr_slots=slots, heapr_table=tables)
+    experts.layout, experts.kernel, experts.is_uniform = SimpleNamespace(max_width=64), kernel, False
+    outputs = []
+    for on_input in (False, True):
+        output = torch.empty_like(x)
+        experts.apply(output, x, w13, w2, weights, ids, None, 2, None, None, None, None, None, None, on_input)
+        outputs.append(output)
+    torch.testing.assert_close(outputs[0], outputs[1] * weights)

@@ -10,14 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from heapr_vllm.masks import NeuronMasks
-from heapr_vllm.model_executor.cpu_moe import stored_widths
 from heapr_vllm.prune import CalibrationSettings, NeuronMoments, calibrate, export_checkpoint, write_masks_repository
 from tests import tiny_models
 from tests.conftest import awkward
 from tests.model_executor import engine
 
 pytestmark = pytest.mark.vllm
-TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+RAGGED = {"HEAPR_CPU_BUCKETS": "always"}  # by itself the plugin pads layers as small as these to one width
+UNIFORM = {"HEAPR_CPU_BUCKETS": "never"}
+TWO_RANKS = RAGGED | {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -45,27 +46,31 @@ def override(masks_repository: Path) -> dict:
     return {"quantization_config": {"quant_method": "heapr", "masks": str(masks_repository)}}
 
 
-def test_compact_also_after_reload(compact: Path, stock: dict) -> None:
-    found = engine.results(engine.run(compact, steps=("generate", "reload", "generate")))
+@pytest.mark.parametrize("storage", [RAGGED, UNIFORM], ids=["ragged", "uniform"])
+def test_compact_also_after_reload(storage: dict, compact: Path, stock: dict) -> None:
+    found = engine.results(engine.run(compact, steps=("generate", "reload", "generate"), env=storage))
     assert_same(found[0], stock)
     assert_same(found[1], stock)
 
 
 def test_masks_repository_also_after_reload(masks_repository: Path, stock: dict) -> None:
-    found = engine.results(engine.run(masks_repository, load_format="heapr", steps=("generate", "reload", "generate")))
+    found = engine.results(engine.run(masks_repository, load_format="heapr", steps=("generate", "reload", "generate"),
+                                      env=RAGGED))
     assert_same(found[0], stock)
     assert_same(found[1], stock)
 
 
 def test_masks_over_an_untouched_base(masks_repository: Path, qwen3: Path, stock: dict) -> None:
-    assert_same(engine.results(engine.run(qwen3, hf_overrides=override(masks_repository)))[0], stock)
+    assert_same(engine.results(engine.run(qwen3, hf_overrides=override(masks_repository), env=RAGGED))[0], stock)
 
 
-@pytest.mark.parametrize("layout", ["compact", "masks"])
-def test_torch_compile(layout: str, compact: Path, masks_repository: Path, stock: dict) -> None:
-    arguments = {"load_format": "heapr"} if layout == "masks" else {}
-    model = masks_repository if layout == "masks" else compact
-    assert_same(engine.results(engine.run(model, enforce_eager=False, **arguments))[0], stock)
+def test_torch_compile_compact(compact: Path, stock: dict) -> None:
+    assert_same(engine.results(engine.run(compact, enforce_eager=False, env=RAGGED))[0], stock)
+
+
+def test_torch_compile_masks(masks_repository: Path, stock: dict) -> None:
+    process = engine.run(masks_repository, enforce_eager=False, load_format="heapr", env=UNIFORM)
+    assert_same(engine.results(process)[0], stock)
 
 
 def test_tensor_parallel(compact: Path, stock: dict) -> None:
@@ -88,16 +93,19 @@ def test_shared_experts(corpus: Path, tmp_path: Path) -> None:
     export_checkpoint(tmp_path / "masks", tmp_path / "compact")
     export_checkpoint(tmp_path / "masks", tmp_path / "masked", layout="masked")
     expected = engine.results(engine.run(tmp_path / "masked", env={"VLLM_PLUGINS": ""}))[0]
-    assert_same(engine.results(engine.run(tmp_path / "compact"))[0], expected)
+    assert_same(engine.results(engine.run(tmp_path / "compact", env=RAGGED))[0], expected)
 
 
 def test_dummy_weights_and_memory(compact: Path, awkward_masks: NeuronMasks) -> None:
-    """Random weights load, and the experts take exactly the bytes of their stored widths."""
-    process = engine.run(compact, load_format="dummy", steps=("generate", "weight_bytes"),
-                         env={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
-    _, stored = engine.results(process)
-    rows = sum(sum(stored_widths(widths.tolist(), 2, 64, 4)) for widths in awkward_masks.widths.values())
-    assert len(stored) == 6 and sum(stored.values()) == rows * 3 * 64 * 4
+    """Random weights load; experts take the bytes of their kept neurons, rounded to the op's unit of 32."""
+    process = engine.run(compact, load_format="dummy", steps=("generate", "expert_tensors"),
+                         env=RAGGED | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
+    _, tensors = engine.results(process)
+    rows = sum(-(-width // 32) * 32 for widths in awkward_masks.widths.values() for width in widths.tolist())
+    dense_rows = 3 * 8 * 64
+    assert tensors["parameter_bytes"] == rows * 3 * 64 * 4 < dense_rows * 3 * 64 * 4
+    assert tensors["tables_in_state_dict"] == 0, "reload and sharded savers would take them for weights"
+    assert tensors["tables_in_buffers"] == 2 * 3, "sleep level 2 keeps buffers only"
 
 
 def corrupted(source: Path, target: Path, edit) -> Path:

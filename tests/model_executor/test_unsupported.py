@@ -14,12 +14,12 @@ from heapr_vllm.model_executor.quantization import HeaprConfig
 
 
 def refuse(monkeypatch, *, eplb=False, lora=None, load_format="auto", activation=MoEActivation.SILU, has_bias=False,
-           online=None) -> None:
+           online=None, swiglu_limit=None) -> None:
     vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(enable_eplb=eplb), lora_config=lora,
                                   load_config=SimpleNamespace(load_format=load_format))
     monkeypatch.setattr(unsupported, "get_current_vllm_config", lambda: vllm_config)
-    layer = SimpleNamespace(activation=activation, moe_config=SimpleNamespace(has_bias=has_bias), swiglu_limit=None,
-                            layer_name="model.layers.0.mlp.experts")
+    layer = SimpleNamespace(activation=activation, moe_config=SimpleNamespace(has_bias=has_bias),
+                            swiglu_limit=swiglu_limit, layer_name="model.layers.0.mlp.experts")
     config = HeaprConfig()
     config.online_quantization_config = online
     unsupported.refuse_unsupported(layer, config)
@@ -33,6 +33,7 @@ def refuse(monkeypatch, *, eplb=False, lora=None, load_format="auto", activation
     ({"load_format": "sharded_state"}, "use auto, safetensors or heapr"),
     ({"activation": MoEActivation.GELU}, "has activation gelu"),
     ({"has_bias": True}, "bias True"),
+    ({"swiglu_limit": 7.0}, "limit 7.0"),
 ])
 def test_refused(monkeypatch, options: dict, message: str) -> None:
     with pytest.raises(HeaprError, match=message):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.prune import data
 from heapr_vllm.prune.data import read_documents, token_blocks
 from tests.tiny_models import tokenizer
 
@@ -27,7 +28,8 @@ def test_spec_goes_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_dict({"text": ["a", "b"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert read_documents("org/wiki[raw-v1](validation)") == ["a", "b"]
+    assert read_documents("org/wiki[raw-v1](validation)") == ["a\n\nb"], "rows are lines, not documents"
+    monkeypatch.setattr(data, "PASSAGE_CHARACTERS", 1)
     assert read_documents("wiki") == ["a", "b"]
     assert calls == [(("org/wiki", "raw-v1"), {"split": "validation"}), (("wiki", None), {"split": "train"})]
 

@@ -91,3 +91,15 @@ def test_unrouted_experts(unrouted: str, width: int) -> None:
 def test_bad_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(HeaprError, match=message):
         select(moments_with_silent_expert(), **{"align": 4, **arguments})
+
+
+def test_unrouted_experts_that_do_not_fit_the_budget() -> None:
+    with pytest.raises(HeaprError, match="leaves no room to keep experts without a calibration token whole"):
+        select(moments_with_silent_expert(), 0.5, align=4, scope="expert")
+
+
+def test_overflowed_gradients_are_refused() -> None:
+    moments = moments_with_silent_expert()
+    moments.gradient_sq["model.layers.0.mlp.experts"][0, 0] = torch.inf
+    with pytest.raises(HeaprError, match="not finite; calibrate again with --dtype float32"):
+        select(moments, 0.5, align=4)
