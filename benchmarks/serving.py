@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from heapr_vllm.environment import report
-from serving_examples.vllm_server import bench, serve
+from serving_examples.vllm_server import alternate, serve
 
 SERVE_OPTIONS = ("--no-enable-prefix-caching", "--disable-uvicorn-access-log")
 
@@ -25,22 +25,15 @@ def compare(dense: Path, pruned: Path, *, concurrencies: list[int], rounds: int,
             requests: int, options: list[str], log_dir: Path) -> list[dict]:
     """One row per concurrency: medians of both arms, and the median and range of the per-round ratios.
 
-    `requests` is the number of requests per round, at least two per concurrent stream.
+    `requests` is the number of requests per round, at least four per concurrent stream.
     """
-    arms = {"dense": dense, "pruned": pruned}
     rows = []
     with (serve(dense, *SERVE_OPTIONS, *options, log=log_dir / "dense.log", plugins="") as dense_url,
           serve(pruned, *SERVE_OPTIONS, *options, log=log_dir / "pruned.log") as pruned_url):
-        urls = {"dense": dense_url, "pruned": pruned_url}
         for concurrency in concurrencies:
-            speeds: dict[str, list[float]] = {"dense": [], "pruned": []}
-            for number in range(rounds):
-                for arm in ("dense", "pruned") if number % 2 == 0 else ("pruned", "dense"):
-                    result = bench(urls[arm], arms[arm], concurrency=concurrency, input_len=input_len,
-                                   output_len=output_len, num_prompts=max(requests, 2 * concurrency))
-                    speeds[arm].append(result["output_throughput"])
-                print(f"batch {concurrency} round {number + 1}: dense {speeds['dense'][-1]:.0f}, pruned "
-                      f"{speeds['pruned'][-1]:.0f} tokens/s", file=sys.stderr, flush=True)
+            speeds = alternate({"dense": (dense_url, dense), "pruned": (pruned_url, pruned)}, rounds,
+                               concurrency=concurrency, num_prompts=max(requests, 4 * concurrency),
+                               input_len=input_len, output_len=output_len)
             ratios = [p / d for p, d in zip(speeds["pruned"], speeds["dense"], strict=True)]
             rows.append({"batch": concurrency, "dense_tok_s": round(statistics.median(speeds["dense"]), 1),
                          "pruned_tok_s": round(statistics.median(speeds["pruned"]), 1),
@@ -74,7 +67,7 @@ def main() -> None:
     parser.add_argument("--pruned", type=Path, required=True)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="concurrent requests")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--requests", type=int, default=8, help="per round, at least two per concurrent stream")
+    parser.add_argument("--requests", type=int, default=8, help="per round, at least four per concurrent stream")
     parser.add_argument("--input-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=256)
     parser.add_argument("--csv", type=Path, help="append the rows here")

@@ -20,7 +20,7 @@ from heapr_vllm.checkpoint import Checkpoint, ExpertTensor
 from heapr_vllm.masks import NeuronMasks
 from heapr_vllm.prune import perplexity
 from heapr_vllm.prune.data import read_documents, token_blocks
-from serving_examples.vllm_server import bench, serve
+from serving_examples.vllm_server import alternate, serve
 
 HERE = Path(__file__).parent
 MODEL = HERE / "tiny_qwen3_moe"
@@ -63,13 +63,8 @@ def measure_serving(work: Path, pruned: Path) -> tuple[float, float]:
         client = OpenAI(base_url=f"{pruned_url}/v1", api_key="none")
         answer = client.completions.create(model=str(pruned), prompt=PROMPT, max_tokens=48, temperature=0)
         print(f"\nthe pruned model on the OpenAI endpoint:\n{PROMPT}\033[1m{answer.choices[0].text}\033[0m\n")
-        speeds: dict[str, list[float]] = {"dense": [], "pruned": []}
-        for round_number in range(BENCH_ROUNDS):
-            for name, url, model in (("dense", dense_url, MODEL), ("pruned", pruned_url, pruned)):
-                result = bench(url, model, concurrency=CONCURRENCY, num_prompts=4 * CONCURRENCY, input_len=64,
-                               output_len=128)
-                speeds[name].append(result["output_throughput"])
-                print(f"round {round_number + 1}: {name} {speeds[name][-1]:.0f} tokens/s", flush=True)
+        speeds = alternate({"dense": (dense_url, MODEL), "pruned": (pruned_url, pruned)}, rounds=BENCH_ROUNDS,
+                           concurrency=CONCURRENCY, num_prompts=8 * CONCURRENCY, input_len=64, output_len=128)
     return statistics.median(speeds["dense"]), statistics.median(speeds["pruned"])
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 START_SECONDS = 300
 DEFAULT_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without it a CPU engine wants most of the memory
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",  # a core for the front end and the client: without it they starve for seconds
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # by default idle connections drop after 5 s, under the benchmark client
 }
 VLLM = str(Path(sys.executable).with_name("vllm"))
@@ -59,6 +60,17 @@ def bench(url: str, model: str | Path, *, concurrency: int, num_prompts: int, in
     if result["completed"] != num_prompts:
         raise RuntimeError(f"only {result['completed']} of {num_prompts} requests completed")
     return result
+
+
+def alternate(arms: dict[str, tuple[str, str | Path]], rounds: int, **load: int) -> dict[str, list[float]]:
+    """Output tokens/s per round of every arm, name to (URL, model), asked in turn and in alternating order."""
+    speeds: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(rounds):
+        for name in list(arms)[:: -1 if number % 2 else 1]:
+            speeds[name].append(bench(*arms[name], **load)["output_throughput"])
+        latest = ", ".join(f"{name} {values[-1]:.0f}" for name, values in speeds.items())
+        print(f"{load['concurrency']} at once, round {number + 1}: {latest} tokens/s", file=sys.stderr, flush=True)
+    return speeds
 
 
 def _free_port() -> int:

@@ -26,7 +26,8 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
                  layout: RaggedLayout, kernel: str) -> None:
         super().__init__(moe_config, quant_config)
         self.layer = layer
-        self.layout = layout
+        self.num_local_experts = len(layout.widths)
+        self.max_width = layout.max_width
         self.kernel = kernel
         self.is_uniform = kernel not in (REFERENCE, TRITON) and layout.is_uniform and layer.expert_map is None
 
@@ -57,8 +58,7 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
     def moe_problem_size(self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor,
                          topk_ids: torch.Tensor) -> tuple[int, int, int, int, int]:
         """(local experts, M, N, K, top_k); the base class reads them from 3-D weights, ours are flat."""
-        widths = self.layout.widths
-        return len(widths), a1.shape[0], 2 * max(widths, default=0), a1.shape[1], topk_ids.shape[1]
+        return self.num_local_experts, a1.shape[0], 2 * self.max_width, a1.shape[1], topk_ids.shape[1]
 
     def workspace_shapes(self, M: int, N: int, K: int, topk: int, global_num_experts: int, local_num_experts: int,
                          expert_tokens_meta: mk.ExpertTokensMetadata | None,
@@ -81,8 +81,8 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
         if apply_router_weight_on_input:
             topk_weights = torch.ones_like(topk_weights)
         if self.is_uniform:
-            cpu_uniform_moe(output, hidden_states, w1, w2, topk_weights, topk_ids, len(self.layout.widths),
+            cpu_uniform_moe(output, hidden_states, w1, w2, topk_weights, topk_ids, self.num_local_experts,
                             self.kernel)
         else:
             torch.ops.heapr.ragged_moe(output, hidden_states, w1, w2, topk_weights, topk_ids, self.layer.heapr_slots,
-                                       self.layer.heapr_table, self.layout.max_width, self.kernel)
+                                       self.layer.heapr_table, self.max_width, self.kernel)

@@ -130,7 +130,7 @@ def test_router_weight_on_input_is_not_applied_twice() -> None:
     x, w13, w2, weights, ids, slots, tables, _, kernel = arguments
     experts = HeaprExperts.__new__(HeaprExperts)
     experts.layer = SimpleNamespace(heapr_slots=slots, heapr_table=tables)
-    experts.layout, experts.kernel, experts.is_uniform = SimpleNamespace(max_width=64), kernel, False
+    experts.max_width, experts.kernel, experts.is_uniform = 64, kernel, False
     outputs = []
     for on_input in (False, True):
         output = torch.empty_like(x)
