@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode speed of a dense model in stock vLLM and of its pruned version, two engines asked in turn, no HTTP between.
+
+    python -m benchmarks.decode --dense serving_examples/tiny_qwen3_moe --pruned build/demo/pruned
+
+Each engine is a process of its own that sleeps while the other works; a round is one `LLM.generate` of each, in
+alternating order. `benchmarks.serving` measures the same through `vllm serve`, with the front end's noise.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+
+
+def work(model: str, max_model_len: int) -> None:
+    """Engine process: answers `[batch, output_len]` lines on standard input with seconds on the original output."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever the engine prints goes to standard error
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model, max_model_len=max_model_len, enable_prefix_caching=False)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        batch, output_len = json.loads(line)
+        prompts = [{"prompt_token_ids": [7 + i, 11, 13, 17]} for i in range(batch)]
+        params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
+        start = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        print(time.perf_counter() - start, file=answers, flush=True)
+
+
+def start(stack: ExitStack, model: Path, plugins: str | None) -> subprocess.Popen:
+    env = {**ENVIRONMENT, **os.environ} | ({} if plugins is None else {"VLLM_PLUGINS": plugins})
+    command = [sys.executable, "-m", "benchmarks.decode", "--worker", str(model)]
+    process = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                                   stderr=subprocess.DEVNULL, text=True, env=env))
+    stack.callback(process.kill)
+    if process.stdout.readline().strip() != "ready":
+        raise RuntimeError(f"the engine of {model} did not start; try: {' '.join(command)}")
+    return process
+
+
+def ask(process: subprocess.Popen, batch: int, output_len: int) -> float:
+    """Output tokens/s of one generation."""
+    print(json.dumps([batch, output_len]), file=process.stdin, flush=True)
+    return batch * output_len / float(process.stdout.readline())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dense", type=Path)
+    parser.add_argument("--pruned", type=Path)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--output-len", type=int, default=256)
+    parser.add_argument("--max-model-len", type=int, default=512)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return work(args.worker, args.max_model_len)
+    if not args.dense or not args.pruned:
+        parser.error("--dense and --pruned are both needed")
+    with ExitStack() as stack:
+        engines = {"dense": start(stack, args.dense, ""), "pruned": start(stack, args.pruned, None)}
+        for batch in args.batch:
+            speeds: dict[str, list[float]] = {name: [] for name in engines}
+            for number in range(-2, args.rounds):
+                for name in list(engines)[:: -1 if number % 2 else 1]:
+                    speed = ask(engines[name], batch, args.output_len)
+                    if number >= 0:
+                        speeds[name].append(speed)
+            ratios = sorted(p / d for p, d in zip(speeds["pruned"], speeds["dense"], strict=True))
+            quarter = len(ratios) // 4
+            print(f"batch {batch:>3}: dense {statistics.median(speeds['dense']):.0f} tokens/s, pruned "
+                  f"{statistics.median(speeds['pruned']):.0f} tokens/s, ratio {statistics.median(ratios):.3f} (middle "
+                  f"half of {len(ratios)} rounds {ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
