@@ -14,19 +14,21 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+MAX_MODEL_LEN = 512
 
 
-def work(model: str, max_model_len: int) -> None:
+def work(model: str) -> None:
     """Engine process: answers `[batch, output_len]` lines on standard input with seconds on the original output."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the engine prints goes to standard error
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model, max_model_len=max_model_len, enable_prefix_caching=False)
+    llm = LLM(model, max_model_len=MAX_MODEL_LEN, enable_prefix_caching=False)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         batch, output_len = json.loads(line)
@@ -54,6 +56,21 @@ def ask(process: subprocess.Popen, batch: int, output_len: int) -> float:
     return batch * output_len / float(process.stdout.readline())
 
 
+def compare(dense: Path, pruned: Path, batches: list[int], rounds: int, output_len: int) -> Iterator[dict]:
+    """Per batch size: output tokens/s of every round of both engines, and the sorted per-round ratios."""
+    with ExitStack() as stack:
+        engines = {"dense": start(stack, dense, ""), "pruned": start(stack, pruned, None)}
+        for batch in batches:
+            speeds: dict[str, list[float]] = {name: [] for name in engines}
+            for number in range(-2, rounds):
+                for name in list(engines)[:: -1 if number % 2 else 1]:
+                    speed = ask(engines[name], batch, output_len)
+                    if number >= 0:
+                        speeds[name].append(speed)
+            ratios = sorted(p / d for p, d in zip(speeds["pruned"], speeds["dense"], strict=True))
+            yield {"batch": batch, **speeds, "ratios": ratios}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dense", type=Path)
@@ -61,27 +78,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--output-len", type=int, default=256)
-    parser.add_argument("--max-model-len", type=int, default=512)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return work(args.worker, args.max_model_len)
+        return work(args.worker)
     if not args.dense or not args.pruned:
         parser.error("--dense and --pruned are both needed")
-    with ExitStack() as stack:
-        engines = {"dense": start(stack, args.dense, ""), "pruned": start(stack, args.pruned, None)}
-        for batch in args.batch:
-            speeds: dict[str, list[float]] = {name: [] for name in engines}
-            for number in range(-2, args.rounds):
-                for name in list(engines)[:: -1 if number % 2 else 1]:
-                    speed = ask(engines[name], batch, args.output_len)
-                    if number >= 0:
-                        speeds[name].append(speed)
-            ratios = sorted(p / d for p, d in zip(speeds["pruned"], speeds["dense"], strict=True))
-            quarter = len(ratios) // 4
-            print(f"batch {batch:>3}: dense {statistics.median(speeds['dense']):.0f} tokens/s, pruned "
-                  f"{statistics.median(speeds['pruned']):.0f} tokens/s, ratio {statistics.median(ratios):.3f} (middle "
-                  f"half of {len(ratios)} rounds {ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f})", flush=True)
+    for row in compare(args.dense, args.pruned, args.batch, args.rounds, args.output_len):
+        ratios, quarter = row["ratios"], len(row["ratios"]) // 4
+        print(f"batch {row['batch']:>3}: dense {statistics.median(row['dense']):.0f} tokens/s, pruned "
+              f"{statistics.median(row['pruned']):.0f} tokens/s, ratio {statistics.median(ratios):.3f} (middle half of "
+              f"{len(ratios)} rounds {ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f})", flush=True)
 
 
 if __name__ == "__main__":

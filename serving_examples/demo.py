@@ -16,17 +16,18 @@ import torch
 from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.decode import compare
 from heapr_vllm.checkpoint import Checkpoint, ExpertTensor
 from heapr_vllm.masks import NeuronMasks
 from heapr_vllm.prune import perplexity
 from heapr_vllm.prune.data import read_documents, token_blocks
-from serving_examples.vllm_server import alternate, serve
+from serving_examples.vllm_server import serve
 
 HERE = Path(__file__).parent
 MODEL = HERE / "tiny_qwen3_moe"
 SERVE_OPTIONS = ("--max-num-seqs", "32", "--no-enable-prefix-caching", "--disable-uvicorn-access-log")
 PROMPT = "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n"
-HELD_OUT_BLOCKS, BENCH_ROUNDS, CONCURRENCY = 200, 5, 8
+HELD_OUT_BLOCKS, BENCH_ROUNDS, BATCH = 200, 15, 8
 
 
 def step(*command: object) -> None:
@@ -56,16 +57,19 @@ def measure_perplexity(work: Path, masks: NeuronMasks) -> tuple[float, float]:
         return dense, perplexity(model, blocks)
 
 
-def measure_serving(work: Path, pruned: Path) -> tuple[float, float]:
-    """Median output tokens/s of both models, served side by side and asked in turn; shows one answer."""
-    with (serve(MODEL, *SERVE_OPTIONS, log=work / "dense.log", plugins="") as dense_url,
-          serve(pruned, *SERVE_OPTIONS, log=work / "pruned.log") as pruned_url):
-        client = OpenAI(base_url=f"{pruned_url}/v1", api_key="none")
+def ask_served(work: Path, pruned: Path) -> None:
+    """Starts `vllm serve` on the pruned model and prints an answer of its OpenAI endpoint."""
+    print("$ vllm serve", pruned, flush=True)
+    with serve(pruned, *SERVE_OPTIONS, log=work / "serve.log") as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
         answer = client.completions.create(model=str(pruned), prompt=PROMPT, max_tokens=48, temperature=0)
-        print(f"\nthe pruned model on the OpenAI endpoint:\n{PROMPT}\033[1m{answer.choices[0].text}\033[0m\n")
-        speeds = alternate({"dense": (dense_url, MODEL), "pruned": (pruned_url, pruned)}, rounds=BENCH_ROUNDS,
-                           concurrency=CONCURRENCY, num_prompts=8 * CONCURRENCY, input_len=64, output_len=128)
-    return statistics.median(speeds["dense"]), statistics.median(speeds["pruned"])
+    print(f"\n{PROMPT}\033[1m{answer.choices[0].text}\033[0m\n")
+
+
+def measure_speed(pruned: Path) -> tuple[float, float]:
+    """Median output tokens/s of both models in the same engine, asked in turn."""
+    row, = compare(MODEL, pruned, [BATCH], BENCH_ROUNDS, output_len=256)
+    return statistics.median(row["dense"]), statistics.median(row["pruned"])
 
 
 def executed_flops(masks: NeuronMasks, tokens: dict[str, list[int]], hidden_size: int, top_k: int) -> float:
@@ -87,7 +91,7 @@ def table(work: Path, pruned: Path, masks: NeuronMasks, perplexities: tuple[floa
             ("weight bytes, MB", *(Checkpoint(path).num_bytes() / 1e6 for path in (MODEL, pruned)), 1),
             ("executed expert FLOPs per token, M", flops[0] / 1e6, flops[1] / 1e6, 2),
             ("held-out perplexity (fp32)", *perplexities, 2),
-            (f"output tokens/s, {CONCURRENCY} requests at once", *speeds, 0)]
+            (f"output tokens/s, batch {BATCH}", *speeds, 0)]
     lines = [f"{'':<38} {'dense':>9} {'pruned':>9} {'change':>8}"]
     lines += [f"{name:<38} {dense:>9.{digits}f} {small:>9.{digits}f} {small / dense - 1:>+8.1%}"
               for name, dense, small, digits in rows]
@@ -108,7 +112,8 @@ def main() -> None:
     masks_dir, pruned = prune(args.work, args.sparsity)
     masks = NeuronMasks.from_pretrained(masks_dir)
     perplexities = measure_perplexity(args.work, masks)
-    speeds = measure_serving(args.work, pruned)
+    ask_served(args.work, pruned)
+    speeds = measure_speed(pruned)
     print(f"\n{table(args.work, pruned, masks, perplexities, speeds)}\n")
     print(f"took {time.time() - started:.0f} s; everything is in {args.work}. Serve it yourself: vllm serve {pruned}")
 

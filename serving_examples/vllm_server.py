@@ -18,7 +18,6 @@ from pathlib import Path
 START_SECONDS = 300
 DEFAULT_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without it a CPU engine wants most of the memory
-    "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",  # a core for the front end and the client: without it they starve for seconds
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # by default idle connections drop after 5 s, under the benchmark client
 }
 VLLM = str(Path(sys.executable).with_name("vllm"))
