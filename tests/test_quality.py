@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality import SPARSITIES, measure
+from serving_examples import train_tiny_qwen3_moe
+from tests.conftest import BUNDLED
 
 
 @pytest.fixture(scope="module")
@@ -13,8 +15,10 @@ def result(python_corpus: Path) -> dict:
     return measure(python_corpus, num_samples=48, num_blocks=48)
 
 
-def test_bundled_model_is_trained(result: dict) -> None:
-    assert result["dense"] < 12
+def test_bundled_model_is_trained(python_corpus: Path) -> None:
+    """The two numbers of its model card; the held-out text differs a little between environments."""
+    card = train_tiny_qwen3_moe.measure(python_corpus, BUNDLED, num_blocks=600)
+    assert card["perplexity"] < 12 and card["least_expert_share"] > 0.25
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
