@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+TRITON_UNIT = 64  # the Triton kernels store widths in steps of it; also the slab of their w2
 
 @dataclass(frozen=True)
 class Bucket:
@@ -92,8 +93,8 @@ def bucketed(widths: Sequence[int], unit: int, max_buckets: int) -> list[int]:
     takes every expert, which spares the caller from sorting tokens.
     """
     if max_buckets == 1:
-        return [_round_up(max(widths), unit)] * len(widths)
-    padded = [_round_up(width, unit) for width in widths]
+        return [round_up(max(widths), unit)] * len(widths)
+    padded = [round_up(width, unit) for width in widths]
     sizes = sorted(set(padded) - {0})
     counts = [padded.count(size) for size in sizes]
     best: list[tuple[int, tuple[int, ...]]] = [(0, ())] + [(-1, ())] * len(sizes)
@@ -128,5 +129,5 @@ def tensor_parallel_shares(widths: Sequence[int], tp_size: int, tp_rank: int, un
     return shares
 
 
-def _round_up(value: int, unit: int) -> int:
+def round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit

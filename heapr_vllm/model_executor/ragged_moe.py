@@ -16,11 +16,11 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from heapr_vllm.model_executor import cpu_moe
-from heapr_vllm.model_executor.layout import RaggedLayout
+from heapr_vllm.model_executor.layout import TRITON_UNIT, RaggedLayout, round_up
 from heapr_vllm.model_executor.reference import ragged_moe_reference
 
 REFERENCE, TRITON = "reference", "triton"
-TRITON_WIDTH_UNIT, SHARE_UNIT = 64, 16
+SHARE_UNIT = 16
 
 
 def select_kernel(dtype: torch.dtype, hidden_size: int) -> str:
@@ -33,7 +33,7 @@ def select_kernel(dtype: torch.dtype, hidden_size: int) -> str:
 
 def share_unit(kernel: str) -> int:
     """A tensor-parallel rank's share of an expert is a multiple of it."""
-    return TRITON_WIDTH_UNIT if kernel == TRITON else SHARE_UNIT
+    return TRITON_UNIT if kernel == TRITON else SHARE_UNIT
 
 
 def stored_widths(kernel: str, widths: list[int], top_k: int, hidden_size: int, element_size: int) -> list[int]:
@@ -41,7 +41,7 @@ def stored_widths(kernel: str, widths: list[int], top_k: int, hidden_size: int, 
     if kernel == REFERENCE:
         return widths
     if kernel == TRITON:
-        return [-(-width // TRITON_WIDTH_UNIT) * TRITON_WIDTH_UNIT for width in widths]
+        return [round_up(width, TRITON_UNIT) for width in widths]
     return cpu_moe.stored_widths(widths, top_k, hidden_size, element_size)
 
 

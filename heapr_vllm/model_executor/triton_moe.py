@@ -13,9 +13,8 @@ from functools import cache
 import torch
 import triton
 
+from heapr_vllm.model_executor.layout import TRITON_UNIT
 from heapr_vllm.model_executor.triton_kernels import combine_kernel, ragged_down_kernel, ragged_up_kernel
-
-WIDTH_UNIT = 64  # stored widths are multiples of it; also the slab of w2
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ class TileConfig:
         """Raises ValueError if the tiles do not fit the layout or each other."""
         if hidden_size % self.up.block_k or hidden_size % self.down.block_n:
             raise ValueError(f"hidden size {hidden_size} is no multiple of the tile {self}")
-        if WIDTH_UNIT % self.down.block_k:
-            raise ValueError(f"down.block_k {self.down.block_k} does not divide {WIDTH_UNIT}")
+        if TRITON_UNIT % self.down.block_k:
+            raise ValueError(f"down.block_k {self.down.block_k} does not divide {TRITON_UNIT}")
 
 
 def default_config(num_tokens: int, top_k: int, num_experts: int, hidden_size: int, hopper: bool = True,
@@ -79,7 +78,7 @@ def use_one_route_blocks(num_tokens: int, top_k: int, num_experts: int) -> bool:
 
 def pack_down(w2: torch.Tensor) -> None:
     """[rows, H] neurons as rows to [rows / 64, H, 64] slabs, in place (same number of elements)."""
-    slabs = w2.view(-1, WIDTH_UNIT, w2.shape[1]).transpose(1, 2).contiguous()
+    slabs = w2.view(-1, TRITON_UNIT, w2.shape[1]).transpose(1, 2).contiguous()
     w2.copy_(slabs.view(w2.shape))
 
 
