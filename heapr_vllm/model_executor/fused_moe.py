@@ -135,7 +135,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
 
     def _register_tables(self, layer: RoutedExperts) -> None:
         """Index tables as non-persistent buffers: not checkpoint weights, and kept by sleep level 2 and reload."""
-        slots = torch.full((layer.global_num_experts,), self.layout.num_slots, dtype=torch.int32)
+        slots = torch.full((layer.global_num_experts + 1,), self.layout.num_slots, dtype=torch.int32)
         for expert, local in self.local_ids.items():
             slots[expert] = self.layout.slots[local]
         device = layer.w13_weight.device

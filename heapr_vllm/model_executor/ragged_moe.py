@@ -68,8 +68,8 @@ def ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Ten
     """Writes the MoE output [T, H] into `output`.
 
     `hidden_states` [T, H]; `w13` and `w2` as `pack` left them; `topk_weights` float32 and `topk_ids` int32 [T, k],
-    global expert ids; `slots` int32 [num_experts], the number of slots for experts that are not stored; `table` from
-    `table()`; `max_width` the widest stored width.
+    global expert ids, -1 for nobody's; `slots` int32 [num_experts + 1], the number of slots for experts that are not
+    stored and in the last place; `table` from `table()`; `max_width` the widest stored width.
     """
     if kernel == TRITON:
         from heapr_vllm.model_executor.triton_moe import triton_ragged_moe

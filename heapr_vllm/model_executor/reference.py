@@ -10,8 +10,8 @@ def ragged_moe_reference(hidden_states: torch.Tensor, w13: torch.Tensor, w2: tor
     """Sum over the top-k experts e of topk_weight * down_e(silu(gate_e x) * up_e x), [T, H] in x's dtype.
 
     `hidden_states` [T, H]. `w13` [2 * rows, H] and `w2` [rows, H] as in `layout.py`. `topk_weights` [T, k] float,
-    `topk_ids` [T, k] int, global expert ids. `slots` int32 [num_experts]: storage slot of every global expert,
-    num_slots if it is on another rank or has width 0. `table` int32 [num_slots, 2]: first row and stored width. Routes
+    `topk_ids` [T, k] int, global expert ids, -1 for nobody's. `slots` int32 [num_experts + 1]: storage slot of every
+    global expert, num_slots if it is on another rank or has width 0, and in the last place, which -1 finds. `table` int32 [num_slots, 2]: first row and stored width. Routes
     are summed in fp32.
     """
     output = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)

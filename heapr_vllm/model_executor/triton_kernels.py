@@ -5,12 +5,13 @@ Every program reads its expert's slot, and from the table [num_slots, 2] (first 
 lie; nothing comes from the host but sizes that depend on the token count. Rows ("routes") are token-expert pairs,
 numbered token * TOP_K + k. A block is BLOCK_M routes of one expert:
 
-  route_ids    int32 [blocks * BLOCK_M]  route per row, >= num_routes for padding; unused with ONE_ROUTE
+  route_ids    int32 [blocks * BLOCK_M]  route per row, >= num_routes for padding
   block_slots  int32 [blocks]            expert slot per block, num_slots if its expert is not stored here
-  num_rows     int32 [1]                 rows in use, a multiple of BLOCK_M; unused with ONE_ROUTE
+  num_rows     int32 [1]                 rows in use, a multiple of BLOCK_M
 
-With ONE_ROUTE (decoding) block i is route i alone, in row 0 of the block. Slots are numbered widest expert first, so
-the longest tiles start first.
+With ONE_ROUTE (decoding) block i is route i alone, in row 0 of the block; then `route_ids` are the routes' expert ids
+[T * TOP_K] and `block_slots` is the layer's slot per expert. Slots are numbered widest expert first, so the longest
+tiles start first.
 
 Widths are multiples of 64. `w13` [2 * rows, H] has an expert's gate rows, then its up rows; `w2` [rows / 64, H, 64]
 has its down_proj as slabs of 64 neurons, so that a (BLOCK_N, 64) tile is one contiguous piece of memory.
@@ -18,6 +19,15 @@ has its down_proj as slabs of 64 neurons, so that a (BLOCK_N, 64) tile is one co
 
 import triton
 import triton.language as tl
+
+
+SIZES = ("num_routes", "num_slots", "num_m_blocks", "num_n_tiles")  # compiled once for all values
+
+
+@triton.jit
+def _slot(slots, expert, num_slots):
+    """Slot of a global expert id; negative ids are nobody's."""
+    return tl.where(expert < 0, num_slots, tl.load(slots + tl.maximum(expert, 0)))
 
 
 @triton.jit
@@ -31,7 +41,7 @@ def _tile(num_m_blocks, num_n_tiles, GROUP_M: tl.constexpr):
     return first_m + inside % size, inside // size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def ragged_up_kernel(
     x, stride_xm,
     w13, table, hidden,
@@ -47,9 +57,12 @@ def ragged_up_kernel(
     [blocks * BLOCK_M (or blocks with ONE_ROUTE), >= widest]. H must be a multiple of BLOCK_K.
     """
     pid_m, pid_n = _tile(num_m_blocks, num_n_tiles, GROUP_M)
-    if not ONE_ROUTE and pid_m * BLOCK_M >= tl.load(num_rows):
-        return
-    slot = tl.load(block_slots + pid_m)
+    if ONE_ROUTE:
+        slot = _slot(block_slots, tl.load(route_ids + pid_m), num_slots)
+    else:
+        if pid_m * BLOCK_M >= tl.load(num_rows):
+            return
+        slot = tl.load(block_slots + pid_m)
     if slot >= num_slots:
         return
     row = tl.load(table + 2 * slot).to(tl.int64)
@@ -84,7 +97,7 @@ def ragged_up_kernel(
              mask=valid[:, None] & (offs_n[None, :] < width))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def ragged_down_kernel(
     hidden, stride_hm,
     w2, table, routed,
@@ -100,9 +113,12 @@ def ragged_down_kernel(
     a multiple of BLOCK_N, and 64 of BLOCK_K, so that the loop ends exactly at the expert's width.
     """
     pid_m, pid_n = _tile(num_m_blocks, num_n_tiles, GROUP_M)
-    if not ONE_ROUTE and pid_m * BLOCK_M >= tl.load(num_rows):
-        return
-    slot = tl.load(block_slots + pid_m)
+    if ONE_ROUTE:
+        slot = _slot(block_slots, tl.load(route_ids + pid_m), num_slots)
+    else:
+        if pid_m * BLOCK_M >= tl.load(num_rows):
+            return
+        slot = tl.load(block_slots + pid_m)
     if slot >= num_slots:
         return
     row = tl.load(table + 2 * slot).to(tl.int64)
@@ -128,19 +144,20 @@ def ragged_down_kernel(
              mask=valid[:, None])
 
 
-@triton.jit
-def combine_kernel(routed, topk_weights, route_slots, num_slots, output, stride_om, H: tl.constexpr,
+@triton.jit(do_not_specialize=SIZES)
+def combine_kernel(routed, topk_weights, topk_ids, slots, num_slots, output, stride_om, H: tl.constexpr,
                    TOP_K: tl.constexpr, BLOCK_N: tl.constexpr):
     """output[t] = sum over k of topk_weights[t, k] * routed[t, k], fp32 in fixed order, absent experts left out.
 
-    Grid: (T, ceil(H / BLOCK_N)). `routed` [T * TOP_K, H], `topk_weights` float32 and `route_slots` int32 [T, TOP_K].
+    Grid: (T, ceil(H / BLOCK_N)). `routed` [T * TOP_K, H], `topk_weights` float32 and `topk_ids` int32 [T, TOP_K],
+    `slots` int32 [experts].
     """
     token = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for k in tl.static_range(TOP_K):
         route = token * TOP_K + k
-        if tl.load(route_slots + route) < num_slots:
+        if _slot(slots, tl.load(topk_ids + route), num_slots) < num_slots:
             part = tl.load(routed + route * H + offs_n, mask=offs_n < H, other=0.0)
             total += tl.load(topk_weights + route) * part.to(tl.float32)
     tl.store(output + token * stride_om + offs_n, total.to(output.dtype.element_ty), mask=offs_n < H)

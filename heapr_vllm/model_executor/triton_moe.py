@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches the Triton kernels: tiles, blocks of routes, scratch. No host sync, sizes from the token count alone.
+"""Launches the Triton kernels: blocks of routes, scratch, grids. No host sync, sizes from the token count alone.
 
 CUDA graphs and torch.compile therefore stay on: grids are upper bounds and idle programs return at once.
 """
@@ -7,68 +7,15 @@ CUDA graphs and torch.compile therefore stay on: grids are upper bounds and idle
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 import triton
 
 from heapr_vllm.model_executor.layout import TRITON_UNIT
+from heapr_vllm.model_executor.tile_config import LayerShape, Tile, TileConfig, choose_config
 from heapr_vllm.model_executor.triton_kernels import combine_kernel, ragged_down_kernel, ragged_up_kernel
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Tile of one GEMM: `block_n` outputs by `block_k` inputs."""
-
-    block_n: int
-    block_k: int
-    num_warps: int = 4
-    num_stages: int = 3
-    group_m: int = 1
-
-    def meta(self) -> dict[str, int]:
-        """Launch arguments."""
-        return {"BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": self.group_m,
-                "num_warps": self.num_warps, "num_stages": self.num_stages}
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """Tiles of both GEMMs over the same blocks of `block_m` routes."""
-
-    block_m: int
-    up: Tile
-    down: Tile
-
-    def check(self, hidden_size: int) -> None:
-        """Raises ValueError if the tiles do not fit the layout or each other."""
-        if hidden_size % self.up.block_k or hidden_size % self.down.block_n:
-            raise ValueError(f"hidden size {hidden_size} is no multiple of the tile {self}")
-        if TRITON_UNIT % self.down.block_k:
-            raise ValueError(f"down.block_k {self.down.block_k} does not divide {TRITON_UNIT}")
-
-
-def default_config(num_tokens: int, top_k: int, num_experts: int, hidden_size: int, hopper: bool = True,
-                   element_size: int = 2) -> TileConfig:
-    """Tiles by routes per expert, for shapes without a tuned configuration.
-
-    Ampere's registers hold smaller tiles than Hopper's; fp32 is there to be right, not fast.
-    """
-    routes = num_tokens * top_k / max(num_experts, 1)
-    if element_size > 2:
-        config = TileConfig(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2))
-    elif routes <= 16:
-        config = TileConfig(16, Tile(32, 128, 4, 4), Tile(64, 64, 4, 4))
-    elif routes <= 64:
-        config = TileConfig(32 if routes <= 32 else 64, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4, 1))
-    elif hopper:
-        config = TileConfig(128, Tile(128, 64, 8, 4, 8), Tile(256, 64, 8, 3, 8))
-    else:
-        config = TileConfig(128, Tile(64, 64, 8, 3, 8), Tile(128, 64, 8, 3, 8))
-    up_k = _largest_divisor(hidden_size, config.up.block_k)
-    down_n = _largest_divisor(hidden_size, config.down.block_n)
-    return TileConfig(config.block_m, replace(config.up, block_k=up_k), replace(config.down, block_n=down_n))
 
 
 def use_one_route_blocks(num_tokens: int, top_k: int, num_experts: int) -> bool:
@@ -125,56 +72,90 @@ def max_blocks(num_routes: int, num_slots: int, block_m: int) -> int:
     return busy + (num_routes - busy) // block_m
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Routes grouped into `num_blocks` blocks of `block_m` rows, each of one expert: the kernels' first arguments.
+
+    `hidden_rows`: rows of the intermediate that the blocks use.
+    """
+
+    route_ids: torch.Tensor
+    block_slots: torch.Tensor
+    num_rows: torch.Tensor
+    num_blocks: int
+    hidden_rows: int
+    block_m: int
+    one_route: bool
+
+    @classmethod
+    def build(cls, topk_ids: torch.Tensor, slots: torch.Tensor, num_slots: int, block_m: int) -> Blocks:
+        """`topk_ids` int32 [T, k] global expert ids; `slots` int32 [experts + 1], the last one for id -1."""
+        num_routes = topk_ids.numel()
+        if use_one_route_blocks(*topk_ids.shape, num_slots):
+            return cls(topk_ids, slots, slots, num_routes, num_routes, block_m, one_route=True)
+        route_ids, block_slots, num_rows = align_routes(slots[topk_ids], num_slots, block_m)
+        num_blocks = len(block_slots)
+        return cls(route_ids, block_slots, num_rows, num_blocks, num_blocks * block_m, block_m, one_route=False)
+
+
+def up_projection(hidden: torch.Tensor, x: torch.Tensor, w13: torch.Tensor, table: torch.Tensor, top_k: int,
+                  blocks: Blocks, tile: Tile) -> None:
+    """Launches `ragged_up_kernel`: `x` [T, H] to `hidden` [blocks.hidden_rows, max_width]."""
+    n_tiles = triton.cdiv(hidden.shape[1], tile.block_n)
+    ragged_up_kernel[(blocks.num_blocks * n_tiles,)](
+        x, x.stride(0), w13, table, hidden, hidden.stride(0), blocks.route_ids, blocks.block_slots, blocks.num_rows,
+        x.shape[0] * top_k, len(table), blocks.num_blocks, n_tiles, H=x.shape[1], TOP_K=top_k, BLOCK_M=blocks.block_m,
+        ONE_ROUTE=blocks.one_route, PRECISION=_precision(x.dtype), **tile.meta())
+
+
+def down_projection(routed: torch.Tensor, hidden: torch.Tensor, w2: torch.Tensor, table: torch.Tensor,
+                    blocks: Blocks, tile: Tile) -> None:
+    """Launches `ragged_down_kernel`: `hidden` as `up_projection` left it to `routed` [T * k, H]."""
+    n_tiles = routed.shape[1] // tile.block_n
+    ragged_down_kernel[(blocks.num_blocks * n_tiles,)](
+        hidden, hidden.stride(0), w2, table, routed, blocks.route_ids, blocks.block_slots, blocks.num_rows,
+        len(routed), len(table), blocks.num_blocks, n_tiles, H=routed.shape[1], BLOCK_M=blocks.block_m,
+        ONE_ROUTE=blocks.one_route, PRECISION=_precision(hidden.dtype), **tile.meta())
+
+
+def combine(output: torch.Tensor, routed: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor,
+            slots: torch.Tensor, num_slots: int) -> None:
+    """Launches `combine_kernel`: `routed` [T * k, H] to the weighted sum `output` [T, H]."""
+    num_tokens, hidden_size = output.shape
+    block = min(1024, triton.next_power_of_2(hidden_size))
+    combine_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
+        routed, topk_weights, topk_ids, slots, num_slots, output, output.stride(0), H=hidden_size,
+        TOP_K=topk_ids.shape[1], BLOCK_N=block)
+
+
 def triton_ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor,
                       topk_weights: torch.Tensor, topk_ids: torch.Tensor, slots: torch.Tensor, table: torch.Tensor,
                       max_width: int, config: TileConfig | None = None) -> None:
     """Writes the MoE output [T, H] into `output`.
 
-    `hidden_states` [T, H]; `w13` [2 * rows, H]; `w2` packed by `pack_down`; `topk_weights` float32 and `topk_ids` int32
-    [T, k] with global expert ids; `slots` int32 [num_experts], num_slots for experts that are not stored; `table` int32
-    [num_slots, 2] first row and stored width; `max_width` the widest stored width.
+    `hidden_states` [T, H]; `w13` [2 * rows, H]; `w2` packed by `pack_down`; `topk_weights` float and `topk_ids` int32
+    [T, k] with global expert ids, negative for nobody's; `slots` int32 [experts + 1], num_slots for experts that are
+    not stored and in the last place; `table` int32 [num_slots, 2] first row and stored width; `max_width` the widest
+    stored width.
     """
     num_tokens, hidden_size = hidden_states.shape
-    top_k, num_slots = topk_ids.shape[1], table.shape[0]
+    top_k, num_slots = topk_ids.shape[1], len(table)
     if num_slots == 0:
         output.zero_()
         return
-    config = config or default_config(num_tokens, top_k, num_slots, hidden_size, _is_hopper(),
-                                      hidden_states.element_size())
+    topk_weights, topk_ids = topk_weights.contiguous(), topk_ids.contiguous()
+    if config is None:
+        mean_width = len(w13) // (2 * num_slots)
+        config = choose_config(LayerShape(hidden_size, top_k, num_slots, mean_width, max_width, hidden_states.dtype),
+                               num_tokens)
     config.check(hidden_size)
-    num_routes = num_tokens * top_k
-    route_slots = slots[topk_ids]
-    one_route = use_one_route_blocks(num_tokens, top_k, num_slots)
-    if one_route:
-        route_ids = num_rows = block_slots = route_slots.flatten()
-        num_blocks = num_hidden_rows = num_routes
-    else:
-        route_ids, block_slots, num_rows = align_routes(route_slots, num_slots, config.block_m)
-        num_blocks = len(block_slots)
-        num_hidden_rows = num_blocks * config.block_m
-    hidden = hidden_states.new_empty(num_hidden_rows, max_width)
-    routed = hidden_states.new_empty(num_routes, hidden_size)
-    shared = {"H": hidden_size, "BLOCK_M": config.block_m, "ONE_ROUTE": one_route,
-              "PRECISION": "ieee" if hidden_states.dtype == torch.float32 else "tf32"}
-    up_tiles = triton.cdiv(max_width, config.up.block_n)
-    ragged_up_kernel[(num_blocks * up_tiles,)](
-        hidden_states, hidden_states.stride(0), w13, table, hidden, hidden.stride(0), route_ids, block_slots, num_rows,
-        num_routes, num_slots, num_blocks, up_tiles, TOP_K=top_k, **shared, **config.up.meta())
-    down_tiles = hidden_size // config.down.block_n
-    ragged_down_kernel[(num_blocks * down_tiles,)](
-        hidden, hidden.stride(0), w2, table, routed, route_ids, block_slots, num_rows, num_routes, num_slots,
-        num_blocks, down_tiles, **shared, **config.down.meta())
-    block = min(1024, triton.next_power_of_2(hidden_size))
-    combine_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
-        routed, topk_weights, route_slots, num_slots, output, output.stride(0), H=hidden_size, TOP_K=top_k,
-        BLOCK_N=block)
+    blocks = Blocks.build(topk_ids, slots, num_slots, config.block_m)
+    hidden = hidden_states.new_empty(blocks.hidden_rows, max_width)
+    routed = hidden_states.new_empty(num_tokens * top_k, hidden_size)
+    up_projection(hidden, hidden_states, w13, table, top_k, blocks, config.up)
+    down_projection(routed, hidden, w2, table, blocks, config.down)
+    combine(output, routed, topk_weights, topk_ids, slots, num_slots)
 
 
-@cache
-def _is_hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-
-
-def _largest_divisor(size: int, limit: int) -> int:
-    """The largest power of two up to `limit` that divides `size`."""
-    return min(limit, size & -size)
+def _precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 else "tf32"

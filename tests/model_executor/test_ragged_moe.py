@@ -46,7 +46,7 @@ def layer(case: tuple, dtype: torch.dtype, kernel: str) -> tuple:
     layout = RaggedLayout.build(local_widths, stored)
     w13 = torch.full((2 * layout.num_rows, hidden), torch.nan, dtype=dtype)
     w2 = torch.full((layout.num_rows, hidden), torch.nan, dtype=dtype)
-    slots = torch.full((len(widths),), layout.num_slots, dtype=torch.int32)
+    slots = torch.full((len(widths) + 1,), layout.num_slots, dtype=torch.int32)
     x = torch.randn(tokens, hidden, generator=generator).to(dtype)
     scores = torch.rand(tokens, len(widths), generator=generator)
     weights, ids = scores.softmax(-1).topk(top_k)
@@ -82,6 +82,19 @@ def test_against_dense_fp64(case: tuple, dtype: torch.dtype) -> None:
         again = torch.full_like(output, torch.nan)
         torch.ops.heapr.ragged_moe(again, *arguments)
         assert torch.equal(output, again), "not repeatable"
+
+
+@pytest.mark.parametrize("kernel", kernels(torch.float32))
+def test_ids_of_nobody_add_nothing(kernel: str) -> None:
+    """Some all-to-all backends mark routes of other ranks with -1."""
+    arguments, _ = layer((9, [64, 32, 96], 2, 64, 3, ()), torch.float32, kernel)
+    outputs = []
+    for ids, weights in ((arguments[4], arguments[3] * (arguments[4] != 1)),
+                         (arguments[4].where(arguments[4] != 1, -1), arguments[3])):
+        output = torch.full_like(arguments[0], torch.nan)
+        torch.ops.heapr.ragged_moe(output, *arguments[:3], weights, ids, *arguments[5:])
+        outputs.append(output)
+    torch.testing.assert_close(*outputs)
 
 
 def test_native_kernel_is_used_where_it_fits() -> None:

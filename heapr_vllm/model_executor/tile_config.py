@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tiles the Triton kernels use: tuned ones from JSON where there are any, otherwise by routes per expert.
+
+A tuned file covers one hidden size, top-k, dtype and GPU, and holds per width profile and token count the fastest
+tiles found by `heapr tune`. Folders are searched in this order: HEAPR_CONFIG_FOLDER, the user's cache, the package.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heapr_vllm.model_executor.layout import TRITON_UNIT
+
+PACKAGED_FOLDER = Path(__file__).parent / "tile_configs"
+MAX_RATIO = 1.6  # a tuned profile serves shapes whose number of experts times mean width differ by less than this
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures loggers below its own name only
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile of one GEMM: `block_n` outputs by `block_k` inputs."""
+
+    block_n: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 3
+    group_m: int = 1
+
+    def meta(self) -> dict[str, int]:
+        """Launch arguments."""
+        return {"BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": self.group_m,
+                "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tiles of both GEMMs over the same blocks of `block_m` routes."""
+
+    block_m: int
+    up: Tile
+    down: Tile
+
+    def check(self, hidden_size: int) -> None:
+        """Raises ValueError if the tiles do not fit the layout or each other."""
+        if hidden_size % self.up.block_k or hidden_size % self.down.block_n:
+            raise ValueError(f"hidden size {hidden_size} is no multiple of the tile {self}")
+        if TRITON_UNIT % self.down.block_k:
+            raise ValueError(f"down.block_k {self.down.block_k} does not divide {TRITON_UNIT}")
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> TileConfig:
+        """Inverse of `dataclasses.asdict`; other keys are ignored."""
+        return cls(entry["block_m"], Tile(**entry["up"]), Tile(**entry["down"]))
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What the choice of tiles depends on, besides the token count. Widths are stored widths."""
+
+    hidden_size: int
+    top_k: int
+    num_experts: int  # stored ones: zero-width and remote experts have no tiles
+    mean_width: int
+    max_width: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, widths: list[int], hidden_size: int, top_k: int, dtype: torch.dtype) -> LayerShape:
+        """Shape of a layer with these stored widths, zeros included."""
+        stored = [width for width in widths if width]
+        return cls(hidden_size, top_k, len(stored), sum(stored) // max(len(stored), 1), max(stored, default=0), dtype)
+
+    def file_name(self, device: str) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"hidden_size={self.hidden_size},top_k={self.top_k},dtype={dtype},device={device.replace(' ', '_')}.json"
+
+    def distance(self, profile: dict[str, Any]) -> float:
+        """How far a tuned profile is from this shape, as a factor of at least 1."""
+        return math.exp(abs(math.log(self.num_experts / profile["num_experts"]))
+                        + abs(math.log(self.mean_width / profile["mean_width"])))
+
+
+def choose_config(shape: LayerShape, num_tokens: int) -> TileConfig:
+    """Tiles for `num_tokens` tokens of this layer: tuned for the nearest profile and token count, or the defaults."""
+    tuned = _tuned(shape, device_name())
+    if not tuned:
+        return default_config(num_tokens, shape)
+    return tuned[min(tuned, key=lambda tokens: abs(math.log(tokens / max(num_tokens, 1))))]
+
+
+def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = None) -> TileConfig:
+    """Tiles by routes per expert, for shapes without a tuned configuration.
+
+    Ampere's registers hold smaller tiles than Hopper's; fp32 is there to be right, not fast. `hopper` defaults to the
+    GPU at hand.
+    """
+    hopper = _is_hopper() if hopper is None else hopper
+    routes = num_tokens * shape.top_k / max(shape.num_experts, 1)
+    if shape.dtype.itemsize > 2:
+        config = TileConfig(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2))
+    elif routes <= 16:
+        config = TileConfig(16, Tile(32, 128, 4, 4), Tile(64, 64, 4, 4))
+    elif routes <= 64:
+        config = TileConfig(32 if routes <= 32 else 64, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4, 1))
+    elif hopper:
+        config = TileConfig(128, Tile(128, 64, 8, 4, 8), Tile(256, 64, 8, 3, 8))
+    else:
+        config = TileConfig(128, Tile(64, 64, 8, 3, 8), Tile(128, 64, 8, 3, 8))
+    up_k = largest_divisor(shape.hidden_size, config.up.block_k)
+    down_n = largest_divisor(shape.hidden_size, config.down.block_n)
+    return TileConfig(config.block_m, replace(config.up, block_k=up_k), replace(config.down, block_n=down_n))
+
+
+def largest_divisor(size: int, limit: int) -> int:
+    """The largest power of two up to `limit` that divides `size`."""
+    return min(limit, size & -size)
+
+
+def user_folder() -> Path:
+    """Where `heapr tune` writes and the plugin looks: HEAPR_CONFIG_FOLDER, or the user's cache."""
+    if folder := os.environ.get("HEAPR_CONFIG_FOLDER"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "heapr_vllm" / "tile_configs"
+
+
+@cache
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+@cache
+def _tuned(shape: LayerShape, device: str) -> dict[int, TileConfig]:
+    """Token count to tuned tiles of the nearest profile, the first folder winning ties; empty if none is near."""
+    profiles = [(shape.distance(profile), path, profile) for path, profile in _profiles(shape, device)]
+    distance, path, profile = min(profiles, key=lambda entry: entry[0], default=(math.inf, None, {}))
+    if distance > MAX_RATIO:
+        _announce(f"default tiles, none are tuned for hidden size {shape.hidden_size}, top-{shape.top_k} and these "
+                  f"widths on {device}; `heapr tune` finds faster ones")
+        return {}
+    configs = {int(tokens): TileConfig.from_dict(entry) for tokens, entry in profile["tokens"].items()}
+    for config in configs.values():
+        config.check(shape.hidden_size)
+    _announce(f"tiles tuned on {device}, from {path}")
+    return configs
+
+
+def _profiles(shape: LayerShape, device: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for folder in (user_folder(), PACKAGED_FOLDER):
+        path = folder / shape.file_name(device)
+        if path.is_file():
+            for profile in json.loads(path.read_text())["profiles"]:
+                if profile["tokens"]:
+                    yield path, profile
+
+
+@cache
+def _announce(message: str) -> None:
+    """Logs `message` once, however many layers ask."""
+    logger.info("heapr::ragged_moe: %s", message)
+
+
+@cache
+def _is_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def profile_entry(shape: LayerShape) -> dict[str, Any]:
+    """A new, empty profile of a tuned file."""
+    return {"num_experts": shape.num_experts, "mean_width": shape.mean_width, "max_width": shape.max_width,
+            "tokens": {}}
+
+
+def token_entry(config: TileConfig, microseconds: float) -> dict[str, Any]:
+    """One token count of a profile: the tiles and the time of the layer with them."""
+    return {**asdict(config), "microseconds": round(microseconds, 2)}

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random MoE layers of variable width: the table of edge cases that every kernel is held against."""
+
+from typing import NamedTuple
+
+import torch
+
+from heapr_vllm.model_executor.layout import RaggedLayout, round_up
+from heapr_vllm.model_executor.reference import ragged_moe_reference
+from heapr_vllm.model_executor.tile_config import Tile, TileConfig
+from heapr_vllm.model_executor.triton_moe import pack_down, triton_ragged_moe
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = TileConfig(16, Tile(32, 32), Tile(32, 32))
+WIDE = TileConfig(16, Tile(128, 64, group_m=4), Tile(64, 64, group_m=2))
+TALL = TileConfig(32, Tile(32, 16), Tile(16, 16))
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+class Case(NamedTuple):
+    """`routing`: "random", "skewed" (expert 1 gets most), "one" (all to expert 2), "nobody" (every third id is -1)."""
+
+    tokens: int
+    widths: list[int]
+    top_k: int
+    hidden_size: int
+    config: TileConfig | None = SMALL
+    remote: tuple[int, ...] = ()  # experts on another rank
+    routing: str = "random"
+
+    def __str__(self) -> str:
+        return f"T{self.tokens}-{'_'.join(map(str, self.widths[:6]))}-{self.routing}"
+
+
+CASES = [
+    Case(1, [64, 128, 64, 192, 64, 64, 64, 64], 2, 64),  # decode: a block per route, no alignment
+    Case(1, [0, 64, 0, 0, 0, 64, 0, 128], 2, 64),  # decode, mostly dead experts
+    Case(2, [64] * 16, 2, 64, None, (3, 5, 7)),  # decode, expert parallel, default tiles
+    Case(2, [64, 128] * 8, 2, 64, routing="nobody"),  # decode, ids of nobody
+    Case(7, [0, 1, 13, 64], 2, 32),  # widths 0, 1, odd and full
+    Case(40, [64, 192, 128, 64], 2, 64, WIDE),  # tile wider than most experts, grouped order
+    Case(40, [64, 192, 128, 64], 2, 96, routing="skewed"),  # hidden no power of two; one expert gets most tokens
+    Case(33, [64, 64, 128], 1, 64, routing="one"),  # every token to one expert, T % BLOCK_M = 1
+    Case(33, [64, 64, 128], 2, 64, TALL, routing="nobody"),  # ids of nobody; blocks taller than tiles are wide
+    Case(16, [128, 64], 2, 64, WIDE),  # k = E, blocks exactly full
+    Case(50, [64, 0, 128, 64, 320], 3, 64, SMALL, (0, 4)),  # expert parallel: most routes elsewhere
+    Case(5, [64, 64], 1, 64, SMALL, (0, 1)),  # no local expert at all
+    Case(9, [0, 0, 64], 2, 64),  # one live expert
+    Case(70, [64, 128] * 3, 2, 128, None),  # default tiles
+]
+
+
+class Layer(NamedTuple):
+    """A layer on DEVICE: `inputs` are the arguments of `triton_ragged_moe` after `output`."""
+
+    inputs: tuple
+    plain_w2: torch.Tensor
+
+    @property
+    def x(self) -> torch.Tensor:
+        return self.inputs[0]
+
+    def expected(self) -> torch.Tensor:
+        """The reference's output in float64."""
+        x, w13, _, weights, ids, slots, table, _ = self.inputs
+        return ragged_moe_reference(x.double(), w13.double(), self.plain_w2.double(), weights, ids, slots, table)
+
+    def run(self, config: TileConfig | None) -> torch.Tensor:
+        """The kernels' output, into memory full of NaN."""
+        output = torch.full_like(self.x, torch.nan)
+        triton_ragged_moe(output, *self.inputs, config=config)
+        return output
+
+    def error(self, output: torch.Tensor) -> float:
+        """Largest deviation from the reference relative to the largest output; infinite if anything is NaN."""
+        expected = self.expected()
+        error = (output.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-9)
+        return float(error.nan_to_num(torch.inf))
+
+
+def build(case: Case, dtype: torch.dtype, seed: int = 0) -> Layer:
+    """Random weights and routing for `case`; padding neurons are zero."""
+    generator = torch.Generator().manual_seed(seed + case.tokens)
+    local = [width if expert not in case.remote else 0 for expert, width in enumerate(case.widths)]
+    layout = RaggedLayout.build(local, [round_up(width, 64) for width in local])
+    w13 = torch.zeros(2 * layout.num_rows, case.hidden_size, dtype=dtype)
+    w2 = torch.zeros(layout.num_rows, case.hidden_size, dtype=dtype)
+    for expert, width in enumerate(local):
+        if width:
+            row, stored = layout.place(expert)
+            for flat, first in ((w13, 2 * row), (w13, 2 * row + stored), (w2, row)):
+                values = torch.randn(width, case.hidden_size, generator=generator).mul(0.2)
+                flat[first : first + width] = values.to(dtype)
+    weights, ids = route(case, generator)
+    x = torch.randn(case.tokens, case.hidden_size, generator=generator).to(dtype)
+    slots = torch.tensor([*layout.slots, layout.num_slots], dtype=torch.int32)
+    table = torch.tensor(layout.expert_table(), dtype=torch.int32).view(-1, 2)
+    plain_w2 = w2.to(DEVICE, copy=True)
+    pack_down(w2)
+    tensors = [tensor.to(DEVICE) for tensor in (x, w13, w2, weights, ids, slots, table)]
+    return Layer((*tensors, layout.max_width), plain_w2)
+
+
+def route(case: Case, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """(topk_weights float32, topk_ids int32), [T, k]."""
+    scores = torch.rand(case.tokens, len(case.widths), generator=generator)
+    if case.routing == "skewed":
+        scores[:, 1] += 0.5
+    if case.routing == "one":
+        scores[:, 2] += 1
+    weights, ids = scores.topk(case.top_k)
+    if case.routing == "nobody":
+        ids.view(-1)[::3] = -1
+    return weights, ids.int()
