@@ -61,6 +61,20 @@ def run_inspect(args: argparse.Namespace) -> None:
         plot_report(summary, args.plot)
 
 
+def run_tune(args: argparse.Namespace) -> None:
+    import torch
+
+    from heapr_vllm.model_executor.tile_config import user_folder
+    from heapr_vllm.model_executor.tune import tune
+    from heapr_vllm.model_executor.tuning_jobs import jobs_of_model, jobs_of_shapes
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    jobs = (jobs_of_model(args.model, dtype, args.tensor_parallel_size) if args.model else
+            jobs_of_shapes(args.shape, args.sparsity, dtype or torch.bfloat16, args.tensor_parallel_size))
+    written = tune(jobs, args.tokens, args.output or user_folder(), args.time_budget, overwrite=args.overwrite)
+    print("\n".join(f"wrote {path}" for path in written) or "everything was tuned already; --overwrite tunes it again")
+
+
 def run_env(args: argparse.Namespace) -> None:
     from heapr_vllm.environment import report
 
@@ -116,6 +130,22 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true")
     command.add_argument("--plot", type=Path, metavar="PNG", help="heat map of kept widths")
 
+    command = _command(commands, "tune", run_tune, "fastest kernel tiles for a pruned model on this GPU",
+                       "heapr tune pruned --time-budget 10m && vllm serve pruned")
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("model", type=Path, nargs="?", metavar="DIR", help="masks repository or compact checkpoint")
+    what.add_argument("--shape", nargs="+", metavar="NAME", help="a model of the paper, such as Qwen3-30B-A3B")
+    command.add_argument("--sparsity", type=_fraction, nargs="+", default=[0.0, 0.25, 0.5],
+                         help="with --shape: sparsities to tune for")
+    command.add_argument("--tokens", type=_positive, nargs="+", metavar="T",
+                         default=[2**power for power in range(14)], help="token counts per step")
+    command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the model's")
+    command.add_argument("--tensor-parallel-size", type=_positive, default=1, metavar="N")
+    command.add_argument("--time-budget", type=_duration, default=600.0, metavar="TIME", help="such as 90s, 10m or 1h")
+    command.add_argument("-o", "--output", type=Path, metavar="FOLDER",
+                         help="where the plugin looks as well: HEAPR_CONFIG_FOLDER, or the user's cache (default)")
+    command.add_argument("--overwrite", action="store_true", help="tune again what is tuned")
+
     _command(commands, "env", run_env, "versions and hardware as JSON, for bug reports", "heapr env")
     return parser
 
@@ -146,6 +176,22 @@ def _not_negative(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def _duration(text: str) -> float:
+    """Seconds."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in ("s", "m", "h") else (text, "s")
+    try:
+        return float(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a time such as 90s, 10m or 1h") from error
 
 
 def _human(name: str, value: int) -> str:

@@ -11,8 +11,8 @@ def ragged_moe_reference(hidden_states: torch.Tensor, w13: torch.Tensor, w2: tor
 
     `hidden_states` [T, H]. `w13` [2 * rows, H] and `w2` [rows, H] as in `layout.py`. `topk_weights` [T, k] float,
     `topk_ids` [T, k] int, global expert ids, -1 for nobody's. `slots` int32 [num_experts + 1]: storage slot of every
-    global expert, num_slots if it is on another rank or has width 0, and in the last place, which -1 finds. `table` int32 [num_slots, 2]: first row and stored width. Routes
-    are summed in fp32.
+    global expert, num_slots if it is on another rank or has width 0, and in the last place, which -1 finds. `table`
+    int32 [num_slots, 2]: first row and stored width. Routes are summed in fp32.
     """
     output = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     route_slots = slots[topk_ids.flatten()]

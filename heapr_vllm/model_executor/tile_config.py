@@ -84,10 +84,10 @@ class LayerShape:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"hidden_size={self.hidden_size},top_k={self.top_k},dtype={dtype},device={device.replace(' ', '_')}.json"
 
-    def distance(self, profile: dict[str, Any]) -> float:
-        """How far a tuned profile is from this shape, as a factor of at least 1."""
-        return math.exp(abs(math.log(self.num_experts / profile["num_experts"]))
-                        + abs(math.log(self.mean_width / profile["mean_width"])))
+    def distance(self, other: LayerShape) -> float:
+        """How far apart experts and widths are, as a factor of at least 1."""
+        return math.exp(abs(math.log(self.num_experts / other.num_experts))
+                        + abs(math.log(self.mean_width / other.mean_width)))
 
 
 def choose_config(shape: LayerShape, num_tokens: int) -> TileConfig:
@@ -141,7 +141,8 @@ def device_name() -> str:
 @cache
 def _tuned(shape: LayerShape, device: str) -> dict[int, TileConfig]:
     """Token count to tuned tiles of the nearest profile, the first folder winning ties; empty if none is near."""
-    profiles = [(shape.distance(profile), path, profile) for path, profile in _profiles(shape, device)]
+    profiles = [(shape.distance(replace(shape, num_experts=profile["num_experts"], mean_width=profile["mean_width"])),
+                 path, profile) for path, profile in _profiles(shape, device)]
     distance, path, profile = min(profiles, key=lambda entry: entry[0], default=(math.inf, None, {}))
     if distance > MAX_RATIO:
         _announce(f"default tiles, none are tuned for hidden size {shape.hidden_size}, top-{shape.top_k} and these "

@@ -20,7 +20,6 @@ has its down_proj as slabs of 64 neurons, so that a (BLOCK_N, 64) tile is one co
 import triton
 import triton.language as tl
 
-
 SIZES = ("num_routes", "num_slots", "num_m_blocks", "num_n_tiles")  # compiled once for all values
 
 

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the fastest tiles for a layer shape on this GPU: what `heapr tune` runs.
+
+Both GEMMs are timed by themselves over the same blocks of routes, so the search is a sum and not a product; the best
+pair of every block size is then timed as a whole layer. Results go to JSON after every token count.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from tqdm import tqdm
+from triton.runtime.errors import OutOfResources
+
+from heapr_vllm.atomic import atomic_file
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.model_executor.synthetic import Batch, MoEShape, SyntheticLayer, random_batch
+from heapr_vllm.model_executor.tile_config import (
+    LayerShape,
+    Tile,
+    TileConfig,
+    default_config,
+    device_name,
+    profile_entry,
+    token_entry,
+)
+from heapr_vllm.model_executor.timing import stopwatch
+from heapr_vllm.model_executor.triton_moe import (
+    Blocks,
+    down_projection,
+    triton_ragged_moe,
+    up_projection,
+    use_one_route_blocks,
+)
+from heapr_vllm.model_executor.tuning_jobs import Job
+
+BLOCK_MS = (16, 32, 64, 128)
+SHARED_MEMORY = 227 * 1024  # bytes per block on Hopper; smaller GPUs refuse at launch
+MAX_ACCUMULATORS = 128  # fp32 values per thread, half of the registers
+HOPELESS = 1.5  # a tile this much slower than the best at first sight is not timed again
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+def tune(jobs: Sequence[Job], tokens: Sequence[int], folder: Path, time_budget: float, *,
+         overwrite: bool = False) -> list[Path]:
+    """Tunes every job for every token count within `time_budget` seconds and returns the files written.
+
+    What a file holds already is kept, unless `overwrite`: an interrupted run goes on where it was. A token count for
+    which no time is left is not written. Raises HeaprError without a GPU, unless Triton interprets.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise HeaprError("heapr tune needs a GPU that torch sees (`heapr env` shows what it sees); to try the command "
+                         "without one, set TRITON_INTERPRET=1")
+    work = [(job, folder / job.shape.file_name(device_name()), count) for job in jobs for count in tokens]
+    work = [(job, path, count) for job, path, count in work if overwrite or not _is_done(path, job.shape, count)]
+    deadline = time.monotonic() + time_budget
+    if device.type == "cuda":
+        _compile_all([(job, count) for job, _, count in work])
+    built_for: Job | None = None
+    layer: SyntheticLayer | None = None
+    written: dict[Path, None] = {}
+    progress = tqdm(work, unit="token count", desc="tuning", disable=None)
+    for number, (job, path, count) in enumerate(progress):
+        share = (deadline - time.monotonic()) / (len(work) - number)
+        if share <= 0:
+            tqdm.write(f"time budget spent with {len(work) - number} token counts to go; run again to continue")
+            break
+        if built_for is not job:
+            layer = None  # frees the last one's weights first
+            layer, built_for = SyntheticLayer.build(job.moe, list(job.widths), job.dtype, device, copies=2), job
+        config, seconds = fastest(layer, count, time.monotonic() + share)
+        progress.set_postfix_str(f"{count} tokens: {1e6 * seconds:.1f} us, block_m {config.block_m}")
+        _record(path, job.shape, count, config, seconds)
+        written[path] = None
+    return list(written)
+
+
+def fastest(layer: SyntheticLayer, num_tokens: int, deadline: float) -> tuple[TileConfig, float]:
+    """(tiles, seconds per layer) of the best configuration timed before `deadline` (`time.monotonic`).
+
+    The default is timed first, so there is always a result and it is never slower than the default.
+    """
+    batches = batches_for(layer, num_tokens)
+    default = default_config(num_tokens, layer.shape)
+    outputs = torch.empty_like(batches[0].x)
+
+    def layer_calls(config: TileConfig) -> list[Callable[[], None]]:
+        return [lambda i=i, batch=batch: triton_ragged_moe(outputs, *layer.arguments(batch, i), config=config)
+                for i, batch in enumerate(batches)]
+
+    best, best_seconds = default, median_seconds(layer_calls(default), outputs.device)
+    for block_m in block_sizes(layer.shape, num_tokens):
+        if time.monotonic() > deadline:
+            break
+        up_calls, down_calls = _gemm_calls(layer, batches, block_m)
+        tiles = [_fastest_tile(calls, candidates(kind, layer.shape, block_m, num_tokens), deadline, outputs.device)
+                 for kind, calls in (("up", up_calls), ("down", down_calls))]
+        if None in tiles:
+            continue
+        config = TileConfig(block_m, *tiles)
+        seconds = median_seconds(layer_calls(config), outputs.device)
+        if seconds < best_seconds:
+            best, best_seconds = config, seconds
+    return best, best_seconds
+
+
+def batches_for(layer: SyntheticLayer, num_tokens: int) -> list[Batch]:
+    """As many differently routed batches as one timing needs to be longer than its own overhead."""
+    count = 32 if num_tokens <= 16 else 8 if num_tokens <= 1024 else 4
+    if layer.table.device.type == "cpu":
+        count = 2
+    return [random_batch(num_tokens, layer.moe, layer.w2[0].dtype, layer.table.device) for _ in range(count)]
+
+
+def median_seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int = 15) -> float:
+    """Median seconds per call."""
+    run = stopwatch(calls, device)
+    return statistics.median(run() for _ in range(repeats if device.type == "cuda" else 1))
+
+
+def block_sizes(shape: LayerShape, num_tokens: int) -> list[int]:
+    """Rows per block worth trying: about the routes that an expert gets."""
+    routes = num_tokens * shape.top_k / shape.num_experts
+    if use_one_route_blocks(num_tokens, shape.top_k, shape.num_experts):
+        return [16]
+    return [block for block in BLOCK_MS if routes / 8 <= block <= max(16, 4 * routes)]
+
+
+def candidates(kind: str, shape: LayerShape, block_m: int, num_tokens: int) -> list[Tile]:
+    """Tiles for the "up" or "down" GEMM that fit registers and shared memory, most ordinary first."""
+    element, halves = shape.dtype.itemsize, 2 if kind == "up" else 1
+    routes = num_tokens * shape.top_k / shape.num_experts
+    group_sizes = (1, 8) if routes > block_m else (1,)
+    block_ks = (64, 128, 256) if kind == "up" else (64,)
+    found = []
+    for block_n in (16, 32, 64, 128, 256):
+        for block_k in block_ks:
+            for num_warps in (4, 8):
+                for num_stages in (2, 3, 4, 5):
+                    per_thread = halves * block_m * block_n / (32 * num_warps)
+                    shared = num_stages * block_k * (block_m + halves * block_n) * element
+                    divides = shape.hidden_size % (block_k if kind == "up" else block_n) == 0
+                    useful = num_warps == 4 or halves * block_m * block_n >= 64 * 128
+                    if divides and useful and per_thread <= MAX_ACCUMULATORS and shared <= SHARED_MEMORY:
+                        found += [Tile(block_n, block_k, num_warps, num_stages, group) for group in group_sizes]
+    default = getattr(default_config(num_tokens, shape), kind)
+    return sorted(found, key=lambda tile: sum(a != b for a, b in zip(tile.meta().items(), default.meta().items(),
+                                                                     strict=True)))
+
+
+def _gemm_calls(layer: SyntheticLayer, batches: list[Batch], block_m: int) -> tuple[Callable, Callable]:
+    """Functions of a tile that give the calls to time for the up and the down GEMM."""
+    shape, top_k = layer.shape, layer.moe.top_k
+    blocks = [Blocks.build(batch.topk_ids, layer.slots, shape.num_experts, block_m) for batch in batches]
+    x = batches[0].x
+    hidden = x.new_zeros(blocks[0].hidden_rows, shape.max_width)
+    routed = x.new_empty(x.shape[0] * top_k, shape.hidden_size)
+    copies = len(layer.w13)
+    return (lambda tile: [lambda i=i, b=b: up_projection(hidden, batches[i].x, layer.w13[i % copies], layer.table,
+                                                         top_k, b, tile) for i, b in enumerate(blocks)],
+            lambda tile: [lambda i=i, b=b: down_projection(routed, hidden, layer.w2[i % copies], layer.table, b, tile)
+                          for i, b in enumerate(blocks)])
+
+
+def _fastest_tile(calls: Callable[[Tile], list[Callable]], tiles: list[Tile], deadline: float,
+                  device: torch.device) -> Tile | None:
+    best, best_seconds = None, float("inf")
+    for tile in tiles:
+        if time.monotonic() > deadline and best is not None:
+            break
+        try:
+            run = stopwatch(calls(tile), device)
+        except OutOfResources:
+            continue
+        seconds = run()
+        if seconds < HOPELESS * best_seconds and device.type == "cuda":
+            seconds = statistics.median(run() for _ in range(7))
+        if seconds < best_seconds:
+            best, best_seconds = tile, seconds
+    return best
+
+
+def _compile_all(work: list[tuple[Job, int]]) -> None:
+    """Compiles all candidates in parallel processes; this one then finds them in Triton's cache on disk."""
+    kernels = {(job.shape.hidden_size, job.shape.top_k, job.dtype, one_route, block_m, kind, tile)
+               for job, count in work for one_route in [use_one_route_blocks(count, job.shape.top_k,
+                                                                             job.shape.num_experts)]
+               for block_m in block_sizes(job.shape, count) for kind in ("up", "down")
+               for tile in candidates(kind, job.shape, block_m, count)}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), context) as pool:
+        list(tqdm(pool.map(_compile, *zip(*kernels, strict=True), chunksize=4), total=len(kernels), unit="kernel",
+                  desc="compiling", disable=None))
+
+
+def _compile(hidden_size: int, top_k: int, dtype: torch.dtype, one_route: bool, block_m: int, kind: str,
+             tile: Tile) -> None:
+    """Runs one kernel on the smallest layer that uses it."""
+    device = torch.device("cuda")
+    moe = MoEShape(4 * top_k if one_route else top_k, top_k, hidden_size, 64)
+    layer = SyntheticLayer.build(moe, [64] * moe.num_experts, dtype, device)
+    up_calls, down_calls = _gemm_calls(layer, [random_batch(1, moe, dtype, device)], block_m)
+    try:
+        (up_calls if kind == "up" else down_calls)(tile)[0]()
+    except OutOfResources:
+        return
+
+
+def _profiles(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["profiles"] if path.is_file() else []
+
+
+def _find(profiles: list[dict[str, Any]], shape: LayerShape) -> Iterator[dict[str, Any]]:
+    new = profile_entry(shape)
+    keys = new.keys() - {"tokens"}
+    return (profile for profile in profiles if all(profile[key] == new[key] for key in keys))
+
+
+def _is_done(path: Path, shape: LayerShape, num_tokens: int) -> bool:
+    return any(str(num_tokens) in profile["tokens"] for profile in _find(_profiles(path), shape))
+
+
+def _record(path: Path, shape: LayerShape, num_tokens: int, config: TileConfig, seconds: float) -> None:
+    """Adds one result to the file, atomically."""
+    profiles = _profiles(path)
+    profile = next(_find(profiles, shape), None)
+    if profile is None:
+        profiles.append(profile := profile_entry(shape))
+    profile["tokens"][str(num_tokens)] = token_entry(config, 1e6 * seconds)
+    profile["tokens"] = dict(sorted(profile["tokens"].items(), key=lambda entry: int(entry[0])))
+    content = {"format_version": 1, "device": device_name(), "triton": triton.__version__, "profiles": profiles}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_file(path, lambda target: target.write_text(json.dumps(content, indent=2) + "\n"))

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`heapr tune` on a layer small enough for Triton's interpreter; its candidates for the paper's models."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from heapr_vllm import cli
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.model_executor import tile_config, tune
+from heapr_vllm.model_executor.synthetic import PAPER_SHAPES, MoEShape, ragged_widths
+from heapr_vllm.model_executor.tile_config import LayerShape, Tile, choose_config, default_config
+from heapr_vllm.model_executor.tuning_jobs import Job, jobs_of_model, jobs_of_shapes
+
+JOB = Job(MoEShape(3, 1, 64, 128), (64, 128, 0), torch.float16)
+TILES = [Tile(16, 64), Tile(32, 64), Tile(64, 64)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty HEAPR_CONFIG_FOLDER, and three candidates per GEMM."""
+    monkeypatch.setenv("HEAPR_CONFIG_FOLDER", str(tmp_path))
+    monkeypatch.setattr(tune, "candidates", lambda *_: TILES)
+    tile_config._tuned.cache_clear()
+    yield tmp_path
+    tile_config._tuned.cache_clear()
+
+
+def results(folder: Path) -> dict[str, dict]:
+    """Token count to entry of the only profile of the only file."""
+    path, = folder.glob("*.json")
+    profile, = json.loads(path.read_text())["profiles"]
+    return profile["tokens"]
+
+
+def test_the_plugin_uses_what_was_tuned(folder: Path) -> None:
+    path, = tune.tune([JOB], [1, 40], folder, 60)
+    assert path.name == "hidden_size=64,top_k=1,dtype=float16,device=cpu.json" or torch.cuda.is_available()
+    assert set(results(folder)) == {"1", "40"}
+    for tokens, entry in results(folder).items():
+        config = choose_config(JOB.shape, int(tokens))
+        assert entry["up"]["block_n"] == config.up.block_n and entry["microseconds"] > 0
+        assert config == default_config(int(tokens), JOB.shape) or {config.up, config.down} <= set(TILES)
+
+
+def test_a_killed_run_continues(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fastest, calls = tune.fastest, []
+
+    def killed(layer, num_tokens: int, deadline: float):
+        calls.append(num_tokens)
+        if calls == [1, 2]:
+            raise KeyboardInterrupt
+        return fastest(layer, num_tokens, deadline)
+
+    monkeypatch.setattr(tune, "fastest", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune([JOB], [1, 2], folder, 60)
+    first = results(folder)["1"]
+    tune.tune([JOB], [1, 2], folder, 60)
+    assert calls == [1, 2, 2] and results(folder)["1"] == first and "2" in results(folder)
+    assert tune.tune([JOB], [1, 2], folder, 60) == [] and len(calls) == 3
+    tune.tune([JOB], [1], folder, 60, overwrite=True)
+    assert calls[3:] == [1]
+
+
+def test_without_time_nothing_is_written(folder: Path) -> None:
+    assert tune.tune([JOB], [1], folder, 0) == [] and not list(folder.iterdir())
+
+
+def test_without_gpu_and_interpreter_it_says_what_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch,
+                                                              capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["tune", "--shape", "tiny"]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER_SHAPES if name != "tiny"])
+@pytest.mark.parametrize("tokens", [1, 32, 1024, 8192])
+def test_candidates_fit_the_layout_and_the_machine(name: str, tokens: int) -> None:
+    moe = PAPER_SHAPES[name]
+    shape = LayerShape.of(ragged_widths(moe.num_experts, moe.moe_intermediate_size, 0.25), moe.hidden_size, moe.top_k,
+                          torch.bfloat16)
+    for block_m in tune.block_sizes(shape, tokens):
+        for kind in ("up", "down"):
+            tiles = tune.candidates(kind, shape, block_m, tokens)
+            assert 8 <= len(tiles) == len(set(tiles)) <= 120
+            for tile in tiles:
+                assert shape.hidden_size % (tile.block_k if kind == "up" else tile.block_n) == 0
+                shared = tile.num_stages * tile.block_k * (block_m + (2 if kind == "up" else 1) * tile.block_n) * 2
+                assert shared <= 227 * 1024
+    default = default_config(tokens, shape, hopper=True)
+    assert default.block_m in tune.block_sizes(shape, tokens)
+
+
+def test_jobs_of_a_model(masks_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, = jobs_of_model(masks_repository)
+    assert whole.moe[1:3] == (2, 64) and whole.dtype == torch.float32, "from config.json"
+    assert all(width % 64 == 0 for width in whole.widths) and 0 in whole.widths
+    half, = jobs_of_model(masks_repository, torch.bfloat16, tp_size=2)
+    assert sum(half.widths) < sum(whole.widths) and half.dtype == torch.bfloat16
+    with pytest.raises(HeaprError, match="unknown shape 'nope'; choose from Qwen3-30B-A3B"):
+        jobs_of_shapes(["nope"], [0.25], torch.bfloat16)
+    with pytest.raises(HeaprError, match="heapr prune"):
+        jobs_of_model(masks_repository.parent)
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.25, 0.5, 0.9])
+def test_ragged_widths_have_the_wanted_mean(sparsity: float) -> None:
+    widths = ragged_widths(128, 768, sparsity)
+    assert abs(sum(widths) - 128 * 768 * (1 - sparsity)) <= 64 + 1
+    assert all(width % 64 == 0 and 0 <= width <= 768 for width in widths) and len(set(widths)) > 4
+    assert ragged_widths(128, 768, sparsity) == widths != ragged_widths(128, 768, sparsity, seed=1)
