@@ -4,11 +4,11 @@ SPARSITY ?= 0.25
 BIN := .venv/bin
 ENGINE := VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
 
-.PHONY: help setup demo test lint
+.PHONY: help setup demo test test-gpu mutants lint
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.ready  ## create .venv with everything for development, a CPU build of vLLM included
 
@@ -26,6 +26,15 @@ demo: setup  ## prune the bundled model, serve it, compare it with the dense one
 
 test: setup  ## run all tests that need no GPU
 	$(ENGINE) $(BIN)/python -m pytest
+
+# On a GPU machine with PyTorch, Triton, transformers, pytest and hypothesis; vLLM is optional. Uses $(PYTHON) as it is.
+test-gpu:  ## run the kernel tests on this machine's GPU
+	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "test-gpu needs a GPU that torch sees"'
+	$(PYTHON) -m pytest -q -p no:cacheprovider tests/model_executor/test_triton_moe.py \
+	    tests/model_executor/test_triton_scale.py tests/model_executor/test_tune.py
+
+mutants: setup  ## break every index computation of the kernels in turn: some test must fail each time
+	$(BIN)/python -m tests.model_executor.mutants
 
 lint: setup  ## check style
 	$(BIN)/ruff check .

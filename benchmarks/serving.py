@@ -8,14 +8,10 @@ machine hits both; the ratio is the median over rounds of pruned / dense.
 """
 
 import argparse
-import csv
-import datetime
-import platform
 import statistics
-import sys
 from pathlib import Path
 
-from heapr_vllm.environment import report
+from benchmarks.rows import append_csv
 from serving_examples.vllm_server import alternate, serve
 
 SERVE_OPTIONS = ("--no-enable-prefix-caching", "--disable-uvicorn-access-log")
@@ -40,25 +36,6 @@ def compare(dense: Path, pruned: Path, *, concurrencies: list[int], rounds: int,
                          "ratio": round(statistics.median(ratios), 3), "ratio_min": round(min(ratios), 3),
                          "ratio_max": round(max(ratios), 3), "rounds": rounds})
     return rows
-
-
-def append_csv(path: Path, rows: list[dict]) -> None:
-    """Adds `rows` with date, hardware, versions and command."""
-    environment = report()
-    versions = environment["versions"]
-    shared = {"date": datetime.date.today().isoformat(), "device": ", ".join(environment["gpus"]) or
-              f"CPU {platform.processor() or platform.machine()} {environment['cpu']['capability']}, "
-              f"{environment['cpu']['threads']} threads",
-              "versions": " ".join(f"{name}={versions[name]}" for name in ("heapr-vllm", "vllm", "torch")
-                                   if name in versions),
-              "command": "python -m benchmarks.serving " + " ".join(sys.argv[1:])}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*rows[0], *shared])
-        if new:
-            writer.writeheader()
-        writer.writerows({**row, **shared} for row in rows)
 
 
 def main() -> None:

