@@ -1,62 +1,140 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output tokens/s of a dense model in stock vLLM and of its pruned version with the plugin.
+"""Served tokens/s of a dense model in stock vLLM and of its pruned version with the plugin.
 
-    python -m benchmarks.serving --pruned build/demo/pruned --dense serving_examples/tiny_qwen3_moe
+    python -m benchmarks.serving --model Qwen3-30B-A3B --sparsity 0.25 --csv benchmarks/results/serving.csv
+    python -m benchmarks.serving --model Qwen3-30B-A3B --offline -- --max-num-batched-tokens 8192
+    python -m benchmarks.serving --dense serving_examples/tiny_qwen3_moe --pruned build/demo/pruned --workload chat
 
-Both servers run at once with equal options and are asked in turn by `vllm bench serve`, so that a slow moment of the
-machine hits both; the ratio is the median over rounds of pruned / dense.
+`--model` makes both from the published sizes with random weights. By default two `vllm serve` processes share the
+device and are asked in turn by `vllm bench serve`, so that a slow moment hits both; `--one-at-a-time` starts each for
+its own rounds, for models of which only one fits. `--offline` runs `vllm bench throughput` alternately. CUDA graphs and
+every other engine setting stay at vLLM's defaults, equal on both sides, unless set after `--`.
 """
 
 import argparse
+import re
 import statistics
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
+from benchmarks.random_models import CONFIGS, write_dense, write_pruned
 from benchmarks.rows import append_csv
-from serving_examples.vllm_server import alternate, serve
+from serving_examples.vllm_server import alternate, serve, throughput
 
 SERVE_OPTIONS = ("--no-enable-prefix-caching", "--disable-uvicorn-access-log")
 
 
-def compare(dense: Path, pruned: Path, *, concurrencies: list[int], rounds: int, input_len: int, output_len: int,
-            requests: int, options: list[str], log_dir: Path) -> list[dict]:
-    """One row per concurrency: medians of both arms, and the median and range of the per-round ratios.
+class Workload(NamedTuple):
+    """Random prompts: tokens in, tokens out, requests in flight and in total."""
 
-    `requests` is the number of requests per round, at least four per concurrent stream.
-    """
+    input_len: int
+    output_len: int
+    concurrency: int
+    num_prompts: int
+
+
+WORKLOADS = {
+    "decode": Workload(128, 1024, 64, 64),
+    "prefill": Workload(4096, 8, 32, 64),
+    "mixed": Workload(1024, 128, 64, 128),
+    "single": Workload(32, 512, 1, 2),
+    "chat": Workload(64, 256, 8, 32),
+    "smoke": Workload(8, 8, 2, 4),
+}
+
+
+class Arm(NamedTuple):
+    """`plugins`: VLLM_PLUGINS, "" for stock vLLM and None for all."""
+
+    model: Path
+    plugins: str | None
+
+
+def measure_served(arms: dict[str, Arm], workloads: dict[str, Workload], rounds: int, options: list[str],
+                   log_dir: Path, together: bool) -> dict[str, dict[str, list[float]]]:
+    """Workload to arm to output tokens/s per round, over HTTP."""
+    speeds: dict[str, dict[str, list[float]]] = {name: {} for name in workloads}
+    for group in ([arms] if together else [{name: arm} for name, arm in arms.items()]):
+        with ExitStack() as stack:
+            urls = {name: (stack.enter_context(serve(arm.model, *SERVE_OPTIONS, *options, log=log_dir / f"{name}.log",
+                                                     plugins=arm.plugins)), arm.model) for name, arm in group.items()}
+            for name, load in workloads.items():
+                speeds[name] |= alternate(urls, rounds, **load._asdict())
+    return speeds
+
+
+def measure_offline(arms: dict[str, Arm], workloads: dict[str, Workload], rounds: int, options: list[str],
+                    log_dir: Path) -> dict[str, dict[str, list[float]]]:
+    """The same from `vllm bench throughput`, a fresh engine per round and arm."""
+    speeds: dict[str, dict[str, list[float]]] = {name: {arm: [] for arm in arms} for name in workloads}
+    for name, load in workloads.items():
+        for number in range(rounds):
+            for arm in list(arms)[:: -1 if number % 2 else 1]:
+                speeds[name][arm].append(throughput(arms[arm].model, *options, plugins=arms[arm].plugins,
+                                                    log=log_dir / f"{arm}.log", num_prompts=load.num_prompts,
+                                                    input_len=load.input_len, output_len=load.output_len))
+    return speeds
+
+
+def memory(log: Path) -> tuple[str, str]:
+    """(GiB of weights, tokens of KV cache) as vLLM logged them, empty where it did not."""
+    text = log.read_text()
+    found = (re.findall(r"Model loading took ([\d.]+) GiB", text), re.findall(r"KV cache size: ([\d,]+) tokens", text))
+    return tuple(matches[-1].replace(",", "") if matches else "" for matches in found)
+
+
+def table(label: str, workloads: dict[str, Workload], speeds: dict[str, dict[str, list[float]]],
+          log_dir: Path) -> list[dict]:
+    """One row per workload: medians of both arms, median and range of the per-round ratios, memory."""
+    weights, kv_tokens = zip(*(memory(log_dir / f"{arm}.log") for arm in ("dense", "pruned")), strict=True)
     rows = []
-    with (serve(dense, *SERVE_OPTIONS, *options, log=log_dir / "dense.log", plugins="") as dense_url,
-          serve(pruned, *SERVE_OPTIONS, *options, log=log_dir / "pruned.log") as pruned_url):
-        for concurrency in concurrencies:
-            speeds = alternate({"dense": (dense_url, dense), "pruned": (pruned_url, pruned)}, rounds,
-                               concurrency=concurrency, num_prompts=max(requests, 4 * concurrency),
-                               input_len=input_len, output_len=output_len)
-            ratios = [p / d for p, d in zip(speeds["pruned"], speeds["dense"], strict=True)]
-            rows.append({"batch": concurrency, "dense_tok_s": round(statistics.median(speeds["dense"]), 1),
-                         "pruned_tok_s": round(statistics.median(speeds["pruned"]), 1),
-                         "ratio": round(statistics.median(ratios), 3), "ratio_min": round(min(ratios), 3),
-                         "ratio_max": round(max(ratios), 3), "rounds": rounds})
+    for name, load in workloads.items():
+        dense, pruned = speeds[name]["dense"], speeds[name]["pruned"]
+        ratios = [p / d for p, d in zip(pruned, dense, strict=True)]
+        rows.append({"model": label, "workload": name, **load._asdict(),
+                     "dense_tok_s": round(statistics.median(dense), 1),
+                     "pruned_tok_s": round(statistics.median(pruned), 1),
+                     "ratio": round(statistics.median(ratios), 3), "ratio_min": round(min(ratios), 3),
+                     "ratio_max": round(max(ratios), 3), "rounds": len(ratios), "dense_weights_gib": weights[0],
+                     "pruned_weights_gib": weights[1], "dense_kv_tokens": kv_tokens[0],
+                     "pruned_kv_tokens": kv_tokens[1]})
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dense", type=Path, required=True)
-    parser.add_argument("--pruned", type=Path, required=True)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="concurrent requests")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--requests", type=int, default=8, help="per round, at least four per concurrent stream")
-    parser.add_argument("--input-len", type=int, default=64)
-    parser.add_argument("--output-len", type=int, default=256)
+    parser.add_argument("--model", choices=CONFIGS, help="random weights at this model's size")
+    parser.add_argument("--sparsity", type=float, default=0.25, help="with --model")
+    parser.add_argument("--dense", type=Path, help="a checkpoint instead")
+    parser.add_argument("--pruned", type=Path, help="its pruned version")
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=["decode", "prefill"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--offline", action="store_true", help="vllm bench throughput instead of vllm serve")
+    parser.add_argument("--one-at-a-time", action="store_true", help="never both servers at once")
     parser.add_argument("--csv", type=Path, help="append the rows here")
-    parser.add_argument("--log-dir", type=Path, default=Path("build/serving"))
-    parser.add_argument("options", nargs="*", help="further `vllm serve` options for both, after --")
+    parser.add_argument("--work", type=Path, default=Path("build/serving"), help="models and logs")
+    parser.add_argument("options", nargs="*", help="further vLLM options for both, after --")
     args = parser.parse_args()
-    rows = compare(args.dense, args.pruned, concurrencies=args.batch, rounds=args.rounds, input_len=args.input_len,
-                   output_len=args.output_len, requests=args.requests, options=args.options, log_dir=args.log_dir)
+    options = args.options
+    if args.model:
+        args.dense, args.pruned = (write_dense(args.model, args.work),
+                                   write_pruned(args.model, args.sparsity, args.work))
+        options = ["--load-format", "dummy", *options]
+    if not args.dense or not args.pruned:
+        parser.error("name a --model, or --dense and --pruned")
+    arms = {"dense": Arm(args.dense, ""), "pruned": Arm(args.pruned, None)}
+    workloads = {name: WORKLOADS[name] for name in args.workload}
+    if args.offline:
+        speeds = measure_offline(arms, workloads, args.rounds, options, args.work)
+    else:
+        speeds = measure_served(arms, workloads, args.rounds, options, args.work, together=not args.one_at_a_time)
+    rows = table(f"{args.model} {args.sparsity:.0%}" if args.model else args.pruned.name, workloads, speeds, args.work)
     for row in rows:
-        print(f"batch {row['batch']:>3}: dense {row['dense_tok_s']:.0f} tokens/s, pruned {row['pruned_tok_s']:.0f} "
-              f"tokens/s, ratio {row['ratio']:.3f} ({row['ratio_min']:.3f} to {row['ratio_max']:.3f} over "
-              f"{row['rounds']} rounds)")
+        print(f"{row['model']}, {row['workload']} ({row['input_len']} in, {row['output_len']} out, "
+              f"{row['concurrency']} at once): dense {row['dense_tok_s']:.0f} output tokens/s, pruned "
+              f"{row['pruned_tok_s']:.0f}, ratio {row['ratio']:.3f} ({row['ratio_min']:.3f} to {row['ratio_max']:.3f} "
+              f"over {row['rounds']} rounds)")
     if args.csv:
         append_csv(args.csv, rows)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts `vllm serve` and stops it again; measures it with `vllm bench serve`."""
+"""Starts `vllm serve` and stops it again; measures with `vllm bench serve` and `vllm bench throughput`."""
 
 import json
 import os
@@ -32,10 +32,10 @@ def serve(model: str | Path, *arguments: str, log: Path, plugins: str | None = N
     """
     port = _free_port()
     command = [VLLM, "serve", str(model), "--port", str(port), *arguments]
-    env = {**DEFAULT_ENVIRONMENT, **os.environ} | ({} if plugins is None else {"VLLM_PLUGINS": plugins})
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=_environment(plugins),
+                                   start_new_session=True)
         try:
             _wait_until_healthy(process, port, log)
             yield f"http://127.0.0.1:{port}"
@@ -61,6 +61,22 @@ def bench(url: str, model: str | Path, *, concurrency: int, num_prompts: int, in
     return result
 
 
+def throughput(model: str | Path, *arguments: str, log: Path, plugins: str | None, num_prompts: int, input_len: int,
+               output_len: int) -> float:
+    """Output tokens/s of `vllm bench throughput` with random prompts; its output goes to `log`."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [VLLM, "bench", "throughput", "--model", str(model), "--dataset-name", "random", "--num-prompts",
+                   str(num_prompts), "--random-input-len", str(input_len), "--random-output-len", str(output_len),
+                   "--output-json", str(result), *arguments]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as output:
+            done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=_environment(plugins))
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{log.read_text()[-4000:]}")
+        return num_prompts * output_len / json.loads(result.read_text())["elapsed_time"]
+
+
 def alternate(arms: dict[str, tuple[str, str | Path]], rounds: int, **load: int) -> dict[str, list[float]]:
     """Output tokens/s per round of every arm, name to (URL, model), asked in turn and in alternating order."""
     speeds: dict[str, list[float]] = {name: [] for name in arms}
@@ -70,6 +86,10 @@ def alternate(arms: dict[str, tuple[str, str | Path]], rounds: int, **load: int)
         latest = ", ".join(f"{name} {values[-1]:.0f}" for name, values in speeds.items())
         print(f"{load['concurrency']} at once, round {number + 1}: {latest} tokens/s", file=sys.stderr, flush=True)
     return speeds
+
+
+def _environment(plugins: str | None) -> dict[str, str]:
+    return {**DEFAULT_ENVIRONMENT, **os.environ} | ({} if plugins is None else {"VLLM_PLUGINS": plugins})
 
 
 def _free_port() -> int:

@@ -13,38 +13,52 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from heapr_vllm.model_executor.synthetic import PAPER_SHAPES
+from heapr_vllm.model_executor.tile_config import PACKAGED_FOLDER, LayerShape, TileConfig, default_config
 from heapr_vllm.model_executor.triton_kernels import ragged_down_kernel, ragged_up_kernel
-from heapr_vllm.model_executor.triton_moe import default_config, use_one_route_blocks
+from heapr_vllm.model_executor.triton_moe import use_one_route_blocks
 
 ARCHES = {"sm_90a": 90, "sm_80": 80}
-PAPER_MODELS = {"Qwen3-30B-A3B": (128, 8, 2048), "DeepSeekMoE-16B": (64, 6, 2048), "Qwen1.5-MoE-A2.7B": (60, 4, 2048),
-                "Qwen2-57B-A14B": (64, 8, 3584)}
 TOKENS = (1, 8, 32, 64, 256, 1024, 4096, 8192)
 POINTERS = {"x": "*bf16", "w13": "*bf16", "w2": "*bf16", "hidden": "*bf16", "routed": "*bf16", "table": "*i32",
             "route_ids": "*i32", "block_slots": "*i32", "num_rows": "*i32"}
 
 
-def variants(arch: str) -> Iterator[tuple]:
-    """Distinct (kernel, constexprs, warps, stages) that the defaults use for the paper's models on `arch`."""
-    seen = set()
-    for num_experts, top_k, hidden in PAPER_MODELS.values():
+def configs(arch: str) -> Iterator[tuple[int, int, TileConfig, bool]]:
+    """(hidden size, top-k, tiles, one route per block) of the paper's models, and of every tuned file we ship."""
+    for moe in (moe for name, moe in PAPER_SHAPES.items() if name != "tiny"):
+        shape = LayerShape(moe.hidden_size, moe.top_k, moe.num_experts, moe.moe_intermediate_size,
+                           moe.moe_intermediate_size, torch.bfloat16)
         for tokens in TOKENS:
-            config = default_config(tokens, top_k, num_experts, hidden, hopper=ARCHES[arch] >= 90)
-            one_route = use_one_route_blocks(tokens, top_k, num_experts)
-            for kernel, tile in ((ragged_up_kernel, config.up), (ragged_down_kernel, config.down)):
-                meta = tile.meta()
-                warps, stages = meta.pop("num_warps"), meta.pop("num_stages")
-                constexprs = {"H": hidden, "BLOCK_M": config.block_m, "ONE_ROUTE": one_route, "PRECISION": "tf32",
-                              **meta} | ({"TOP_K": top_k} if kernel is ragged_up_kernel else {})
-                key = (kernel.fn.__name__, *constexprs.items(), warps, stages)
-                if key not in seen:
-                    seen.add(key)
-                    yield kernel, constexprs, warps, stages
+            yield (shape.hidden_size, shape.top_k, default_config(tokens, shape, hopper=ARCHES[arch] >= 90),
+                   use_one_route_blocks(tokens, shape.top_k, shape.num_experts))
+    for path in PACKAGED_FOLDER.glob("*.json") if ARCHES[arch] >= 90 else ():
+        hidden_size, top_k = map(int, re.match(r"hidden_size=(\d+),top_k=(\d+),", path.name).groups())
+        for profile in json.loads(path.read_text())["profiles"]:
+            for tokens, entry in profile["tokens"].items():
+                yield (hidden_size, top_k, TileConfig.from_dict(entry),
+                       use_one_route_blocks(int(tokens), top_k, profile["num_experts"]))
+
+
+def variants(arch: str) -> Iterator[tuple]:
+    """Distinct (kernel, constexprs, warps, stages) among the configurations for `arch`."""
+    seen = set()
+    for hidden_size, top_k, config, one_route in configs(arch):
+        for kernel, tile in ((ragged_up_kernel, config.up), (ragged_down_kernel, config.down)):
+            meta = tile.meta()
+            warps, stages = meta.pop("num_warps"), meta.pop("num_stages")
+            constexprs = {"H": hidden_size, "BLOCK_M": config.block_m, "ONE_ROUTE": one_route, "PRECISION": "tf32",
+                          **meta} | ({"TOP_K": top_k} if kernel is ragged_up_kernel else {})
+            key = (kernel.fn.__name__, *constexprs.items(), warps, stages)
+            if key not in seen:
+                seen.add(key)
+                yield kernel, constexprs, warps, stages
 
 
 def compile_one(arch: str, kernel, constexprs: dict, warps: int, stages: int) -> dict:

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random MoE layers of variable width: the table of edge cases that every kernel is held against."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -10,6 +13,7 @@ from heapr_vllm.model_executor.reference import ragged_moe_reference
 from heapr_vllm.model_executor.tile_config import LayerShape, Tile, TileConfig
 from heapr_vllm.model_executor.triton_moe import pack_down, triton_ragged_moe
 
+FENCE = 1024  # elements
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = TileConfig(16, Tile(32, 32), Tile(32, 32))
 WIDE = TileConfig(16, Tile(128, 64, group_m=4), Tile(64, 64, group_m=2))
@@ -43,6 +47,7 @@ CASES = [
     Case(33, [64, 64, 128], 1, 64, routing="one"),  # every token to one expert, T % BLOCK_M = 1
     Case(33, [64, 64, 128], 2, 64, TALL, routing="nobody"),  # ids of nobody; blocks taller than tiles are wide
     Case(16, [128, 64], 2, 64, WIDE),  # k = E, blocks exactly full
+    Case(33, [128], 1, 128, WIDE),  # one expert: all blocks in use, the last group of blocks smaller
     Case(50, [64, 0, 128, 64, 320], 3, 64, SMALL, (0, 4)),  # expert parallel: most routes elsewhere
     Case(5, [64, 64], 1, 64, SMALL, (0, 1)),  # no local expert at all
     Case(9, [0, 0, 64], 2, 64),  # one live expert
@@ -72,7 +77,7 @@ class Layer(NamedTuple):
 
     def run(self, config: TileConfig | None) -> torch.Tensor:
         """The kernels' output, into memory full of NaN."""
-        output = torch.full_like(self.x, torch.nan)
+        output = fenced(torch.full_like(self.x, torch.nan))
         triton_ragged_moe(output, *self.inputs, config=config)
         return output
 
@@ -102,7 +107,40 @@ def build(case: Case, dtype: torch.dtype, seed: int = 0) -> Layer:
     table = torch.tensor(layout.expert_table(), dtype=torch.int32, device=DEVICE).view(-1, 2)
     plain_w2 = w2.clone()
     pack_down(w2)
-    return Layer((x, w13, w2, weights, ids, slots, table, layout.max_width), plain_w2)
+    tensors = map(fenced, (x, w13, w2, weights, ids, slots, table))
+    return Layer((*tensors, layout.max_width), plain_w2)
+
+
+def fenced(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with a page of NaN, or of absurd integers, before and after it."""
+    poison = torch.nan if tensor.is_floating_point() else 2**24
+    memory = tensor.new_full((tensor.numel() + 2 * FENCE,), poison)
+    view = memory[FENCE : FENCE + tensor.numel()].view(tensor.shape)
+    return view.copy_(tensor)
+
+
+@contextmanager
+def fenced_scratch() -> Iterator[None]:
+    """Scratch of the launcher starts as NaN between fences; raises AssertionError if a fence was written over."""
+    scratch: list[torch.Tensor] = []
+    original = torch.Tensor.new_empty
+
+    def new_empty(self: torch.Tensor, *shape: int, **options) -> torch.Tensor:
+        if shape == (0,):  # Triton's interpreter makes its views this way
+            return original(self, *shape, **options)
+        scratch.append(fenced(self.new_full(shape, torch.nan, **options)))
+        return scratch[-1]
+
+    with patch.object(torch.Tensor, "new_empty", new_empty):
+        yield
+    for tensor in scratch:
+        assert is_fenced(tensor), "written outside of the scratch"
+
+
+def is_fenced(tensor: torch.Tensor) -> bool:
+    """Whether both fences of a `fenced` floating-point tensor are whole."""
+    memory = tensor.new_empty(0).set_(tensor.untyped_storage())
+    return bool(memory[:FENCE].isnan().all() and memory[-FENCE:].isnan().all())
 
 
 def route(case: Case, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every default tile of the paper's models compiles for Hopper and Ampere without spills. Needs no GPU."""
+"""Default and shipped tiles of the paper's models compile for Hopper and Ampere without spills. Needs no GPU."""
 
 import json
 import os

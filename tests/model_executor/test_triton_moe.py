@@ -1,33 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels against the torch reference: interpreted on a CPU (fp32, fp16), native on a GPU (bf16 too)."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heapr_vllm.model_executor.triton_moe import align_routes, max_blocks, pack_down, use_one_route_blocks
-from tests.model_executor.moe_cases import CASES, DEVICE, TOLERANCE, Case, build
+from tests.model_executor.engine import ROOT
+from tests.model_executor.moe_cases import CASES, DEVICE, TOLERANCE, Case, build, fenced_scratch, is_fenced
 
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_against_reference(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_against_reference(case: Case, dtype: torch.dtype) -> None:
+    """Scratch starts as NaN, and no memory outside of it and of the output is touched."""
     layer = build(case, dtype)
-    poison_new_memory(monkeypatch)
-    output = layer.run(case.config)
-    assert layer.error(output) < TOLERANCE[dtype]
+    with fenced_scratch():
+        output = layer.run(case.config)
+    assert layer.error(output) < TOLERANCE[dtype] and is_fenced(output)
     assert torch.equal(output, layer.run(case.config)), "not deterministic"
-
-
-def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scratch starts as NaN, so that reading what was not written shows."""
-    def poisoned(self: torch.Tensor, *shape: int, **options) -> torch.Tensor:
-        return self.new_full(shape, torch.nan if self.is_floating_point() else -(2**30), **options)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 @settings(deadline=None, max_examples=40)
@@ -50,6 +47,16 @@ def test_alignment(tokens: int, num_slots: int, top_k: int, block_m: int, seed: 
     used = block_slots[: int(num_rows) // block_m]
     assert (used.diff() >= 0).all(), "widest experts, the lowest slots, come first"
     assert (block_slots[int(num_rows) // block_m :] == num_slots).all()
+
+
+def test_blocks_are_not_wasted() -> None:
+    assert max_blocks(33, 1, 16) == 3 and max_blocks(2, 8, 16) == 2 and max_blocks(40, 8, 16) == 10
+
+
+def test_a_mutation_of_any_index_computation_is_noticed() -> None:
+    run = subprocess.run([sys.executable, "-m", "tests.model_executor.mutants"], capture_output=True, text=True,
+                         cwd=ROOT)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
 
 
 def test_one_route_blocks_are_for_few_routes() -> None:

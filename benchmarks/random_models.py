@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's models at full size without their weights: config, tokenizer, and masks drawn from a HEAPr-like profile.
+
+vLLM fills them with random weights on the device (`--load-format dummy`), so nothing is downloaded and nothing but a
+few MB is written. Sizes are those of the published config.json files.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heapr_vllm.checkpoint import TOKENIZER_FILES
+from heapr_vllm.config import MASKS_FILE, PruningConfig
+from heapr_vllm.masks import NeuronMasks, file_sha256
+from heapr_vllm.model_executor.synthetic import ragged_widths
+
+TOKENIZER = Path(__file__).parent.parent / "serving_examples" / "tiny_qwen3_moe"
+LAYER_SPREAD = 0.15  # standard deviation of the kept fraction over layers: that of the bundled model's masks
+QWEN = {"hidden_act": "silu", "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "tie_word_embeddings": False, "vocab_size": 151936, "decoder_sparse_step": 1, "torch_dtype": "bfloat16"}
+QWEN2 = {**QWEN, "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "norm_topk_prob": False}
+QWEN3 = {**QWEN, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "norm_topk_prob": True}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "Qwen3-30B-A3B": {**QWEN3, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
+                      "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "num_experts": 128,
+                      "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    "Qwen1.5-MoE-A2.7B": {**QWEN2, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16,
+                          "num_key_value_heads": 16, "intermediate_size": 5632, "num_experts": 60,
+                          "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+                          "shared_expert_intermediate_size": 5632},
+    "Qwen2-57B-A14B": {**QWEN2, "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
+                       "num_key_value_heads": 4, "intermediate_size": 18944, "num_experts": 64,
+                       "num_experts_per_tok": 8, "moe_intermediate_size": 2560,
+                       "shared_expert_intermediate_size": 20480},
+    "tiny": {**QWEN3, "vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 256, "num_experts": 8,
+             "num_experts_per_tok": 2, "moe_intermediate_size": 192},
+}
+
+
+def write_dense(name: str, folder: Path) -> Path:
+    """Model directory of `name` inside `folder`."""
+    path = folder / name
+    _write(path, CONFIGS[name])
+    return path
+
+
+def write_pruned(name: str, sparsity: float, folder: Path) -> Path:
+    """Directory of a compact checkpoint of `name` at `sparsity`, without weights."""
+    config = CONFIGS[name]
+    path = folder / f"{name}-{sparsity:.0%}"
+    masks = random_masks(config, sparsity)
+    (path / MASKS_FILE).parent.mkdir(parents=True, exist_ok=True)
+    masks.save_pretrained(path)
+    block = PruningConfig(layout="compact", masks_sha256=file_sha256(path / MASKS_FILE), sparsity=sparsity,
+                          scope="global", align=64)
+    _write(path, {**config, "quantization_config": block.to_dict()})
+    return path
+
+
+def random_masks(config: dict[str, Any], sparsity: float) -> NeuronMasks:
+    """Masks whose kept fractions spread over layers and over the experts of a layer as HEAPr's do."""
+    layers, full = config["num_hidden_layers"], config["moe_intermediate_size"]
+    generator = torch.Generator().manual_seed(0)
+    kept = 1 - sparsity + LAYER_SPREAD * torch.randn(layers, generator=generator)
+    kept = (kept + (1 - sparsity - kept.mean())).clamp(0.1, 1)
+    keep = {}
+    for layer in range(layers):
+        widths = torch.tensor(ragged_widths(config["num_experts"], full, 1 - kept[layer].item(), seed=layer))
+        keep[f"model.layers.{layer}.mlp.experts"] = torch.arange(full) < widths[:, None]
+    return NeuronMasks(keep, {"criterion": "random", "sparsity": sparsity, "scope": "global", "align": 64})
+
+
+def _write(path: Path, config: dict[str, Any]) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in TOKENIZER_FILES:
+        if (TOKENIZER / name).is_file():
+            shutil.copyfile(TOKENIZER / name, path / name)

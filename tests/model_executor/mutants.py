@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Breaks every computation of the kernels and their launcher in turn; the table of edge cases must notice each time.
+
+    python -m tests.model_executor.mutants
+
+A mutant has one operator or comparison exchanged. It runs in a process of its own, because wrong addresses crash.
+Mutants that cannot change any output are listed in EQUIVALENT with the reason.
+"""
+
+import ast
+import copy
+import importlib.util
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from tqdm import tqdm
+
+from heapr_vllm.model_executor import triton_moe
+from tests.model_executor import moe_cases
+
+SECONDS = 60
+SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv,
+         ast.Div: ast.Mult, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq}
+KERNELS = ("_slot", "_tile", "ragged_up_kernel", "ragged_down_kernel", "combine_kernel")
+LAUNCHER = ("pack_down", "align_routes", "max_blocks", "build", "up_projection", "down_projection", "combine",
+            "triton_ragged_moe")
+EQUIVALENT = {
+    "ragged_up_kernel: pid_n * BLOCK_N >= width  ->  pid_n * BLOCK_N > width": "an idle tile, masked at the store",
+    "ragged_up_kernel: offs_n < width  ->  offs_n <= width": "reads one row too many, masked at the store",
+    "ragged_up_kernel: pid_m * BLOCK_M >= tl.load(num_rows)  ->  pid_m * BLOCK_M > tl.load(num_rows)":
+        "blocks past the end carry num_slots here; vLLM's alignment leaves them undefined",
+    "ragged_down_kernel: pid_m * BLOCK_M >= tl.load(num_rows)  ->  pid_m * BLOCK_M > tl.load(num_rows)": "as above",
+    "combine_kernel: offs_n < H  ->  offs_n <= H #2": "loads one element too many, masked at the store",
+    "align_routes: num_slots + 1  ->  num_slots - 1": "argument of vLLM's op, on GPUs only: make test-gpu",
+    "max_blocks: num_routes - busy  ->  num_routes + busy": "idle programs; test_blocks_are_not_wasted",
+    "triton_ragged_moe: len(w13) // (2 * num_slots)  ->  len(w13) * (2 * num_slots)": "chooses tiles only",
+    "triton_ragged_moe: 2 * num_slots  ->  2 + num_slots": "chooses tiles only",
+}  # each stands for one place: where the same expression occurs twice, later places are numbered
+
+
+class Mutant(NamedTuple):
+    """`name`: function, original expression and operator put in; `source`: of the whole module."""
+
+    module: str
+    name: str
+    source: str
+
+
+def mutants(module: str, functions: tuple[str, ...]) -> Iterator[Mutant]:
+    """One mutant per operator inside `functions` of a module of `heapr_vllm.model_executor`."""
+    tree = ast.parse(Path(sys.modules[f"heapr_vllm.model_executor.{module}"].__file__).read_text())
+    places: Counter[str] = Counter()
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef) or function.name not in functions:
+            continue
+        for node in ast.walk(function):
+            holder, field = (node, "op") if isinstance(node, ast.BinOp | ast.AugAssign) else (node, "ops")
+            if not isinstance(node, ast.BinOp | ast.AugAssign | ast.Compare):
+                continue
+            operators = [holder.op] if field == "op" else holder.ops
+            if len(operators) != 1 or type(operators[0]) not in SWAPS:
+                continue
+            before = ast.unparse(node)
+            saved = copy.copy(operators)
+            changed = SWAPS[type(operators[0])]()
+            setattr(holder, field, changed if field == "op" else [changed])
+            name = f"{function.name}: {before}  ->  {ast.unparse(node)}"
+            places[name] += 1
+            number = f" #{places[name]}" if places[name] > 1 else ""
+            yield Mutant(module, name + number, ast.unparse(tree))
+            setattr(holder, field, saved[0] if field == "op" else saved)
+
+
+def load(mutant: Mutant, folder: str) -> None:
+    """Puts the mutant's functions in place of the real ones."""
+    path = Path(folder) / f"{mutant.module}.py"
+    path.write_text(mutant.source)
+    spec = importlib.util.spec_from_file_location(f"heapr_vllm.model_executor.{mutant.module}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    if mutant.module == "triton_kernels":
+        for kernel in KERNELS[2:]:
+            setattr(triton_moe, kernel, getattr(module, kernel))
+    else:
+        moe_cases.triton_ragged_moe, moe_cases.pack_down = module.triton_ragged_moe, module.pack_down
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether every edge case still passes."""
+    process = multiprocessing.get_context("fork").Process(target=_check, args=(mutant,))
+    process.start()
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
+    process.join()
+    return process.exitcode == 0
+
+
+def _check(mutant: Mutant) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    with tempfile.TemporaryDirectory() as folder:
+        load(mutant, folder)
+        for case in moe_cases.CASES:
+            layer = moe_cases.build(case, torch.float32)
+            with moe_cases.fenced_scratch():
+                output = layer.run(case.config)
+            if layer.error(output) > moe_cases.TOLERANCE[torch.float32] or not moe_cases.is_fenced(output):
+                os._exit(1)
+    os._exit(0)
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    found = [*mutants("triton_kernels", KERNELS), *mutants("triton_moe", LAUNCHER)]
+    survivors = [mutant.name for mutant in tqdm(found, unit="mutant", disable=None) if survives(mutant)]
+    unexpected = [name for name in survivors if name not in EQUIVALENT]
+    stale = EQUIVALENT.keys() - set(survivors)
+    print(f"{len(found)} mutants, {len(found) - len(survivors)} noticed, {len(survivors) - len(unexpected)} equivalent")
+    for name in unexpected:
+        print(f"not noticed: {name}")
+    for name in stale:
+        print(f"noticed or gone, but listed as equivalent: {name}")
+    return 1 if unexpected or stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
