@@ -35,6 +35,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
                        "num_key_value_heads": 4, "intermediate_size": 18944, "num_experts": 64,
                        "num_experts_per_tok": 8, "moe_intermediate_size": 2560,
                        "shared_expert_intermediate_size": 20480},
+    "DeepSeekMoE-16B": {"architectures": ["DeepseekForCausalLM"], "model_type": "deepseek", "vocab_size": 102400,
+                        "hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16,
+                        "num_key_value_heads": 16, "intermediate_size": 10944, "n_routed_experts": 64,
+                        "n_shared_experts": 2, "num_experts_per_tok": 6, "moe_intermediate_size": 1408,
+                        "first_k_dense_replace": 1, "moe_layer_freq": 1, "norm_topk_prob": False,
+                        "scoring_func": "softmax", "hidden_act": "silu", "max_position_embeddings": 4096,
+                        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
+                        "torch_dtype": "bfloat16"},
     "tiny": {**QWEN3, "vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 256, "num_experts": 8,
              "num_experts_per_tok": 2, "moe_intermediate_size": 192},
@@ -63,13 +71,15 @@ def write_pruned(name: str, sparsity: float, folder: Path) -> Path:
 
 def random_masks(config: dict[str, Any], sparsity: float) -> NeuronMasks:
     """Masks whose kept fractions spread over layers and over the experts of a layer as HEAPr's do."""
-    layers, full = config["num_hidden_layers"], config["moe_intermediate_size"]
+    full = config["moe_intermediate_size"]
+    num_experts = config.get("num_experts") or config["n_routed_experts"]
+    layers = range(config.get("first_k_dense_replace", 0), config["num_hidden_layers"])
     generator = torch.Generator().manual_seed(0)
-    kept = 1 - sparsity + LAYER_SPREAD * torch.randn(layers, generator=generator)
+    kept = 1 - sparsity + LAYER_SPREAD * torch.randn(len(layers), generator=generator)
     kept = (kept + (1 - sparsity - kept.mean())).clamp(0.1, 1)
     keep = {}
-    for layer in range(layers):
-        widths = torch.tensor(ragged_widths(config["num_experts"], full, 1 - kept[layer].item(), seed=layer))
+    for layer, fraction in zip(layers, kept.tolist(), strict=True):
+        widths = torch.tensor(ragged_widths(num_experts, full, 1 - fraction, seed=layer))
         keep[f"model.layers.{layer}.mlp.experts"] = torch.arange(full) < widths[:, None]
     return NeuronMasks(keep, {"criterion": "random", "sparsity": sparsity, "scope": "global", "align": 64})
 

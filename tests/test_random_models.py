@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoConfig
 
 from benchmarks.random_models import CONFIGS, write_dense, write_pruned
+from heapr_vllm.deepseek import register_deepseek
 from heapr_vllm.masks import NeuronMasks
 from heapr_vllm.model_executor.synthetic import PAPER_SHAPES
 from tests.model_executor.engine import ENVIRONMENT, ROOT
@@ -18,12 +19,14 @@ from tests.model_executor.engine import ENVIRONMENT, ROOT
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_sizes_and_masks(name: str, tmp_path: Path) -> None:
+    register_deepseek()
     config = AutoConfig.from_pretrained(write_dense(name, tmp_path))
-    shape = PAPER_SHAPES[name]
-    assert (config.num_experts, config.num_experts_per_tok, config.hidden_size, config.moe_intermediate_size) == shape
+    num_experts = config.n_routed_experts if config.model_type == "deepseek" else config.num_experts
+    assert (num_experts, config.num_experts_per_tok, config.hidden_size, config.moe_intermediate_size) == (
+        PAPER_SHAPES[name])
     masks = NeuronMasks.from_pretrained(write_pruned(name, 0.25, tmp_path))
     assert masks.sparsity == pytest.approx(0.25, abs=0.03 if name == "tiny" else 0.005)
-    assert len(masks.keep) == config.num_hidden_layers
+    assert len(masks.keep) == config.num_hidden_layers - (config.model_type == "deepseek")
     widths = [width for layer in masks.widths.values() for width in layer.tolist()]
     assert all(width % 64 == 0 for width in widths) and len(set(widths)) > 2
 

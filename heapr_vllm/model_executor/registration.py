@@ -6,12 +6,16 @@ from functools import cache
 
 @cache
 def register_once() -> None:
-    """Registers the quantization method and the load format, both named `heapr`; warns outside the tested window."""
+    """Registers the quantization method and the load format, both named `heapr`, and DeepSeekMoE's config.
+
+    Warns outside the tested window of vLLM versions.
+    """
     import vllm
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.model_loader import register_model_loader
 
     from heapr_vllm.config import QUANT_METHOD
+    from heapr_vllm.deepseek import register_deepseek
     from heapr_vllm.model_executor.compat import warn_if_unsupported
     from heapr_vllm.model_executor.model_loader import HeaprModelLoader
     from heapr_vllm.model_executor.quantization import HeaprConfig
@@ -19,3 +23,4 @@ def register_once() -> None:
     warn_if_unsupported(vllm.__version__)
     register_quantization_config(QUANT_METHOD)(HeaprConfig)
     register_model_loader(QUANT_METHOD)(HeaprModelLoader)
+    register_deepseek()
