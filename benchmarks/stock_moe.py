@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from heapr_vllm.atomic import atomic_file
@@ -30,6 +32,7 @@ def why_missing() -> str | None:
         from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
     except ImportError as error:
         return f"vLLM does not import ({error})"
+    _provide_activation()
     x = torch.zeros(64, 64, dtype=torch.bfloat16, device="cuda")
     weight = torch.zeros(8, 128, 64, dtype=torch.bfloat16, device="cuda")
     ids = torch.zeros(64, 2, dtype=torch.int32, device="cuda")
@@ -38,6 +41,26 @@ def why_missing() -> str | None:
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         return f"an op of vLLM is missing ({error})"
     return None
+
+
+@cache
+def _provide_activation(device: str = "CUDA") -> torch.library.Library | None:
+    """Where only vLLM's Python files and its MoE ops are present, PyTorch compiles the fused SiLU that it calls.
+
+    The op lives as long as the returned library, which the cache holds.
+    """
+    if hasattr(torch.ops._C, "silu_and_mul"):
+        return None
+    print("vLLM's silu_and_mul is missing; its stock arms run one compiled by PyTorch")
+    library = torch.library.Library("_C", "FRAGMENT")
+    library.define("silu_and_mul(Tensor! out, Tensor input) -> ()")
+    library.impl("silu_and_mul", torch.compile(_silu_and_mul, dynamic=True), device)
+    return library
+
+
+def _silu_and_mul(out: torch.Tensor, gate_up: torch.Tensor) -> None:
+    gate, up = gate_up.chunk(2, dim=-1)
+    out.copy_(F.silu(gate) * up)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 """`benchmarks.moe_layer` at a size for Triton's interpreter, with torch in place of the opponents' GPU kernels."""
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,20 @@ def test_without_opponents_ours_still_run(monkeypatch: pytest.MonkeyPatch, capsy
     run(monkeypatch, "--tokens", "1", "--sparsity", "0.25")
     output = capsys.readouterr().out
     assert "stock vLLM is left out: no GPU" in output and "heapr 25% pruned" in output
+
+
+def test_a_missing_activation_is_filled_in() -> None:
+    """In a process of its own: the op may exist here."""
+    script = """if True:
+        import torch
+        from benchmarks.stock_moe import _provide_activation
+        assert not hasattr(torch.ops._C, "silu_and_mul")
+        library = _provide_activation("CPU")
+        x, out = torch.randn(5, 8), torch.empty(5, 4)
+        torch.ops._C.silu_and_mul(out, x)
+        torch.testing.assert_close(out, torch.nn.functional.silu(x[:, :4]) * x[:, 4:])
+    """
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_floor_counts_each_expert_hit_once() -> None:

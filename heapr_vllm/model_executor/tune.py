@@ -65,7 +65,7 @@ def tune(jobs: Sequence[Job], tokens: Sequence[int], folder: Path, time_budget: 
     work = [(job, folder / job.shape.file_name(device_name()), count) for job in jobs for count in tokens]
     work = [(job, path, count) for job, path, count in work if overwrite or not _is_done(path, job.shape, count)]
     deadline = time.monotonic() + time_budget
-    if device.type == "cuda":
+    if work and device.type == "cuda":
         _compile_all([(job, count) for job, _, count in work])
     built_for: Job | None = None
     layer: SyntheticLayer | None = None
