@@ -56,7 +56,7 @@ def compensation(moment: SecondMoment, keep: torch.Tensor, prior: float = PRIOR)
 def compensate(weight: torch.Tensor, keep: torch.Tensor, compensation: torch.Tensor) -> torch.Tensor:
     """`weight` down_proj [H, I] with its kept columns refitted, in its own dtype; the removed ones stay."""
     keep, compensation = keep.to(weight.device), compensation.to(weight.device)
-    refitted = weight.double()
+    refitted = weight.to(torch.float64, copy=True)
     refitted[:, keep] += refitted[:, ~keep] @ compensation.double()
     return refitted.to(weight.dtype)
 

@@ -36,10 +36,10 @@ class _AllSeen(Exception):
 
 
 class SecondMomentCollector:
-    """Watches experts of a transformers model run forward; `sums` lie on the device of each MoE module.
+    """Watches experts of a transformers model run forward, by hooks on their modules while `attached`.
 
     `experts`: MoE module prefix to the experts of interest. Works beside any experts implementation, because it
-    computes h by itself from what the router hands to the module.
+    computes h by itself from what the router hands to the module. `moments` lie on the device of each module.
     """
 
     def __init__(self, model: PreTrainedModel, experts: dict[str, list[int]]) -> None:
@@ -61,7 +61,7 @@ class SecondMomentCollector:
                 hook.remove()
 
     def run(self, model: PreTrainedModel, ids: torch.Tensor) -> None:
-        """Runs `model` on `ids` int64 [B, L] up to the last watched module."""
+        """Runs `model` on `ids` int64 [B, L], no further than the last watched module."""
         self.pending = set(self.modules)
         with suppress(_AllSeen):
             model(input_ids=ids, use_cache=False)
@@ -78,9 +78,10 @@ class SecondMomentCollector:
             h = module._apply_gate(gate_up).float() * F.pad(top_k_weights[token, rank, None].float(), padding)
             moment.tokens += len(token)
             moment.sums += h.T @ h
-        self.pending.discard(module)
-        if not self.pending:
-            raise _AllSeen
+        if module in self.pending:
+            self.pending.remove(module)
+            if not self.pending:
+                raise _AllSeen
 
 
 @torch.no_grad()
