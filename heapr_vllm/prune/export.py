@@ -106,7 +106,7 @@ def export_checkpoint(masks_dir: Path, output: Path, *, model: str | None = None
                                                      refitted.record if refitted else None))
         _write_config(folder, base.config, block if layout == "compact" else None)
     if refitted is not None:
-        shutil.rmtree(refitted.folder)
+        refitted.discard()
 
 
 def _compact(name: str, tensor: torch.Tensor, masks: NeuronMasks) -> dict[str, torch.Tensor]:

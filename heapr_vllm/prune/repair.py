@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -67,6 +68,10 @@ class Repair:
                     stack[index] = compensate(stack[index], keep, file.get_tensor(str(expert)))
         return stack.view_as(tensor)
 
+    def discard(self) -> None:
+        """Removes the folder."""
+        _discard(self.folder)
+
 
 def fit_repair(base: Checkpoint, masks: NeuronMasks, calibration: dict[str, Any], settings: RepairSettings,
                folder: Path) -> Repair:
@@ -95,6 +100,8 @@ def fit_repair(base: Checkpoint, masks: NeuronMasks, calibration: dict[str, Any]
               "keep": hashlib.sha256(b"".join(masks.keep[prefix].numpy().tobytes() for prefix in experts)).hexdigest()}
     identity = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     errors = _load_state(folder, identity)
+    if not errors:
+        _discard(folder)
     missing = [group for group in groups if not errors.keys() >= set(group)]
     if missing:
         model = load_model(base, calibration["dtype"], settings.device)
@@ -196,6 +203,12 @@ def _load_state(folder: Path, identity: str) -> dict[str, tuple[float, float]]:
     path = folder / STATE_FILE
     state = json.loads(path.read_text()) if path.is_file() else {}
     return state["errors"] if state.get("identity") == identity else {}
+
+
+def _discard(folder: Path) -> None:
+    """Removes `folder`; the state goes first, so that it never promises a file that is gone or of another repair."""
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _save_state(folder: Path, identity: str, errors: dict[str, tuple[float, float]]) -> None:

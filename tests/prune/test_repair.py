@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,16 +118,28 @@ def test_interrupted_repair_continues_behind_the_last_group(masks_repository: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["compact"]
 
 
-def test_leftovers_of_another_repair_are_not_used(masks_repository: Path, corpus: Path, tmp_path: Path,
+def test_leftovers_of_another_repair_are_not_used(masks_repository: Path, compact: Path, tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finished repair whose export failed, then the same command with another number of samples."""
+    """A repair whose export failed, another one interrupted in the same place, then each of them again."""
     more = replace(ONE_LAYER, num_samples=8)
-    export_checkpoint(masks_repository, tmp_path / "wanted", repair=more)
+    export_checkpoint(masks_repository, tmp_path / "more", repair=more)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr("heapr_vllm.prune.export.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
-        export_checkpoint(masks_repository, tmp_path / "compact", repair=ONE_LAYER)
-    export_checkpoint(masks_repository, tmp_path / "compact", repair=more)
-    assert contents(tmp_path / "compact") == contents(tmp_path / "wanted")
+        patch.setattr("heapr_vllm.prune.export.save_file", fails_with(OSError("disk full")))
+        export_checkpoint(masks_repository, tmp_path / "out", repair=ONE_LAYER)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(repair_module, "_save_state", fails_with(KeyboardInterrupt()))
+        export_checkpoint(masks_repository, tmp_path / "out", repair=more)
+    export_checkpoint(masks_repository, tmp_path / "out", repair=ONE_LAYER)
+    assert contents(tmp_path / "out") == contents(compact)
+    export_checkpoint(masks_repository, tmp_path / "out", repair=more, overwrite=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "more")
+
+
+def fails_with(error: BaseException) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
 
 
 def test_killed_export_continues_to_the_same_bytes(masks_repository: Path, compact: Path, tmp_path: Path) -> None:
