@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -46,9 +47,18 @@ def run_prune(args: argparse.Namespace) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     from heapr_vllm.prune.export import export_checkpoint
+    from heapr_vllm.prune.repair import RepairSettings
+    from heapr_vllm.prune.report import format_repair, load_report
 
+    repair = None
+    if args.repair:
+        repair = RepairSettings(args.repair, args.repair_dataset, args.repair_samples, args.repair_memory, args.device)
+    elif args.repair_dataset or args.repair_samples:
+        raise HeaprError("--repair-dataset and --repair-samples belong to --repair least-squares; add it")
     export_checkpoint(args.masks, args.output, model=args.model, layout=args.layout, overwrite=args.overwrite,
-                      verify=not args.no_verify)
+                      verify=not args.no_verify, repair=repair)
+    if repair:
+        print(f"repair: {format_repair(load_report(args.output)['repair'])}")
     print(f"wrote {args.output}")
 
 
@@ -122,6 +132,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--layout", default="compact", choices=("compact", "masked"),
                          help="compact: kept neurons only; masked: full size, pruned neurons zeroed, for any engine")
     command.add_argument("--no-verify", action="store_true", help="skip the fingerprint check, for fine-tunes")
+    command.add_argument("--repair", metavar="METHOD",
+                         help="least-squares: refit down_proj on the calibration text; the same command continues "
+                              "after a kill")
+    command.add_argument("--repair-dataset", metavar="SPEC", help="another text for the repair")
+    command.add_argument("--repair-samples", type=_positive, metavar="N", help="more or less of it than calibrated on")
+    command.add_argument("--repair-memory", type=_size, default="8GiB", metavar="SIZE",
+                         help="for second moments; less means more runs over the text (default: 8GiB)")
+    command.add_argument("--device", default="cpu", help="of the repair: cpu, cuda, cuda:1")
     _output(command, "DIR")
 
     command = _command(commands, "inspect", run_inspect, "what masks do: widths, reductions, dead experts",
@@ -162,6 +180,14 @@ def _output(command: argparse.ArgumentParser, metavar: str) -> argparse._Mutuall
     group = command.add_mutually_exclusive_group()
     group.add_argument("--overwrite", action="store_true", help="replace what heapr wrote there before")
     return group
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 34GiB, 800MB or 1000000")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit or " "))
 
 
 def _positive(text: str) -> int:

@@ -27,7 +27,8 @@ class PruningConfig:
 
     `layout`: "compact" if the weights in the repository have the kept widths, "masks" if full-size weights (of
     `base_model`, or in the repository itself) are sliced while loading. `masks`: path inside the repository, or a local
-    path or repository id given by the user. `inner` is reserved for the base model's own quantization.
+    path or repository id given by the user. `repair`: method by which the kept weights were refitted, if they were.
+    `inner` is reserved for the base model's own quantization.
     """
 
     masks: str = MASKS_FILE
@@ -36,6 +37,7 @@ class PruningConfig:
     sparsity: float | None = None
     scope: str | None = None
     align: int | None = None
+    repair: str | None = None
     base_model: BaseModel = field(default_factory=BaseModel)
     inner: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION

@@ -97,16 +97,15 @@ def calibrate(settings: CalibrationSettings, output: Path, *, device: str = "cpu
     """
     if not (resume and (output / PARTIAL_FILE).is_file()):
         check_output(output, overwrite)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise HeaprError(f"--device {device}: this torch ({torch.__version__}) sees no GPU; use --device cpu")
+    check_device(device)
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
     checkpoint.check_unquantized()
     shapes = checkpoint.expert_shapes()
-    blocks = _blocks(settings, checkpoint)
+    blocks = calibration_blocks(settings, checkpoint)
     identity = {**asdict(settings), "revision": checkpoint.commit or settings.revision,
                 "dataset_fingerprint": fingerprint(blocks), "base_fingerprint": checkpoint.fingerprint()}
     partial = _load_partial(output, identity) if resume else None
-    model = _load_model(checkpoint, settings.dtype, device)
+    model = load_model(checkpoint, settings.dtype, device)
     collector = MomentCollector(model)
     if missing := shapes.keys() - collector.sums.keys():
         raise HeaprError(f"{type(model).__name__} does not expose {min(missing)} of the checkpoint; "
@@ -154,7 +153,14 @@ def plan(settings: CalibrationSettings) -> dict[str, Any]:
             "output_bytes": 3 * 4 * neurons}
 
 
-def _blocks(settings: CalibrationSettings, checkpoint: Checkpoint) -> torch.Tensor:
+def check_device(device: str) -> None:
+    """Raises HeaprError if `device` is a GPU that is not there."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise HeaprError(f"--device {device}: this torch ({torch.__version__}) sees no GPU; use --device cpu")
+
+
+def calibration_blocks(settings: CalibrationSettings, checkpoint: Checkpoint) -> torch.Tensor:
+    """Token blocks int64 [num_calibration_samples, max_seq_length]. Raises HeaprError if the text is not enough."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
     text = checkpoint.config.get("text_config", checkpoint.config)
     limit = text.get("max_position_embeddings", settings.max_seq_length)
@@ -165,7 +171,8 @@ def _blocks(settings: CalibrationSettings, checkpoint: Checkpoint) -> torch.Tens
                         settings.max_seq_length, settings.seed)
 
 
-def _load_model(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:
+def load_model(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:
+    """The whole model on `device`. Raises HeaprError if transformers cannot load it."""
     try:
         return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype).to(device)
     except ValueError as error:

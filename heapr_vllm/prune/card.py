@@ -5,7 +5,7 @@ from typing import Any
 
 from heapr_vllm.config import PruningConfig
 from heapr_vllm.masks import NeuronMasks
-from heapr_vllm.prune.report import summarize
+from heapr_vllm.prune.report import format_repair, summarize
 
 _WHAT = {
     "masks": "Retained-neuron masks; the weights come from the base model.",
@@ -34,7 +34,7 @@ tags: [moe, pruning, heapr]
 | routed neurons kept | {kept:,} of {total:,} |
 | stored routed parameters | -{stored:.1%} |
 | executed routed FLOPs per token (calibration routing) | -{executed:.1%} |
-| calibration | {samples} x {length} tokens of {dataset}, seed {seed} |
+{repair}| calibration | {samples} x {length} tokens of {dataset}, seed {seed} |
 | dead experts (width 0) | {dead} |
 
     pip install heapr-vllm[vllm]
@@ -44,8 +44,12 @@ Method: HEAPr, arXiv 2509.22299. Made with heapr-vllm {version}.
 """
 
 
-def model_card(masks: NeuronMasks, block: PruningConfig | None, calibration: dict[str, Any]) -> str:
-    """Text of the card. `block` None means full-size weights with zeroed neurons; `calibration` is calibration.json."""
+def model_card(masks: NeuronMasks, block: PruningConfig | None, calibration: dict[str, Any],
+               repair: dict[str, Any] | None = None) -> str:
+    """Text of the card. `block` None means full-size weights with zeroed neurons.
+
+    `calibration` and `repair` are the contents of calibration.json and repair.json.
+    """
     summary = summarize(masks, calibration)
     layout = block.layout if block else "masked"
     return _TEMPLATE.format(
@@ -56,5 +60,6 @@ def model_card(masks: NeuronMasks, block: PruningConfig | None, calibration: dic
         stored=summary["stored_reduction"], executed=summary["executed_reduction"],
         samples=calibration["num_calibration_samples"], length=calibration["max_seq_length"],
         dataset=calibration["dataset"], seed=calibration["seed"], dead=len(summary["dead_experts"]),
+        repair=f"| repair | {format_repair(repair)} |\n" if repair else "",
         serve=_SERVE.get(layout, "vllm serve <this repository>"),
         version=calibration["versions"].get("heapr-vllm", "(source)"))

@@ -17,13 +17,15 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from heapr_vllm.atomic import atomic_directory
+from heapr_vllm.atomic import atomic_directory, check_output
 from heapr_vllm.checkpoint import INDEX_FILE, SIDE_FILES, TOKENIZER_FILES, Checkpoint, ExpertTensor
 from heapr_vllm.config import MASKS_FILE, BaseModel, PruningConfig
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.masks import NeuronMasks, check_masks_sha256, file_sha256, find_masks
 from heapr_vllm.prune.card import model_card
 from heapr_vllm.prune.moments import CALIBRATION_FILE
+from heapr_vllm.prune.repair import RepairSettings, fit_repair
+from heapr_vllm.prune.report import REPAIR_FILE
 
 LAYOUTS = ("compact", "masked")
 PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -51,13 +53,14 @@ def write_masks_repository(masks: NeuronMasks, calibration: Path, output: Path, 
 
 
 def export_checkpoint(masks_dir: Path, output: Path, *, model: str | None = None, layout: str = "compact",
-                      overwrite: bool = False, verify: bool = True) -> None:
+                      overwrite: bool = False, verify: bool = True, repair: RepairSettings | None = None) -> None:
     """Writes a checkpoint from a masks repository and its base model, shard by shard.
 
     `layout` "compact": every expert tensor has its kept width under its standard name, neurons in their original order.
     "masked": full-size tensors with the pruned neurons zeroed and no `quantization_config`, which any engine loads.
-    Raises HeaprError if the masks belong to another model (`verify` false skips the fingerprint only), if a shard is
-    damaged, or if `output` exists.
+    `repair` refits down_proj; killed on the way, the same call continues behind the last finished group of layers,
+    which wait in a hidden folder beside `output`. Raises HeaprError if the masks belong to another model (`verify`
+    false skips the fingerprint only), if a shard is damaged, if `output` exists, or if the repair cannot be done.
     """
     if layout not in LAYOUTS:
         raise HeaprError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
@@ -74,13 +77,19 @@ def export_checkpoint(masks_dir: Path, output: Path, *, model: str | None = None
         raise HeaprError(f"masks do not belong to {base.path}: its fingerprint differs from that of the calibrated "
                          "model; pass the right --model, or --no-verify for a fine-tune of it")
     transform = _compact if layout == "compact" else _zeroed
+    record = json.loads((masks_dir / "heapr" / CALIBRATION_FILE).read_text())
+    check_output(output, overwrite)
+    refitted = None
+    if repair is not None:
+        refitted = fit_repair(base, masks, record, repair, output.with_name(f".{output.name}.repair"))
     with atomic_directory(output, overwrite) as folder:
         weight_map, total = {}, 0
         for shard, names in tqdm(base.shards.items(), unit="shard", desc="exporting", disable=None):
             tensors: dict[str, torch.Tensor] = {}
             with base.open(shard) as file:
                 for name in names:
-                    tensors |= transform(name, file.get_tensor(name), masks)
+                    tensor = file.get_tensor(name)
+                    tensors |= transform(name, refitted.apply(name, tensor) if refitted else tensor, masks)
             save_file(tensors, folder / shard, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, shard)
             total += sum(tensor.nbytes for tensor in tensors.values())
@@ -89,11 +98,15 @@ def export_checkpoint(masks_dir: Path, output: Path, *, model: str | None = None
         for name in SIDE_FILES:
             if (base.path / name).is_file():
                 shutil.copyfile(base.path / name, folder / name)
-        shutil.copytree(masks_dir / "heapr", folder / "heapr")
-        record = json.loads((masks_dir / "heapr" / CALIBRATION_FILE).read_text())
-        block = replace(block, layout="compact")
-        (folder / "README.md").write_text(model_card(masks, block if layout == "compact" else None, record))
+        shutil.copytree(masks_dir / "heapr", folder / "heapr", ignore=shutil.ignore_patterns(REPAIR_FILE))
+        if refitted is not None:
+            (folder / "heapr" / REPAIR_FILE).write_text(json.dumps(refitted.record, indent=2) + "\n")
+        block = replace(block, layout="compact", repair=refitted.record["method"] if refitted else None)
+        (folder / "README.md").write_text(model_card(masks, block if layout == "compact" else None, record,
+                                                     refitted.record if refitted else None))
         _write_config(folder, base.config, block if layout == "compact" else None)
+    if refitted is not None:
+        refitted.discard()
 
 
 def _compact(name: str, tensor: torch.Tensor, masks: NeuronMasks) -> dict[str, torch.Tensor]:

@@ -14,6 +14,8 @@ from heapr_vllm.errors import HeaprError
 from heapr_vllm.masks import NeuronMasks
 from heapr_vllm.prune.moments import CALIBRATION_FILE
 
+REPAIR_FILE = "repair.json"
+
 
 def load_report(directory: Path) -> dict[str, Any]:
     """Summary of a masks repository or an exported checkpoint. Raises HeaprError if it is neither."""
@@ -21,7 +23,11 @@ def load_report(directory: Path) -> dict[str, Any]:
     record = directory / "heapr" / CALIBRATION_FILE
     if not record.is_file():
         raise HeaprError(f"{record} is missing; run `heapr prune` again")
-    return summarize(masks, json.loads(record.read_text()))
+    summary = summarize(masks, json.loads(record.read_text()))
+    repair = directory / "heapr" / REPAIR_FILE
+    if repair.is_file():
+        summary["repair"] = json.loads(repair.read_text())
+    return summary
 
 
 def summarize(masks: NeuronMasks, calibration: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +62,17 @@ def format_report(summary: dict[str, Any]) -> str:
         if summary[key]:
             shown = ", ".join(summary[key][:6]) + (" ..." if len(summary[key]) > 6 else "")
             lines.append(f"experts with {title}: {len(summary[key])} ({shown})")
+    if "repair" in summary:
+        lines.append(f"repair: {format_repair(summary['repair'])}")
     return "\n".join(lines)
+
+
+def format_repair(repair: dict[str, Any]) -> str:
+    """The content of repair.json in one line."""
+    few = f", {repair['experts_with_few_tokens']} of them with few tokens" if repair["experts_with_few_tokens"] else ""
+    return (f"{repair['method']} on {repair['tokens']:,} tokens of {repair['dataset']}, {repair['experts']} experts"
+            f"{few}, prior {repair['prior']:g} tokens per kept neuron: squared output error "
+            f"-{repair['output_error_removed']:.0%}")
 
 
 def format_reductions(summary: dict[str, Any]) -> str:
