@@ -17,6 +17,8 @@ class DeepseekConfig(PreTrainedConfig):
 
     model_type = "deepseek"
     keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_experts": "n_routed_experts"}
+    mlp_bias, topk_method, n_group, topk_group, routed_scaling_factor = False, "greedy", None, None, 1.0
 
     def __init__(self, vocab_size: int = 102400, hidden_size: int = 2048, intermediate_size: int = 10944,
                  moe_intermediate_size: int = 1408, num_hidden_layers: int = 28, num_attention_heads: int = 16,
@@ -26,7 +28,8 @@ class DeepseekConfig(PreTrainedConfig):
                  hidden_act: str = "silu", max_position_embeddings: int = 4096, rms_norm_eps: float = 1e-6,
                  rope_theta: float = 10000.0, rope_parameters: dict[str, Any] | None = None,
                  attention_bias: bool = False, attention_dropout: float = 0.0, tie_word_embeddings: bool = False,
-                 **kwargs: Any) -> None:
+                 initializer_range: float = 0.02, pad_token_id: int | None = None, bos_token_id: int | None = 100000,
+                 eos_token_id: int | None = 100001, **kwargs: Any) -> None:
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -47,7 +50,10 @@ class DeepseekConfig(PreTrainedConfig):
         self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": rope_theta}
         self.attention_bias = attention_bias
         self.attention_dropout = attention_dropout
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self.initializer_range = initializer_range
+        self.tie_word_embeddings = tie_word_embeddings
+        self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
+        super().__init__(**kwargs)
 
 
 @cache
