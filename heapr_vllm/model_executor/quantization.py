@@ -25,6 +25,7 @@ class HeaprConfig(QuantizationConfig):
         self.pruning = pruning or PruningConfig()
         self.model_name = ""
         self.revision: str | None = None
+        self.num_layers: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "masks"}
@@ -57,11 +58,11 @@ class HeaprConfig(QuantizationConfig):
         """
         self.model_name, self.revision = model_name, revision
         text_config = getattr(hf_config, "text_config", None) or hf_config
-        num_layers = getattr(text_config, "num_hidden_layers", None)
+        self.num_layers = getattr(text_config, "num_hidden_layers", None)
         for prefix in self.masks.keep:
-            if num_layers is not None and _layer_index(prefix) >= num_layers:
+            if self.num_layers is not None and layer_index(prefix) >= self.num_layers:
                 raise HeaprError(f"masks do not belong to {model_name}: they cover {prefix}, the model has "
-                                 f"{num_layers} layers; use the model they were made for")
+                                 f"{self.num_layers} layers; use the model they were made for")
         if isinstance(getattr(hf_config, "quantization_config", None), dict):
             # vLLM's cache of compiled graphs is keyed by the config: make it depend on the widths, not on a path
             hf_config.quantization_config["masks_sha256"] = file_sha256(self.masks_path)
@@ -95,21 +96,34 @@ class HeaprConfig(QuantizationConfig):
 
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod()
-        if not isinstance(layer, RoutedExperts) or is_draft_layer(prefix):
+        if not isinstance(layer, RoutedExperts) or self.is_draft_layer(prefix):
             return None
         from heapr_vllm.model_executor.fused_moe import HeaprMoEMethod
         from heapr_vllm.model_executor.unsupported import refuse_unsupported
 
-        if prefix not in self.masks.keep:
+        refuse_unsupported(layer, self)
+        return HeaprMoEMethod(layer.moe_config, self.keep_of(prefix), prefix, self.pruning.layout)
+
+    def keep_of(self, prefix: str) -> torch.Tensor:
+        """bool [num_experts, moe_intermediate_size] of the layer that vLLM calls `prefix`.
+
+        vLLM renames modules of some families (language_model.model.layers.3 for model.language_model.layers.3), so a
+        prefix that is not in the masks is found by its layer index. Raises HeaprError if the masks lack the layer.
+        """
+        if prefix in self.masks.keep:
+            return self.masks.keep[prefix]
+        found = [keep for name, keep in self.masks.keep.items() if layer_index(name) == layer_index(prefix)]
+        if len(found) != 1:
             raise HeaprError(f"masks do not belong to {self.model_name}: they lack {prefix}; use the model they were "
                              "made for")
-        refuse_unsupported(layer, self)
-        return HeaprMoEMethod(layer.moe_config, self.masks.keep[prefix], prefix, self.pruning.layout)
+        return found[0]
 
+    def is_draft_layer(self, prefix: str) -> bool:
+        """Whether `prefix` belongs to a multi-token-prediction module, whose experts are never pruned.
 
-def is_draft_layer(prefix: str) -> bool:
-    """Whether `prefix` belongs to a multi-token-prediction module, whose experts are never pruned."""
-    return "mtp" in prefix.split(".")
+        Such modules are called mtp, or are numbered after the model's own layers.
+        """
+        return "mtp" in prefix.split(".") or (self.num_layers is not None and layer_index(prefix) >= self.num_layers)
 
 
 def check_base(base: Checkpoint, config: HeaprConfig) -> None:
@@ -123,6 +137,7 @@ def check_base(base: Checkpoint, config: HeaprConfig) -> None:
                          '\'{"quantization_config": {"base_model": {"fingerprint": "any"}}}\'')
 
 
-def _layer_index(prefix: str) -> int:
-    match = re.search(r"\.layers\.(\d+)\.", prefix)
-    return int(match[1]) if match else 0
+def layer_index(prefix: str) -> int:
+    """Number of the decoder layer in a module name; -1 if there is none."""
+    match = re.search(r"(?:^|\.)layers\.(\d+)\.", prefix)
+    return int(match[1]) if match else -1

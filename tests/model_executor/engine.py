@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One vLLM engine in a process of its own: `python -m tests.model_executor.engine` reads a spec, prints results.
+"""vLLM engines in a process of their own: `python -m tests.model_executor.engine` reads a spec, prints results.
 
-The spec is JSON on standard input: `{"llm": {LLM arguments}, "steps": ["generate", "reload", ...]}`.
+The spec is JSON on standard input: `{"llm": {LLM arguments}, "steps": ["generate", "reload", ...]}`, with `"models"` for
+several engines after another.
 """
 
 import json
@@ -27,6 +28,17 @@ def run(model: Path, *, steps: tuple[str, ...] = ("generate",), env: dict[str, s
                           capture_output=True, cwd=ROOT, env={**os.environ, **ENVIRONMENT, **(env or {})}, timeout=300)
 
 
+def generate_many(models: list[Path], *, env: dict[str, str], **llm: Any) -> list[dict[str, Any] | None]:
+    """One engine after another in a single process; None for a model that fails, with the reason on standard error."""
+    spec = {"llm": {"dtype": "float32", "max_model_len": 128, "enforce_eager": True, **llm},
+            "models": [str(model) for model in models]}
+    process = subprocess.run([sys.executable, "-m", "tests.model_executor.engine"], input=json.dumps(spec), text=True,
+                             capture_output=True, cwd=ROOT, env={**os.environ, **ENVIRONMENT, **env},
+                             timeout=120 + 120 * len(models))
+    sys.stderr.write("".join(line + "\n" for line in process.stderr.splitlines() if line.startswith("FAILED ")))
+    return results(process)
+
+
 def results(process: subprocess.CompletedProcess) -> list[dict[str, Any]]:
     """Per step that generates: token ids and prompt logprobs of every prompt."""
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
@@ -49,6 +61,9 @@ def main() -> None:
     spec = json.load(sys.stdin)
     from vllm import LLM
 
+    if "models" in spec:
+        print(MARKER + json.dumps([attempt(model, spec["llm"]) for model in spec["models"]]))
+        return
     llm = LLM(**spec["llm"])
     found = []
     for step in spec["steps"]:
@@ -59,6 +74,20 @@ def main() -> None:
         elif step == "expert_tensors":
             found.append(llm.apply_model(expert_tensors)[0])
     print(MARKER + json.dumps(found))
+
+
+def attempt(model: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """Output of one engine, which is gone afterwards."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    try:
+        return generate(LLM(model, **arguments))
+    except Exception as error:  # any failure is a result here
+        print(f"FAILED {model}: {type(error).__name__}: {' '.join(str(error).split())[-600:]}", file=sys.stderr)
+        return None
+    finally:
+        cleanup_dist_env_and_memory()
 
 
 def expert_tensors(model: Any) -> dict[str, int]:

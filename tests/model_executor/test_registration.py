@@ -17,7 +17,7 @@ from vllm.model_executor.model_loader import get_model_loader
 import heapr_vllm
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.model_executor.model_loader import HeaprModelLoader
-from heapr_vllm.model_executor.quantization import HeaprConfig, is_draft_layer
+from heapr_vllm.model_executor.quantization import HeaprConfig
 
 
 def test_entry_point_registers_more_than_once() -> None:
@@ -69,9 +69,21 @@ def test_unknown_keys_are_ignored() -> None:
     assert HeaprConfig.from_config({"new_in_v1_1": 1, "base_model": {"also_new": 2}}).pruning.layout == "masks"
 
 
-def test_draft_layers_are_not_layer_zero() -> None:
-    assert is_draft_layer("mtp.layers.0.mlp.experts")
-    assert not is_draft_layer("model.layers.0.mlp.experts")
+def test_draft_layers_are_not_layer_zero(masks_repository: Path) -> None:
+    config = HeaprConfig.from_config({})
+    config.maybe_update_config(str(masks_repository), SimpleNamespace(num_hidden_layers=3))
+    assert config.is_draft_layer("mtp.layers.0.mlp.experts") and config.is_draft_layer("model.layers.3.mlp.experts")
+    assert not config.is_draft_layer("model.layers.0.mlp.experts")
+
+
+def test_layers_that_vllm_renames(masks_repository: Path) -> None:
+    config = HeaprConfig.from_config({})
+    config.maybe_update_config(str(masks_repository), SimpleNamespace(num_hidden_layers=4))
+    keep = config.masks.keep["model.layers.1.mlp.experts"]
+    assert config.keep_of("model.layers.1.mlp.experts") is keep
+    assert config.keep_of("language_model.model.layers.1.block_sparse_moe.experts") is keep
+    with pytest.raises(HeaprError, match="they lack model.layers.3.mlp.experts"):
+        config.keep_of("model.layers.3.mlp.experts")
 
 
 def test_other_layers_stay_unquantized() -> None:
