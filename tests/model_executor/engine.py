@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM engines in a process of their own: `python -m tests.model_executor.engine` reads a spec, prints results.
 
-The spec is JSON on standard input: `{"llm": {LLM arguments}, "steps": ["generate", "reload", ...]}`, with `"models"` for
-several engines after another.
+The spec is JSON on standard input: `{"llm": {LLM arguments}, "steps": ["generate", "reload", ...]}`, with
+`"models"` for several engines after another.
 """
 
 import json
