@@ -63,7 +63,7 @@ def collect_moments(model: PreTrainedModel, blocks: torch.Tensor, batch_size: in
             loss.backward()
             if after_batch is not None:
                 after_batch(start + len(ids))
-    return collector.moments({})
+    return collector.moments({"num_calibration_samples": len(blocks), "max_seq_length": blocks.shape[1]})
 
 
 @contextmanager
@@ -104,7 +104,8 @@ def calibrate(settings: CalibrationSettings, output: Path, *, device: str = "cpu
     shapes = checkpoint.expert_shapes()
     blocks = _blocks(settings, checkpoint)
     identity = {**asdict(settings), "revision": checkpoint.commit or settings.revision,
-                "dataset_fingerprint": fingerprint(blocks), "base_fingerprint": checkpoint.fingerprint()}
+                "dataset_fingerprint": fingerprint(blocks), "base_fingerprint": checkpoint.fingerprint(),
+                "checkpoint_bytes": checkpoint.num_bytes(), "routed_bytes": checkpoint.num_routed_bytes()}
     partial = _load_partial(output, identity) if resume else None
     model = _load_model(checkpoint, settings.dtype, device)
     collector = MomentCollector(model)
@@ -148,10 +149,10 @@ def plan(settings: CalibrationSettings) -> dict[str, Any]:
     scale = 2 if settings.dtype == "float32" and text.get("dtype", text.get("torch_dtype")) == "bfloat16" else 1
     return {"moe_layers": len(shapes), "experts": sum(experts for experts, _ in shapes.values()), "neurons": neurons,
             "calibration_tokens": settings.num_calibration_samples * settings.max_seq_length,
-            "weight_bytes": checkpoint.num_bytes() * scale, "accumulator_bytes": 3 * 8 * neurons,
+            "weight_bytes": checkpoint.num_bytes() * scale, "accumulator_bytes": 6 * 8 * neurons,
             "logits_bytes": 2 * 4 * tokens * text["vocab_size"],
             "checkpointed_activation_bytes": 4 * tokens * text["hidden_size"] * text["num_hidden_layers"],
-            "output_bytes": 3 * 4 * neurons}
+            "output_bytes": 6 * 4 * neurons}
 
 
 def _blocks(settings: CalibrationSettings, checkpoint: Checkpoint) -> torch.Tensor:
