@@ -100,10 +100,10 @@ def format_tables(result: dict) -> str:
     """Markdown: one table per kind of budget, criteria by ratios, best criterion of the largest ratio first."""
     summary = summarize(result["rows"])
     ratios = sorted({ratio for _, _, ratio in summary})
-    seeds = {row["seed"] for row in result["rows"]}
-    caption = (f"Perplexity increase over dense ({result['dense']:.3f}), mean of {len(seeds)} calibration seeds (lowest "
-               f"to highest), on {result['held_out_tokens']:,} held-out tokens; {result['calibration_tokens']:,} "
-               "calibration tokens. Then the other reduction, in percent.")
+    draws = len({row["seed"] for row in result["rows"]})
+    caption = (f"Perplexity increase over dense ({result['dense']:.3f}) on {result['held_out_tokens']:,} held-out "
+               f"tokens: mean of {draws} draws of {result['calibration_tokens']:,} calibration tokens (lowest to "
+               "highest); then the other reduction, in percent.")
     parts = [caption]
     for budget, other in (("stored", "executed"), ("executed", "stored")):
         names = {name for kind, name, _ in summary if kind == budget}

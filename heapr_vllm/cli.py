@@ -84,6 +84,19 @@ def run_inspect(args: argparse.Namespace) -> None:
         plot_report(summary, args.plot)
 
 
+def run_eval(args: argparse.Namespace) -> None:
+    from heapr_vllm.atomic import atomic_file
+    from heapr_vllm.prune.compare import EvaluationSettings, compare, format_comparison
+
+    models = [args.baseline, *args.directories] if args.baseline else args.directories
+    settings = EvaluationSettings(args.dataset, args.num_samples, args.max_seq_length, args.batch_size, args.seed,
+                                  tuple(args.tasks), args.dtype, args.device)
+    rows = compare(models, settings)
+    print(json.dumps(rows, indent=2) if args.json else format_comparison(rows))
+    if args.output:
+        atomic_file(args.output, lambda path: path.write_text(json.dumps(rows, indent=2) + "\n"))
+
+
 def run_env(args: argparse.Namespace) -> None:
     from heapr_vllm.environment import report
 
@@ -98,16 +111,14 @@ def build_parser() -> argparse.ArgumentParser:
     command = _command(commands, "calibrate", run_calibrate, "one forward and backward pass over text: neuron moments",
                        "heapr calibrate Qwen/Qwen3-30B-A3B --dataset 'wikitext[wikitext-2-raw-v1](train)' -o calib")
     command.add_argument("model", metavar="MODEL", help="checkpoint directory or Hub id")
-    command.add_argument("--dataset", required=True, metavar="SPEC",
-                         help="file.txt, file.jsonl (field `text`) or name[subset](split)")
+    _dataset(command)
     _output(command, "CALIB").add_argument("--resume", action="store_true", help="continue a run that was killed")
     command.add_argument("--num-calibration-samples", type=_positive, default=128, metavar="N")
     command.add_argument("--max-seq-length", type=_positive, default=2048, metavar="L")
     command.add_argument("--batch-size", type=_positive, default=1, metavar="B",
                          help="does not change the result, beyond rounding in half precision")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    _placement(command)
     command.add_argument("--revision", help="revision of a Hub id")
     command.add_argument("--checkpoint-every", type=_positive, default=8, metavar="K", help="batches between saves")
     command.add_argument("--dry-run", action="store_true", help="print sizes, load no weight, write nothing")
@@ -152,6 +163,20 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--plot", type=Path, metavar="PNG",
                          help="heat map of kept widths, and the frontier of predicted loss")
 
+    command = _command(commands, "eval", run_eval, "perplexity and tasks of several models in one table",
+                       "heapr eval pruned masks --baseline BASE --dataset held_out.txt -o eval.json")
+    command.add_argument("directories", nargs="+", metavar="DIR", help="checkpoints and masks repositories, or Hub ids")
+    command.add_argument("--baseline", metavar="MODEL", help="what the others are compared with (default: first DIR)")
+    _dataset(command)
+    command.add_argument("--num-samples", type=_positive, default=64, metavar="N", help="blocks of text (default: 64)")
+    command.add_argument("--max-seq-length", type=_positive, default=2048, metavar="L")
+    command.add_argument("--batch-size", type=_positive, default=8, metavar="B")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--tasks", nargs="+", default=(), metavar="TASK", help="tasks of lm-eval, beside perplexity")
+    _placement(command)
+    command.add_argument("--json", action="store_true")
+    command.add_argument("-o", "--output", type=Path, metavar="JSON", help="the table as JSON, beside printing it")
+
     _command(commands, "env", run_env, "versions and hardware as JSON, for bug reports", "heapr env")
     return parser
 
@@ -168,6 +193,16 @@ def _output(command: argparse.ArgumentParser, metavar: str) -> argparse._Mutuall
     group = command.add_mutually_exclusive_group()
     group.add_argument("--overwrite", action="store_true", help="replace what heapr wrote there before")
     return group
+
+
+def _dataset(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dataset", required=True, metavar="SPEC",
+                         help="file.txt, file.jsonl (field `text`) or name[subset](split)")
+
+
+def _placement(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
 
 
 def _selection_options(command: argparse.ArgumentParser) -> None:

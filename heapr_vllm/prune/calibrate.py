@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from heapr_vllm.atomic import atomic_file, check_output
@@ -22,7 +22,7 @@ from heapr_vllm.checkpoint import TOKENIZER_FILES, Checkpoint
 from heapr_vllm.environment import versions
 from heapr_vllm.errors import HeaprError, first_line
 from heapr_vllm.prune.collector import MomentCollector
-from heapr_vllm.prune.data import fingerprint, read_documents, token_blocks
+from heapr_vllm.prune.data import checkpoint_blocks, fingerprint
 from heapr_vllm.prune.moments import CALIBRATION_FILE, NeuronMoments
 
 PARTIAL_FILE = "partial.safetensors"
@@ -97,17 +97,17 @@ def calibrate(settings: CalibrationSettings, output: Path, *, device: str = "cpu
     """
     if not (resume and (output / PARTIAL_FILE).is_file()):
         check_output(output, overwrite)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise HeaprError(f"--device {device}: this torch ({torch.__version__}) sees no GPU; use --device cpu")
+    check_device(device)
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
     checkpoint.check_unquantized()
     shapes = checkpoint.expert_shapes()
-    blocks = _blocks(settings, checkpoint)
+    blocks = checkpoint_blocks(checkpoint, settings.dataset, settings.num_calibration_samples,
+                               settings.max_seq_length, settings.seed)
     identity = {**asdict(settings), "revision": checkpoint.commit or settings.revision,
                 "dataset_fingerprint": fingerprint(blocks), "base_fingerprint": checkpoint.fingerprint(),
                 "checkpoint_bytes": checkpoint.num_bytes(), "routed_bytes": checkpoint.num_routed_bytes()}
     partial = _load_partial(output, identity) if resume else None
-    model = _load_model(checkpoint, settings.dtype, device)
+    model = load_model(checkpoint, settings.dtype, device)
     collector = MomentCollector(model)
     if missing := shapes.keys() - collector.sums.keys():
         raise HeaprError(f"{type(model).__name__} does not expose {min(missing)} of the checkpoint; "
@@ -155,18 +155,14 @@ def plan(settings: CalibrationSettings) -> dict[str, Any]:
             "output_bytes": 6 * 4 * neurons}
 
 
-def _blocks(settings: CalibrationSettings, checkpoint: Checkpoint) -> torch.Tensor:
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
-    text = checkpoint.config.get("text_config", checkpoint.config)
-    limit = text.get("max_position_embeddings", settings.max_seq_length)
-    if settings.max_seq_length > limit:
-        raise HeaprError(f"--max-seq-length {settings.max_seq_length} exceeds the model's {limit} positions; "
-                         f"pass --max-seq-length {limit}")
-    return token_blocks(read_documents(settings.dataset), tokenizer, settings.num_calibration_samples,
-                        settings.max_seq_length, settings.seed)
+def check_device(device: str) -> None:
+    """Raises HeaprError if torch does not see the GPU that is asked for."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise HeaprError(f"--device {device}: this torch ({torch.__version__}) sees no GPU; use --device cpu")
 
 
-def _load_model(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:
+def load_model(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:
+    """The model in transformers. Raises HeaprError if transformers cannot load it."""
     try:
         return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype).to(device)
     except ValueError as error:
