@@ -11,7 +11,8 @@ sparsity raised until the executed budget is met on the calibration routing.
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -32,17 +33,16 @@ SCOPES = {"reap": "layer"}  # as published: equally many experts in every layer
 RAISED = "heapr, sparsity raised"
 
 
-def choices(moments: NeuronMoments, criteria: Iterable[str], ratios: Iterable[float],
+def choices(moments: NeuronMoments, criteria: Iterable[str], budgets: Iterable[str], ratios: Iterable[float],
             seed: int) -> Iterator[tuple[dict, NeuronMasks]]:
     """Masks of every criterion under every budget, with the columns that name them."""
     for criterion in criteria:
         selector = Selector(moments, criterion, scope=SCOPES.get(criterion, "global"), seed=seed)
-        for ratio in ratios:
-            name = {"ratio": ratio, "seed": seed}
-            yield {"criterion": criterion, "budget": "stored", **name}, selector.masks(Budget(stored=ratio))
-            yield {"criterion": criterion, "budget": "executed", **name}, selector.masks(Budget(executed=ratio))
-            if criterion == "heapr":
-                yield {"criterion": RAISED, "budget": "executed", **name}, raised_sparsity(selector, ratio)
+        for budget, ratio in product(budgets, ratios):
+            name = {"budget": budget, "ratio": ratio, "seed": seed}
+            yield {"criterion": criterion, **name}, selector.masks(Budget(**{budget: ratio}))
+            if (criterion, budget) == ("heapr", "executed"):
+                yield {"criterion": RAISED, **name}, raised_sparsity(selector, ratio)
 
 
 def raised_sparsity(selector: Selector, executed: float) -> NeuronMasks:
@@ -56,8 +56,9 @@ def raised_sparsity(selector: Selector, executed: float) -> NeuronMasks:
     return selector.masks(Budget(stored=high / total))
 
 
-def measure(corpus: Path, *, criteria: Iterable[str] = tuple(CRITERIA), ratios: Iterable[float] = RATIOS,
-            seeds: Iterable[int] = (0, 1, 2), num_samples: int = 128, held_out_tokens: int = 24576) -> dict:
+def measure(corpus: Path, *, criteria: Sequence[str] = tuple(CRITERIA), budgets: Sequence[str] = tuple(KINDS),
+            ratios: Sequence[float] = RATIOS, seeds: Sequence[int] = (0, 1, 2), num_samples: int = 128,
+            held_out_tokens: int = 24576) -> dict:
     """{"dense": perplexity, "rows": [...]}, one row per measurement, with its perplexity `increase` over dense."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
@@ -69,7 +70,8 @@ def measure(corpus: Path, *, criteria: Iterable[str] = tuple(CRITERIA), ratios: 
     for seed in seeds:
         blocks = token_blocks(text["calibration"], tokenizer, num_samples, context, seed)
         moments = collect_moments(model, blocks, batch_size=4)
-        for name, masks in tqdm(list(choices(moments, criteria, ratios, seed)), desc=f"seed {seed}", disable=None):
+        cases = list(choices(moments, criteria, budgets, ratios, seed))
+        for name, masks in tqdm(cases, desc=f"seed {seed}", disable=None):
             with masks.applied(model):
                 rows.append({**name, **evaluate(model, masks, held_out, dense)})
     return {"dense": dense, "held_out_tokens": held_out.numel(), "calibration_tokens": num_samples * context,
@@ -105,7 +107,8 @@ def format_tables(result: dict) -> str:
                f"tokens: mean of {draws} draws of {result['calibration_tokens']:,} calibration tokens (lowest to "
                "highest); then the other reduction, in percent.")
     parts = [caption]
-    for budget, other in (("stored", "executed"), ("executed", "stored")):
+    for budget in dict.fromkeys(budget for budget, _, _ in summary):
+        other, = KINDS.keys() - {budget}
         names = {name for kind, name, _ in summary if kind == budget}
         parts.append("\n".join([
             f"| {KINDS[budget]} | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |",
@@ -124,7 +127,8 @@ def plot(result: dict, path: Path) -> None:
     """Perplexity increase over both reductions, a line per criterion, bars over the seeds."""
     summary = summarize(result["rows"])
     figure = new_figure(11, 4.5)
-    for axes, budget in zip(figure.subplots(1, 2, sharey=True), KINDS, strict=True):
+    budgets = list(dict.fromkeys(budget for budget, _, _ in summary))
+    for axes, budget in zip(figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0], budgets, strict=True):
         for name in dict.fromkeys(name for kind, name, _ in summary if kind == budget):
             points = sorted((entry[f"{budget}_reduction"], entry["increase"], entry["low"], entry["high"])
                             for key, entry in summary.items() if key[:2] == (budget, name))
@@ -145,12 +149,13 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="folder written by python_corpus.py")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the three results")
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), metavar="NAME")
+    parser.add_argument("--budgets", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS, metavar="R")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), help="draws of the calibration text")
     parser.add_argument("--num-calibration-samples", type=int, default=128, help="blocks of 512 tokens")
     parser.add_argument("--held-out-tokens", type=int, default=24576)
     args = parser.parse_args()
-    result = measure(args.corpus, criteria=args.criteria, ratios=args.ratios, seeds=args.seeds,
+    result = measure(args.corpus, criteria=args.criteria, budgets=args.budgets, ratios=args.ratios, seeds=args.seeds,
                      num_samples=args.num_calibration_samples, held_out_tokens=args.held_out_tokens)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "quality.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -124,7 +124,7 @@ class MomentCollector:
         groups = {name: {prefix: sums[:, i].contiguous().cpu() for prefix, sums in self.sums.items()}
                   for i, name in enumerate(SUMS)}
         for names, tensors in ((OUTPUTS, self.outputs), (NORMS, self.norms)):
-            groups |= {name: {prefix: values[i].cpu() for prefix, values in tensors.items()}
+            groups |= {name: {prefix: values[i].clone().cpu() for prefix, values in tensors.items()}
                        for i, name in enumerate(names)}
         return NeuronMoments({prefix: tokens.cpu() for prefix, tokens in self.tokens.items()}, **groups,
                              metadata=metadata)

@@ -25,9 +25,8 @@ def heapr(moments: NeuronMoments) -> Saliency:
 def fisher(moments: NeuronMoments) -> Saliency:
     """1/2 sum (h dl/dh)^2: the predicted loss increase itself, in nats over the calibration text.
 
-    The diagonal Fisher of a multiplicative gate on the neuron (Molchanov et al., arXiv 1906.10771, Eq. 8 without the
-    square root of the mean). Unlike the paper's product of two means it keeps which tokens excite a neuron and which
-    of them the loss cares about together.
+    Fisher pruning (Theis et al., arXiv 1801.05787) with neurons as units. Unlike the paper's product of two means it
+    sees whether the tokens that excite a neuron are those the loss is sensitive to.
     """
     return moments.loss_increase()
 

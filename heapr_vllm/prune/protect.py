@@ -12,9 +12,9 @@ DEFAULT_PROTECTION = 0.5  # costs next to nothing: Qwen3-30B-A3B has 3 super exp
 def super_experts(moments: NeuronMoments) -> dict[str, torch.Tensor]:
     """bool [E] by prefix: the largest ||E(x)|| exceeds ten times its median over the layer and over the model.
 
-    Removing 3 of 6,144 experts of Qwen3-30B-A3B, those whose outputs make the massive activations, destroys the model
-    (arXiv 2507.23279). Their outputs are 100 times those of others; medians are not moved by such outliers. Both
-    medians are asked: late layers have large outputs throughout, and in early layers a small outlier means nothing.
+    Removing 3 of 6,144 experts of Qwen3-30B-A3B, those whose extreme outputs make the massive activations, destroys the
+    model (arXiv 2507.23279). Medians are not moved by such outliers. Both medians are asked: late layers have large
+    outputs throughout, and in a layer of small outputs an outlier means little.
     Experts without a token have a norm of 0 and do not count. Raises HeaprError if the moments lack output norms.
     """
     moments.require(("peak_norm",), "--protect")

@@ -86,8 +86,8 @@ def _choice(summary: dict[str, Any]) -> list[str]:
                      f"{format_size(summary['checkpoint_bytes'])}")
     if "frontier" in summary:
         loss = summary["frontier"]["chosen"]["loss_increase"]
-        lines.append(f"predicted loss increase: {loss:.4f} nats per token (perplexity {format_perplexity(loss)}), "
-                     f"criterion {summary['frontier']['criterion']}")
+        lines.append(f"predicted loss increase, neurons taken one by one: {loss:.4f} nats per token (perplexity "
+                     f"{format_perplexity(loss)}), criterion {summary['frontier']['criterion']}")
     if prices := summary["metadata"].get("prices"):
         lines.append(f"a block stays if its mean saliency is at least {prices['per_flop']:.4g} x routing frequency + "
                      f"{prices['per_neuron']:.4g}")

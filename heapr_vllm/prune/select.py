@@ -25,7 +25,8 @@ class Selector:
 
     def __init__(self, moments: NeuronMoments, criterion: str = "heapr", *, scope: str = "global", align: int = 16,
                  min_width: int = 0, unrouted: str = "keep", protect: float | None = None, seed: int = 0) -> None:
-        """
+        """Sorts the neurons of `moments` by `criterion` and marks those that stay in any case.
+
         At least `min_width` neurons of every expert and the fraction `protect` of every super expert stay, rounded up
         to blocks; None protects half of them if the moments can tell which they are, 0 none. Experts that saw no
         calibration token are kept whole (`unrouted` "keep"), pruned first ("prune", as the paper's code does) or
