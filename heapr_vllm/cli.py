@@ -207,7 +207,7 @@ def _placement(command: argparse.ArgumentParser) -> None:
 
 def _selection_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--scope", default="global", choices=("global", "layer", "expert"),
-                         help="where neurons compete (default: global; energy and reap were published with layer)")
+                         help="where neurons compete (default: global; reap was published with layer)")
     command.add_argument("--align", type=_positive, default=16, metavar="A", help="kept counts are multiples of it")
     command.add_argument("--min-width", type=_not_negative, default=0, metavar="W", help="neurons every expert keeps")
     command.add_argument("--protect", type=float, metavar="P",

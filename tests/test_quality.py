@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import RAISED, format_tables, measure
+from benchmarks.quality import format_tables, measure
 from serving_examples import train_tiny_qwen3_moe
 from tests.conftest import BUNDLED
 
@@ -20,8 +20,8 @@ def stored(python_corpus: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def executed(python_corpus: Path) -> dict:
-    return measure(python_corpus, criteria=("heapr", "fisher"), budgets=("executed",), ratios=(0.2,), seeds=(0,),
-                   num_samples=128, held_out_tokens=96 * 512)
+    return measure(python_corpus, criteria=("heapr-frequency", "fisher"), budgets=("executed",), ratios=(0.2,),
+                   seeds=(0,), num_samples=128, held_out_tokens=96 * 512)
 
 
 def test_bundled_model_is_trained(python_corpus: Path) -> None:
@@ -38,13 +38,15 @@ def test_order_at_equal_stored_size(stored: dict) -> None:
 
 
 def test_flops_budget_holds_on_held_out_text(executed: dict) -> None:
-    """20 % of the executed expert FLOPs, by the pruned model's own routing, at less loss than the paper's choice."""
+    """20 % of the executed expert FLOPs, by the pruned model's own routing, at less loss than the paper's ranking.
+
+    Under a FLOPs budget heapr-frequency is what `heapr` with a higher sparsity chooses (see tests/prune/test_criteria).
+    """
     rows = {row["criterion"]: row for row in executed["rows"]}
-    assert rows["fisher"]["executed_reduction"] == pytest.approx(0.2, abs=5e-3)
-    assert rows[RAISED]["executed_reduction"] == pytest.approx(0.2, abs=5e-3)
-    assert rows["fisher"]["increase"] < rows[RAISED]["increase"]
+    assert all(row["executed_reduction"] == pytest.approx(0.2, abs=5e-3) for row in rows.values())
+    assert rows["fisher"]["increase"] < rows["heapr-frequency"]["increase"]
 
 
 def test_table_names_every_choice(executed: dict) -> None:
     lines = format_tables(executed).splitlines()
-    assert lines[-3].startswith("| fisher |") and sum(line.startswith(f"| {RAISED} |") for line in lines) == 1
+    assert lines[-2].startswith("| fisher |") and lines[-1].startswith("| heapr-frequency |")

@@ -32,7 +32,10 @@ def fisher(moments: NeuronMoments) -> Saliency:
 
 
 def heapr_frequency(moments: NeuronMoments) -> Saliency:
-    """The paper's score times the expert's token count: a sum like `fisher`, with h^2 and (dl/dh)^2 independent."""
+    """The paper's score times the expert's token count: a sum like `fisher`, with h^2 and (dl/dh)^2 independent.
+
+    Per executed FLOP this is the paper's score again, so a FLOPs budget on it cuts the paper's own ranking.
+    """
     return {prefix: scores * moments.tokens[prefix].double()[:, None] for prefix, scores in heapr(moments).items()}
 
 

@@ -70,6 +70,13 @@ def test_sums_and_means(moments: NeuronMoments) -> None:
             torch.testing.assert_close(scores, factor * once[prefix])
 
 
+def test_frequency_per_flop_is_the_papers_ranking(moments: NeuronMoments) -> None:
+    for flops in (0.1, 0.3, 0.6):
+        masks = select(moments, flops=flops, criterion="heapr-frequency", align=4)
+        paper = select(moments, masks.sparsity, criterion="heapr", align=4)
+        assert all(torch.equal(keep, paper.keep[prefix]) for prefix, keep in masks.keep.items())
+
+
 def test_random_is_seeded(moments: NeuronMoments) -> None:
     one, other = (select(moments, 0.5, criterion="random", seed=seed) for seed in (0, 1))
     again = select(moments, 0.5, criterion="random", seed=0)
