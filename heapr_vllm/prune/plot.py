@@ -65,9 +65,9 @@ def plot_sweep(rows: list[dict[str, Any]], path: Path) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     for axes, kind, budget in zip(panels, KINDS, ("sparsity", "flops"), strict=True):
         for criterion in dict.fromkeys(row["criterion"] for row in rows):
-            points = [(row[f"{kind}_reduction"], row["loss_increase"]) for row in rows
-                      if row["criterion"] == criterion and row[budget] and "error" not in row]
-            axes.plot(*zip(*sorted(points), strict=True), "o-", markersize=3, label=criterion)
+            points = [row for row in rows if row["criterion"] == criterion and row[budget] and "error" not in row]
+            axes.plot([row[f"{kind}_reduction"] for row in points], [row["loss_increase"] for row in points], "o-",
+                      markersize=3, label=criterion)
         axes.set(xlabel=KINDS[kind], title=f"{kind} budgets", yscale="log")
         axes.xaxis.set_major_formatter("{x:.0%}")
         axes.grid(alpha=0.3)

@@ -23,7 +23,7 @@ FRONTIER_RATIOS = tuple(percent / 100 for percent in range(5, 100, 5))
 
 def budgets(ratios: Iterable[float]) -> list[Budget]:
     """A stored and an executed budget for each ratio."""
-    ratios = list(ratios)
+    ratios = sorted(ratios)
     return [Budget(stored=ratio) for ratio in ratios] + [Budget(executed=ratio) for ratio in ratios]
 
 

@@ -9,6 +9,7 @@ import pytest
 from heapr_vllm.prune import NeuronMoments, Selector, select, sweep
 from heapr_vllm.prune.budget import Budget
 from heapr_vllm.prune.criteria import CRITERIA
+from heapr_vllm.prune.plot import plot_sweep
 from heapr_vllm.prune.sweep import format_sweep, frontier
 
 
@@ -39,11 +40,13 @@ def test_fisher_has_the_lowest_predicted_loss(moments: NeuronMoments) -> None:
     assert len(table) == 1 + len(rows) and table[1].split()[:3] == ["stored", "-10%", "fisher"]
 
 
-def test_budgets_out_of_reach_are_marked(moments: NeuronMoments) -> None:
+def test_budgets_out_of_reach_are_marked(moments: NeuronMoments, tmp_path: Path) -> None:
     low, high = sweep(moments, ["heapr"], [0.25], min_width=16), sweep(moments, ["heapr"], [0.9], min_width=16)
     assert all("error" not in row for row in low)
     assert all("out of reach" in row["error"] and "loss_increase" not in row for row in high)
     assert format_sweep(high).count("out of reach") == 2
+    plot_sweep([*low, *high], tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
 
 
 def test_frontier_rises_and_holds_the_choice(moments: NeuronMoments) -> None:
