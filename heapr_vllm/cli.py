@@ -42,11 +42,11 @@ def run_prune(args: argparse.Namespace) -> None:
     from heapr_vllm.prune.sweep import frontier
 
     moments = NeuronMoments.from_pretrained(args.calibration)
+    selector = Selector(moments, args.criterion or default_criterion(args.flops), **_selection(args))
     stored = args.sparsity
     if args.target_size is not None:
-        stored = stored_for_size(args.target_size, moments.metadata, moments.num_neurons, args.align)
+        stored = stored_for_size(args.target_size, moments.metadata, selector.blocks)
     budget = Budget(stored, args.flops)
-    selector = Selector(moments, args.criterion or default_criterion(budget), **_selection(args))
     masks = selector.masks(budget)
     write_masks_repository(masks, args.calibration, args.output, args.overwrite, frontier(selector, budget))
     print(format_report(load_report(args.output)))

@@ -2,6 +2,7 @@
 """The `heapr` command: the whole path, and one-line errors with exit code 2 that leave nothing behind."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def test_sweep(calibration: Path, tmp_path: Path, capsys) -> None:
 
 @pytest.mark.parametrize(("budget", "message"), [
     ([], "no budget is given"),
-    (["--target-size", "1KiB"], "are not routed experts; the nearest is"),
+    (["--target-size", "1KiB"], "are not routed experts, and --min-width, --protect and experts without a calib"),
     (["--target-size", "1TB"], "is no smaller than the checkpoint"),
     (["--flops", "0.9", "--min-width", "32"], "flops 0.9 is out of reach"),
     (["--sparsity", "0.5", "--flops", "1.2"], "flops 1.2 is not between 0 and 1"),
@@ -70,6 +71,15 @@ def test_sweep(calibration: Path, tmp_path: Path, capsys) -> None:
 ])
 def test_impossible_budgets(budget: list[str], message: str, calibration: Path, tmp_path: Path, capsys) -> None:
     fails(["prune", str(calibration), *budget, "-o", str(tmp_path / "m")], message, capsys, tmp_path)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--target-size", "1KiB"), ("--flops", "0.95"), ("--sparsity", "0.9")])
+def test_the_nearest_reachable_value_is_reachable(option: str, value: str, calibration: Path, tmp_path: Path,
+                                                  capsys) -> None:
+    prune = ["prune", str(calibration), "--min-width", "13", "-o", str(tmp_path / "m"), option]
+    assert main([*prune, value]) == 2
+    nearest = re.search(r"the nearest is ([\d.]+( [KM]iB)?)", capsys.readouterr().err)[1]
+    assert main([*prune, nearest.replace(" ", "")]) == 0
 
 
 @pytest.mark.parametrize("budget", [["--sparsity", "0.5", "--target-size", "1MB"], ["--target-size", "much"]])

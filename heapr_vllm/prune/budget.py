@@ -13,12 +13,14 @@ block (two under both limits) that the linear program would split.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.prune.blocks import NeuronBlocks
 
 BISECTIONS = 60
 
@@ -52,10 +54,10 @@ class Prices:
     per_neuron: float
 
 
-def stored_for_size(target_bytes: int, metadata: dict[str, Any], num_neurons: int, align: int) -> float:
+def stored_for_size(target_bytes: int, metadata: dict[str, Any], blocks: NeuronBlocks) -> float:
     """Fraction of neurons to remove so that all tensors of the compact checkpoint fit into `target_bytes`.
 
-    `metadata` of the moments has the sizes of the base checkpoint; what is removed is rounded up to blocks of `align`.
+    `metadata` of the moments has the sizes of the base checkpoint; what is removed is rounded up to whole blocks.
     Raises HeaprError if there is no such fraction.
     """
     if "routed_bytes" not in metadata:
@@ -65,20 +67,21 @@ def stored_for_size(target_bytes: int, metadata: dict[str, Any], num_neurons: in
     if target_bytes >= whole:
         raise HeaprError(f"--target-size {format_size(target_bytes)} is no smaller than the checkpoint, "
                          f"{format_size(whole)}; there is nothing to prune")
-    block_bytes = routed / num_neurons * align
-    blocks = num_neurons // align
-    removed = -int((target_bytes - whole) // block_bytes)
-    if removed >= blocks:
+    count = len(blocks.saliency)
+    removable = min(int((blocks.saliency < torch.inf).sum()), count - 1)
+    removed = -((target_bytes - whole) * count // routed)
+    if removed > removable:
         raise HeaprError(f"--target-size {format_size(target_bytes)} is out of reach: {format_size(whole - routed)} "
-                         f"are not routed experts; the nearest is {format_size(whole - routed + round(block_bytes))}")
-    return removed / blocks
+                         "are not routed experts, and --min-width, --protect and experts without a calibration token "
+                         f"keep some neurons; the nearest is {format_size(whole - routed * removable // count)}")
+    return removed / count
 
 
 def format_size(num_bytes: int) -> str:
-    """Bytes in the largest fitting binary unit."""
+    """Bytes in the largest fitting binary unit, rounded up so that what is called reachable is."""
     for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if num_bytes >= 2**power:
-            return f"{num_bytes / 2**power:.2f} {unit}"
+            return f"{math.ceil(num_bytes * 100 / 2**power) / 100:.2f} {unit}"
     return f"{num_bytes} B"
 
 

@@ -75,10 +75,6 @@ class NeuronMoments:
         return {prefix: 0.5 * sums.double() for prefix, sums in self.fisher.items()}
 
     @property
-    def num_neurons(self) -> int:
-        return sum(sums.numel() for sums in self.activation_sq.values())
-
-    @property
     def calibration_tokens(self) -> int:
         """Tokens of the calibration text. Raises HeaprError if the metadata does not say."""
         try:

@@ -97,12 +97,12 @@ def select(moments: NeuronMoments, sparsity: float | None = None, *, flops: floa
     Raises HeaprError if an argument is impossible, the moments lack something, or no choice reaches the budget.
     """
     budget = Budget(sparsity, flops)
-    return Selector(moments, criterion or default_criterion(budget), **options).masks(budget)
+    return Selector(moments, criterion or default_criterion(flops), **options).masks(budget)
 
 
-def default_criterion(budget: Budget) -> str:
+def default_criterion(flops: float | None) -> str:
     """The paper's; for a FLOPs budget "fisher", a sum over tokens, which can be weighed against costs per token."""
-    return "heapr" if budget.executed is None else "fisher"
+    return "heapr" if flops is None else "fisher"
 
 
 def select_by_saliency(saliency: dict[str, torch.Tensor], sparsity: float, *, scope: str = "global", align: int = 16,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune import NeuronMoments, select
+from heapr_vllm.prune.blocks import NeuronBlocks
 from heapr_vllm.prune.budget import choose, stored_for_size
 
 
@@ -94,18 +95,25 @@ def test_flops_budget_cuts_busy_experts_first() -> None:
         assert executed.widths[prefix][0] > stored.widths[prefix][0]
 
 
+def sixteen_blocks(forced: int = 0) -> NeuronBlocks:
+    """64 neurons in blocks of 4, the first `forced` of which must stay."""
+    floors = {"model.layers.0.mlp.experts": torch.tensor([4 * forced])}
+    return NeuronBlocks.build({"model.layers.0.mlp.experts": torch.rand(1, 64)}, 4, floors)
+
+
 def test_target_size_is_met_within_a_block() -> None:
     metadata = {"checkpoint_bytes": 1000, "routed_bytes": 640}
     for target in (999, 900, 841, 840, 839, 500):
-        stored = stored_for_size(target, metadata, num_neurons=64, align=4)
+        stored = stored_for_size(target, metadata, sixteen_blocks())
         assert target - 40 < 1000 - 640 * stored <= target
 
 
-@pytest.mark.parametrize(("target", "metadata", "message"), [
-    (300, {"checkpoint_bytes": 1000, "routed_bytes": 640}, "out of reach: 360 B are not .* the nearest is 400 B"),
-    (2**31, {"checkpoint_bytes": 2**30, "routed_bytes": 640}, "2.00 GiB is no smaller than the checkpoint, 1.00 GiB"),
-    (300, {}, "calibrate again, or pass --sparsity"),
+@pytest.mark.parametrize(("target", "metadata", "forced", "message"), [
+    (300, {"checkpoint_bytes": 1000, "routed_bytes": 640}, 0, "out of reach: 360 B are not .* the nearest is 400 B"),
+    (500, {"checkpoint_bytes": 1000, "routed_bytes": 640}, 10, "out of reach: .* the nearest is 760 B"),
+    (2**31, {"checkpoint_bytes": 2**30, "routed_bytes": 640}, 0, "2.00 GiB is no smaller than the checkpoint, 1.00 Gi"),
+    (300, {}, 0, "calibrate again, or pass --sparsity"),
 ])
-def test_target_sizes_that_are_impossible(target: int, metadata: dict, message: str) -> None:
+def test_target_sizes_that_are_impossible(target: int, metadata: dict, forced: int, message: str) -> None:
     with pytest.raises(HeaprError, match=message):
-        stored_for_size(target, metadata, num_neurons=64, align=4)
+        stored_for_size(target, metadata, sixteen_blocks(forced))
