@@ -168,7 +168,11 @@ class Checkpoint:
 
     def num_bytes(self) -> int:
         """Size of all weights."""
-        return sum(torch.Size(shape).numel() * _ITEM_SIZE[dtype] for dtype, shape in self.headers.values())
+        return sum(_num_bytes(*header) for header in self.headers.values())
+
+    def num_routed_bytes(self) -> int:
+        """Size of the routed experts' weights."""
+        return sum(_num_bytes(*header) for name, header in self.headers.items() if ExpertTensor.parse(name))
 
     def fingerprint(self) -> str:
         """sha256 over all tensor names, dtypes and shapes and over the router weights.
@@ -192,6 +196,10 @@ class Checkpoint:
 
 _ITEM_SIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
               "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel() * _ITEM_SIZE[dtype]
 
 
 def natural_order(name: str) -> list[int | str]:

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from heapr_vllm import __version__
 from heapr_vllm.errors import HeaprError, first_line
@@ -33,16 +34,36 @@ def run_calibrate(args: argparse.Namespace) -> None:
 
 
 def run_prune(args: argparse.Namespace) -> None:
+    from heapr_vllm.prune.budget import Budget, stored_for_size
     from heapr_vllm.prune.export import write_masks_repository
     from heapr_vllm.prune.moments import NeuronMoments
     from heapr_vllm.prune.report import format_report, load_report
-    from heapr_vllm.prune.select import select
+    from heapr_vllm.prune.select import Selector, default_criterion
+    from heapr_vllm.prune.sweep import frontier
 
-    masks = select(NeuronMoments.from_pretrained(args.calibration), args.sparsity, scope=args.scope, align=args.align,
-                   min_width=args.min_width, unrouted=args.unrouted)
-    write_masks_repository(masks, args.calibration, args.output, args.overwrite)
+    moments = NeuronMoments.from_pretrained(args.calibration)
+    selector = Selector(moments, args.criterion or default_criterion(args.flops), **_selection(args))
+    stored = args.sparsity
+    if args.target_size is not None:
+        stored = stored_for_size(args.target_size, moments.metadata, selector.blocks)
+    budget = Budget(stored, args.flops)
+    masks = selector.masks(budget)
+    write_masks_repository(masks, args.calibration, args.output, args.overwrite, frontier(selector, budget))
     print(format_report(load_report(args.output)))
     print(f"wrote {args.output}")
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    from heapr_vllm.prune.criteria import CRITERIA
+    from heapr_vllm.prune.moments import NeuronMoments
+    from heapr_vllm.prune.plot import plot_sweep
+    from heapr_vllm.prune.sweep import RATIOS, format_sweep, sweep
+
+    rows = sweep(NeuronMoments.from_pretrained(args.calibration), args.criterion or CRITERIA, args.ratios or RATIOS,
+                 **_selection(args))
+    print(json.dumps(rows, indent=2) if args.json else format_sweep(rows))
+    if args.plot:
+        plot_sweep(rows, args.plot)
 
 
 def run_export(args: argparse.Namespace) -> None:
@@ -63,7 +84,8 @@ def run_export(args: argparse.Namespace) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> None:
-    from heapr_vllm.prune.report import format_report, load_report, plot_report
+    from heapr_vllm.prune.plot import plot_report
+    from heapr_vllm.prune.report import format_report, load_report
 
     summary = load_report(args.directory)
     print(json.dumps(summary, indent=2) if args.json else format_report(summary))
@@ -85,6 +107,19 @@ def run_tune(args: argparse.Namespace) -> None:
     print("\n".join(f"wrote {path}" for path in written) or "everything was tuned already; --overwrite tunes it again")
 
 
+def run_eval(args: argparse.Namespace) -> None:
+    from heapr_vllm.atomic import atomic_file
+    from heapr_vllm.prune.compare import EvaluationSettings, compare, format_comparison
+
+    models = [args.baseline, *args.directories] if args.baseline else args.directories
+    settings = EvaluationSettings(args.dataset, args.num_samples, args.max_seq_length, args.batch_size, args.seed,
+                                  tuple(args.tasks), args.dtype, args.device)
+    rows = compare(models, settings)
+    print(json.dumps(rows, indent=2) if args.json else format_comparison(rows))
+    if args.output:
+        atomic_file(args.output, lambda path: path.write_text(json.dumps(rows, indent=2) + "\n"))
+
+
 def run_env(args: argparse.Namespace) -> None:
     from heapr_vllm.environment import report
 
@@ -99,31 +134,41 @@ def build_parser() -> argparse.ArgumentParser:
     command = _command(commands, "calibrate", run_calibrate, "one forward and backward pass over text: neuron moments",
                        "heapr calibrate Qwen/Qwen3-30B-A3B --dataset 'wikitext[wikitext-2-raw-v1](train)' -o calib")
     command.add_argument("model", metavar="MODEL", help="checkpoint directory or Hub id")
-    command.add_argument("--dataset", required=True, metavar="SPEC",
-                         help="file.txt, file.jsonl (field `text`) or name[subset](split)")
+    _dataset(command)
     _output(command, "CALIB").add_argument("--resume", action="store_true", help="continue a run that was killed")
     command.add_argument("--num-calibration-samples", type=_positive, default=128, metavar="N")
     command.add_argument("--max-seq-length", type=_positive, default=2048, metavar="L")
     command.add_argument("--batch-size", type=_positive, default=1, metavar="B",
                          help="does not change the result, beyond rounding in half precision")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    _placement(command)
     command.add_argument("--revision", help="revision of a Hub id")
     command.add_argument("--checkpoint-every", type=_positive, default=8, metavar="K", help="batches between saves")
     command.add_argument("--dry-run", action="store_true", help="print sizes, load no weight, write nothing")
 
-    command = _command(commands, "prune", run_prune, "moments to masks at any sparsity; needs no model and no GPU",
+    command = _command(commands, "prune", run_prune, "moments to masks in any budget; needs no model and no GPU",
                        "heapr prune calib --sparsity 0.25 -o masks")
     command.add_argument("calibration", type=Path, metavar="CALIB")
-    command.add_argument("--sparsity", type=float, required=True, help="fraction of routed neurons removed")
-    command.add_argument("--scope", default="global", choices=("global", "layer", "expert"),
-                         help="where neurons compete (default: global)")
-    command.add_argument("--align", type=_positive, default=16, metavar="A", help="kept counts are multiples of it")
-    command.add_argument("--min-width", type=_not_negative, default=0, metavar="W", help="neurons every expert keeps")
-    command.add_argument("--unrouted", default="keep", choices=("keep", "prune", "error"),
-                         help="experts without a calibration token (default: keep)")
+    stored = command.add_mutually_exclusive_group()
+    stored.add_argument("--sparsity", type=float, help="fraction of routed neurons removed")
+    stored.add_argument("--target-size", type=_size, metavar="SIZE",
+                        help="weights of the compact checkpoint at most, such as 34GiB or 800MB")
+    command.add_argument("--flops", type=float,
+                         help="fraction of executed expert FLOPs per token removed; alone or with one of the above")
+    command.add_argument("--criterion", metavar="NAME",
+                         help="heapr (the paper's, default), fisher (default with --flops), heapr-frequency, energy, "
+                              "magnitude, random, reap (whole experts)")
+    _selection_options(command)
     _output(command, "MASKS")
+
+    command = _command(commands, "sweep", run_sweep, "criteria and budgets side by side: reductions, predicted loss",
+                       "heapr sweep calib --criterion heapr fisher --plot sweep.png")
+    command.add_argument("calibration", type=Path, metavar="CALIB")
+    command.add_argument("--criterion", nargs="+", metavar="NAME", help="default: all")
+    command.add_argument("--ratios", nargs="+", type=float, metavar="R", help="default: 0.1 0.2 0.25 0.4 0.5")
+    _selection_options(command)
+    command.add_argument("--json", action="store_true")
+    command.add_argument("--plot", type=Path, metavar="PNG", help="predicted loss over both reductions")
 
     command = _command(commands, "export", run_export, "masks to a checkpoint, shard by shard",
                        "heapr export masks -o pruned && vllm serve pruned")
@@ -146,7 +191,22 @@ def build_parser() -> argparse.ArgumentParser:
                        "heapr inspect masks --plot widths.png")
     command.add_argument("directory", type=Path, metavar="DIR", help="masks repository or exported checkpoint")
     command.add_argument("--json", action="store_true")
-    command.add_argument("--plot", type=Path, metavar="PNG", help="heat map of kept widths")
+    command.add_argument("--plot", type=Path, metavar="PNG",
+                         help="heat map of kept widths, and the frontier of predicted loss")
+
+    command = _command(commands, "eval", run_eval, "perplexity and tasks of several models in one table",
+                       "heapr eval pruned masks --baseline BASE --dataset held_out.txt -o eval.json")
+    command.add_argument("directories", nargs="+", metavar="DIR", help="checkpoints and masks repositories, or Hub ids")
+    command.add_argument("--baseline", metavar="MODEL", help="what the others are compared with (default: first DIR)")
+    _dataset(command)
+    command.add_argument("--num-samples", type=_positive, default=64, metavar="N", help="blocks of text (default: 64)")
+    command.add_argument("--max-seq-length", type=_positive, default=2048, metavar="L")
+    command.add_argument("--batch-size", type=_positive, default=8, metavar="B")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--tasks", nargs="+", default=(), metavar="TASK", help="tasks of lm-eval, beside perplexity")
+    _placement(command)
+    command.add_argument("--json", action="store_true")
+    command.add_argument("-o", "--output", type=Path, metavar="JSON", help="the table as JSON, beside printing it")
 
     command = _command(commands, "tune", run_tune, "fastest kernel tiles for a pruned model on this GPU",
                        "heapr tune pruned --time-budget 10m && vllm serve pruned")
@@ -180,6 +240,33 @@ def _output(command: argparse.ArgumentParser, metavar: str) -> argparse._Mutuall
     group = command.add_mutually_exclusive_group()
     group.add_argument("--overwrite", action="store_true", help="replace what heapr wrote there before")
     return group
+
+
+def _dataset(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dataset", required=True, metavar="SPEC",
+                         help="file.txt, file.jsonl (field `text`) or name[subset](split)")
+
+
+def _placement(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+
+
+def _selection_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--scope", default="global", choices=("global", "layer", "expert"),
+                         help="where neurons compete (default: global; reap was published with layer)")
+    command.add_argument("--align", type=_positive, default=16, metavar="A", help="kept counts are multiples of it")
+    command.add_argument("--min-width", type=_not_negative, default=0, metavar="W", help="neurons every expert keeps")
+    command.add_argument("--protect", type=float, metavar="P",
+                         help="fraction that super experts (outlier outputs) keep at least (default: 0.5; 0: off)")
+    command.add_argument("--unrouted", default="keep", choices=("keep", "prune", "error"),
+                         help="experts without a calibration token (default: keep)")
+    command.add_argument("--seed", type=int, default=0, help="for --criterion random")
+
+
+def _selection(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `_selection_options` as those of `Selector`."""
+    return {name: getattr(args, name) for name in ("scope", "align", "min_width", "protect", "unrouted", "seed")}
 
 
 def _size(text: str) -> int:

@@ -19,17 +19,18 @@ FORMAT_VERSION = 1
 METADATA_KEY = "heapr"
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
-    """Writes `tensors` and `metadata` (plus `format_version`) to `path`, atomically."""
-    text = json.dumps({"format_version": FORMAT_VERSION, **metadata}, sort_keys=True)
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any],
+                 version: int = FORMAT_VERSION) -> None:
+    """Writes `tensors` and `metadata` (plus `version` as `format_version`) to `path`, atomically."""
+    text = json.dumps({"format_version": version, **metadata}, sort_keys=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_file(path, lambda partial: save_file(tensors, partial, metadata={METADATA_KEY: text}))
 
 
-def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_tensors(path: Path, version: int = FORMAT_VERSION) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Reads what `save_tensors` wrote.
 
-    Raises HeaprError if the file is missing, damaged, not one of ours, or of a newer format.
+    Raises HeaprError if the file is missing, damaged, not one of ours, or of a format newer than `version`.
     """
     if not path.is_file():
         raise HeaprError(f"{path} does not exist")
@@ -42,7 +43,7 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if header is None:
         raise HeaprError(f"{path} was not written by heapr: its safetensors metadata has no '{METADATA_KEY}' entry")
     metadata = json.loads(header)
-    if metadata["format_version"] > FORMAT_VERSION:
+    if metadata["format_version"] > version:
         raise HeaprError(f"{path} has format version {metadata['format_version']}, this heapr-vllm reads up to "
-                         f"{FORMAT_VERSION}; upgrade heapr-vllm")
+                         f"{version}; upgrade heapr-vllm")
     return tensors, metadata

@@ -2,6 +2,7 @@
 """The `heapr` command: the whole path, and one-line errors with exit code 2 that leave nothing behind."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -26,6 +27,66 @@ def test_whole_path(qwen3: Path, corpus: Path, tmp_path: Path, capsys: pytest.Ca
     assert 0 < summary["executed_reduction"] < 1
     assert all(width % 16 == 0 for widths in summary["widths"].values() for width in widths)
     assert (tmp_path / "widths.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("budget", [["--flops", "0.3"], ["--target-size", "700KiB"],
+                                    ["--target-size", "800KB", "--flops", "0.2"]])
+def test_budgets_in_bytes_and_flops(budget: list[str], calibration: Path, tmp_path: Path, capsys) -> None:
+    masks, compact = str(tmp_path / "masks"), str(tmp_path / "compact")
+    assert main(["prune", str(calibration), *budget, "--criterion", "fisher", "-o", masks]) == 0
+    report = capsys.readouterr().out
+    assert "stored -" in report and "executed FLOPs -" in report and "super experts found and protected: 0" in report
+    assert "x routing frequency +" in report and "predicted loss increase" in report
+    assert main(["export", masks, "-o", compact]) == 0
+    capsys.readouterr()
+    assert main(["inspect", compact, "--json", "--plot", str(tmp_path / "report.png")]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    total = json.loads((tmp_path / "compact" / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    assert summary["compact_bytes"] == total
+    if "--flops" in budget:
+        assert summary["executed_reduction"] >= float(budget[-1])
+    if "--target-size" in budget:
+        size = {"700KiB": 700 * 1024, "800KB": 800_000}[budget[1]]
+        assert total <= size and ("--flops" in budget or size - total < 16 * 3 * 64 * 4)
+    assert summary["frontier"]["chosen"]["stored_reduction"] == pytest.approx(summary["stored_reduction"])
+    assert summary["frontier"]["chosen"]["executed_reduction"] == pytest.approx(summary["executed_reduction"])
+
+
+def test_sweep(calibration: Path, tmp_path: Path, capsys) -> None:
+    argv = ["sweep", str(calibration), "--criterion", "heapr", "fisher", "--ratios", "0.2", "0.4"]
+    assert main([*argv, "--json", "--plot", str(tmp_path / "sweep.png")]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 8 and (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert main(argv) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 9
+
+
+@pytest.mark.parametrize(("budget", "message"), [
+    ([], "no budget is given"),
+    (["--target-size", "1KiB"], "are not routed experts, and --min-width, --protect and experts without a calib"),
+    (["--target-size", "1TB"], "is no smaller than the checkpoint"),
+    (["--flops", "0.9", "--min-width", "32"], "flops 0.9 is out of reach"),
+    (["--sparsity", "0.5", "--flops", "1.2"], "flops 1.2 is not between 0 and 1"),
+    (["--sparsity", "0.5", "--criterion", "luck"], "is not one of heapr, fisher"),
+])
+def test_impossible_budgets(budget: list[str], message: str, calibration: Path, tmp_path: Path, capsys) -> None:
+    fails(["prune", str(calibration), *budget, "-o", str(tmp_path / "m")], message, capsys, tmp_path)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--target-size", "1KiB"), ("--flops", "0.95"), ("--sparsity", "0.9")])
+def test_the_nearest_reachable_value_is_reachable(option: str, value: str, calibration: Path, tmp_path: Path,
+                                                  capsys) -> None:
+    prune = ["prune", str(calibration), "--min-width", "13", "-o", str(tmp_path / "m"), option]
+    assert main([*prune, value]) == 2
+    nearest = re.search(r"the nearest is ([\d.]+( [KM]iB)?)", capsys.readouterr().err)[1]
+    assert main([*prune, nearest.replace(" ", "")]) == 0
+
+
+@pytest.mark.parametrize("budget", [["--sparsity", "0.5", "--target-size", "1MB"], ["--target-size", "much"]])
+def test_budgets_that_argparse_refuses(budget: list[str], calibration: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["prune", str(calibration), *budget, "-o", str(tmp_path / "m")])
+    assert exit_info.value.code == 2 and not (tmp_path / "m").exists()
 
 
 def test_env_is_json(capsys: pytest.CaptureFixture) -> None:

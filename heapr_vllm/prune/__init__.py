@@ -11,7 +11,8 @@ from heapr_vllm.prune.calibrate import CalibrationSettings, calibrate, collect_m
 from heapr_vllm.prune.evaluate import perplexity
 from heapr_vllm.prune.export import export_checkpoint, write_masks_repository
 from heapr_vllm.prune.moments import NeuronMoments
-from heapr_vllm.prune.select import select, select_by_saliency
+from heapr_vllm.prune.select import Selector, select, select_by_saliency
+from heapr_vllm.prune.sweep import sweep
 
-__all__ = ["CalibrationSettings", "NeuronMasks", "NeuronMoments", "calibrate", "collect_moments", "export_checkpoint",
-           "perplexity", "select", "select_by_saliency", "write_masks_repository"]
+__all__ = ["CalibrationSettings", "NeuronMasks", "NeuronMoments", "Selector", "calibrate", "collect_moments",
+           "export_checkpoint", "perplexity", "select", "select_by_saliency", "sweep", "write_masks_repository"]

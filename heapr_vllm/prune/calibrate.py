@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from heapr_vllm.atomic import atomic_file, check_output
@@ -22,7 +22,7 @@ from heapr_vllm.checkpoint import TOKENIZER_FILES, Checkpoint
 from heapr_vllm.environment import versions
 from heapr_vllm.errors import HeaprError, first_line
 from heapr_vllm.prune.collector import MomentCollector
-from heapr_vllm.prune.data import fingerprint, read_documents, token_blocks
+from heapr_vllm.prune.data import checkpoint_blocks, fingerprint
 from heapr_vllm.prune.moments import CALIBRATION_FILE, NeuronMoments
 
 PARTIAL_FILE = "partial.safetensors"
@@ -63,7 +63,7 @@ def collect_moments(model: PreTrainedModel, blocks: torch.Tensor, batch_size: in
             loss.backward()
             if after_batch is not None:
                 after_batch(start + len(ids))
-    return collector.moments({})
+    return collector.moments({"num_calibration_samples": len(blocks), "max_seq_length": blocks.shape[1]})
 
 
 @contextmanager
@@ -103,7 +103,8 @@ def calibrate(settings: CalibrationSettings, output: Path, *, device: str = "cpu
     shapes = checkpoint.expert_shapes()
     blocks = calibration_blocks(settings, checkpoint)
     identity = {**asdict(settings), "revision": checkpoint.commit or settings.revision,
-                "dataset_fingerprint": fingerprint(blocks), "base_fingerprint": checkpoint.fingerprint()}
+                "dataset_fingerprint": fingerprint(blocks), "base_fingerprint": checkpoint.fingerprint(),
+                "checkpoint_bytes": checkpoint.num_bytes(), "routed_bytes": checkpoint.num_routed_bytes()}
     partial = _load_partial(output, identity) if resume else None
     model = load_model(checkpoint, settings.dtype, device)
     collector = MomentCollector(model)
@@ -147,28 +148,22 @@ def plan(settings: CalibrationSettings) -> dict[str, Any]:
     scale = 2 if settings.dtype == "float32" and text.get("dtype", text.get("torch_dtype")) == "bfloat16" else 1
     return {"moe_layers": len(shapes), "experts": sum(experts for experts, _ in shapes.values()), "neurons": neurons,
             "calibration_tokens": settings.num_calibration_samples * settings.max_seq_length,
-            "weight_bytes": checkpoint.num_bytes() * scale, "accumulator_bytes": 3 * 8 * neurons,
+            "weight_bytes": checkpoint.num_bytes() * scale, "accumulator_bytes": 6 * 8 * neurons,
             "logits_bytes": 2 * 4 * tokens * text["vocab_size"],
             "checkpointed_activation_bytes": 4 * tokens * text["hidden_size"] * text["num_hidden_layers"],
-            "output_bytes": 3 * 4 * neurons}
+            "output_bytes": 6 * 4 * neurons}
 
 
 def check_device(device: str) -> None:
-    """Raises HeaprError if `device` is a GPU that is not there."""
+    """Raises HeaprError if `device` is a GPU that torch does not see."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise HeaprError(f"--device {device}: this torch ({torch.__version__}) sees no GPU; use --device cpu")
 
 
 def calibration_blocks(settings: CalibrationSettings, checkpoint: Checkpoint) -> torch.Tensor:
     """Token blocks int64 [num_calibration_samples, max_seq_length]. Raises HeaprError if the text is not enough."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
-    text = checkpoint.config.get("text_config", checkpoint.config)
-    limit = text.get("max_position_embeddings", settings.max_seq_length)
-    if settings.max_seq_length > limit:
-        raise HeaprError(f"--max-seq-length {settings.max_seq_length} exceeds the model's {limit} positions; "
-                         f"pass --max-seq-length {limit}")
-    return token_blocks(read_documents(settings.dataset), tokenizer, settings.num_calibration_samples,
-                        settings.max_seq_length, settings.seed)
+    return checkpoint_blocks(checkpoint, settings.dataset, settings.num_calibration_samples, settings.max_seq_length,
+                             settings.seed)
 
 
 def load_model(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.masks import expert_shapes
-from heapr_vllm.prune.moments import SUMS, NeuronMoments
+from heapr_vllm.prune.moments import NORMS, OUTPUTS, SUMS, NeuronMoments
 
 EXPERTS_IMPLEMENTATION = "heapr_moments"
 ROW_MULTIPLE = 64  # rows per expert are padded to it: oneDNN compiles a primitive for every new shape
@@ -43,7 +43,9 @@ class _Tap(torch.autograd.Function):
 class MomentCollector:
     """Sums per expert and neuron in float64, on the device of each MoE module.
 
-    `tokens`: prefix to int64 [E]; `sums`: prefix to float64 [E, 3, I] in the order of `SUMS`.
+    `tokens`: prefix to int64 [E]; `sums`: prefix to float64 [E, 3, I] in the order of `SUMS`; `outputs`: prefix to
+    float64 [2, E] in the order of `OUTPUTS`, a sum and a maximum; `norms`: prefix to float64 [3, E, I] in the order of
+    `NORMS`, of the weights, there once the layer has run.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -52,6 +54,8 @@ class MomentCollector:
         self.prefixes: dict[nn.Module, str] = {}
         self.tokens: dict[str, torch.Tensor] = {}
         self.sums: dict[str, torch.Tensor] = {}
+        self.outputs: dict[str, torch.Tensor] = {}
+        self.norms: dict[str, torch.Tensor] = {}
         for prefix, (num_experts, width) in expert_shapes(model).items():
             module = model.get_submodule(prefix)
             if not getattr(module, "has_gate", False) or module.has_bias or module.is_transposed:
@@ -61,6 +65,7 @@ class MomentCollector:
             self.prefixes[module] = prefix
             self.tokens[prefix] = torch.zeros(num_experts, dtype=torch.int64, device=device)
             self.sums[prefix] = torch.zeros(num_experts, len(SUMS), width, dtype=torch.float64, device=device)
+            self.outputs[prefix] = torch.zeros(len(OUTPUTS), num_experts, dtype=torch.float64, device=device)
         if not self.prefixes:
             raise HeaprError(f"{type(model).__name__} has no routed experts; HEAPr prunes MoE models")
 
@@ -79,19 +84,24 @@ class MomentCollector:
                 top_k_weights: torch.Tensor) -> torch.Tensor:
         """The experts' output [T, H] for `hidden_states` [T, H], `top_k_index` and `top_k_weights` [T, top_k].
 
-        Tokens are counted on the way back, like the sums: under gradient checkpointing every forward runs twice, every
-        backward once.
+        Tokens and output norms are counted on the way back, like the sums: under gradient checkpointing every forward
+        runs twice, every backward once.
         """
 
-        def count_tokens(_: torch.Tensor) -> None:
+        def count(_: torch.Tensor) -> None:
             self.tokens[prefix] += counts
+            self.outputs[prefix][0] += routed_norm
+            self.outputs[prefix][1] = self.outputs[prefix][1].maximum(peak_norm)
 
         prefix = self.prefixes[module]
+        if prefix not in self.norms:
+            self.norms[prefix] = _weight_norms(module)
         sums = self.sums[prefix]
         output = torch.zeros_like(hidden_states)
         routes = top_k_index.flatten()
         order = routes.argsort(stable=True)
         counts = routes.bincount(minlength=len(sums))
+        routed_norm, peak_norm = torch.zeros_like(self.outputs[prefix])
         for expert, route in enumerate(order.split(counts.tolist())):
             if not len(route):
                 continue
@@ -102,21 +112,40 @@ class MomentCollector:
                 h = _Tap.apply(h, sums[expert])
             out = F.linear(h, module.down_proj[expert])[: len(route)]
             weight = top_k_weights.flatten()[route, None]
+            norm = out.detach().float().norm(dim=-1).double()
+            routed_norm[expert], peak_norm[expert] = norm @ weight.detach()[:, 0].double(), norm.max()
             output = output.index_add(0, token, (out * weight).to(output.dtype))
         if output.requires_grad:
-            output.register_hook(count_tokens)
+            output.register_hook(count)
         return output
 
     def moments(self, metadata: dict) -> NeuronMoments:
         """The sums so far, on the CPU."""
         groups = {name: {prefix: sums[:, i].contiguous().cpu() for prefix, sums in self.sums.items()}
                   for i, name in enumerate(SUMS)}
+        for names, tensors in ((OUTPUTS, self.outputs), (NORMS, self.norms)):
+            groups |= {name: {prefix: values[i].clone().cpu() for prefix, values in tensors.items()}
+                       for i, name in enumerate(names)}
         return NeuronMoments({prefix: tokens.cpu() for prefix, tokens in self.tokens.items()}, **groups,
                              metadata=metadata)
 
     def restore(self, moments: NeuronMoments) -> None:
-        """Continues from `moments`, which must be in float64 to continue exactly."""
+        """Continues from `moments`, which must be in float64 to continue exactly.
+
+        Raises HeaprError if an older version saved them, which did not collect everything.
+        """
+        moments.require((*NORMS, *OUTPUTS), "resuming")
         for prefix, sums in self.sums.items():
             self.tokens[prefix].copy_(moments.tokens[prefix])
             for i, name in enumerate(SUMS):
                 sums[:, i].copy_(getattr(moments, name)[prefix])
+            for i, name in enumerate(OUTPUTS):
+                self.outputs[prefix][i].copy_(getattr(moments, name)[prefix])
+            self.norms[prefix] = torch.stack([getattr(moments, name)[prefix] for name in NORMS]).to(sums)
+
+
+@torch.no_grad()
+def _weight_norms(module: nn.Module) -> torch.Tensor:
+    """float64 [3, E, I]: Euclidean norms of gate rows, up rows and down columns, summed in float32."""
+    gate, up = module.gate_up_proj.norm(dim=-1, dtype=torch.float32).chunk(2, -1)
+    return torch.stack([gate, up, module.down_proj.norm(dim=1, dtype=torch.float32)]).double()

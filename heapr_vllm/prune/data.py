@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
+from heapr_vllm.checkpoint import Checkpoint
 from heapr_vllm.errors import HeaprError, first_line
 
 POOL_FACTOR = 8  # blocks are drawn from a pool this many times larger, so that they come from many documents
@@ -91,9 +93,21 @@ def token_blocks(documents: list[str], tokenizer: Any, num_samples: int, max_seq
     available = len(ids) // max_seq_length
     if available < num_samples:
         raise HeaprError(f"the dataset has {available} blocks of {max_seq_length} tokens, {num_samples} are needed; "
-                         "lower --num-calibration-samples or --max-seq-length, or give more text")
+                         "ask for fewer, lower --max-seq-length, or give more text")
     blocks = torch.tensor(ids[: available * max_seq_length]).view(available, max_seq_length)
     return blocks[torch.randperm(available, generator=generator)[:num_samples]]
+
+
+def checkpoint_blocks(checkpoint: Checkpoint, spec: str, num_samples: int, max_seq_length: int,
+                      seed: int) -> torch.Tensor:
+    """`token_blocks` of the dataset `spec` for a checkpoint. Raises HeaprError if it has too few positions."""
+    text = checkpoint.config.get("text_config", checkpoint.config)
+    limit = text.get("max_position_embeddings", max_seq_length)
+    if max_seq_length > limit:
+        raise HeaprError(f"--max-seq-length {max_seq_length} exceeds the model's {limit} positions; "
+                         f"pass --max-seq-length {limit}")
+    return token_blocks(read_documents(spec), AutoTokenizer.from_pretrained(checkpoint.path), num_samples,
+                        max_seq_length, seed)
 
 
 def fingerprint(blocks: torch.Tensor) -> str:

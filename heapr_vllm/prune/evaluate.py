@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity of a transformers model on token blocks."""
+"""Perplexity and routing of a transformers model on token blocks."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel
+
+from heapr_vllm.masks import expert_shapes
 
 
 @torch.no_grad()
@@ -18,3 +23,23 @@ def perplexity(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 8
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         nll += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
     return math.exp(nll / (blocks.shape[0] * (blocks.shape[1] - 1)))
+
+
+@contextmanager
+def counted_routes(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields prefix to int64 [E]: tokens routed to each expert by the forward passes inside the block."""
+    tokens = {prefix: torch.zeros(experts, dtype=torch.int64) for prefix, (experts, _) in expert_shapes(model).items()}
+
+    def counter(prefix: str):
+        def count(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            top_k_index = arguments[1]  # of Transformers' experts interface: hidden states, indices, weights
+            tokens[prefix] += top_k_index.flatten().bincount(minlength=len(tokens[prefix])).cpu()
+
+        return count
+
+    hooks = [model.get_submodule(prefix).register_forward_pre_hook(counter(prefix)) for prefix in tokens]
+    try:
+        yield tokens
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -25,16 +25,17 @@ from heapr_vllm.masks import NeuronMasks, check_masks_sha256, file_sha256, find_
 from heapr_vllm.prune.card import model_card
 from heapr_vllm.prune.moments import CALIBRATION_FILE
 from heapr_vllm.prune.repair import RepairSettings, fit_repair
-from heapr_vllm.prune.report import REPAIR_FILE
+from heapr_vllm.prune.report import FRONTIER_FILE, REPAIR_FILE
 
 LAYOUTS = ("compact", "masked")
 PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
-def write_masks_repository(masks: NeuronMasks, calibration: Path, output: Path, overwrite: bool = False) -> None:
+def write_masks_repository(masks: NeuronMasks, calibration: Path, output: Path, overwrite: bool = False,
+                           frontier: dict[str, Any] | None = None) -> None:
     """Masks with the base model's config and tokenizer: under 1 MiB, and vLLM serves it like an adapter.
 
-    `calibration` is the folder `heapr calibrate` wrote.
+    `calibration` is the folder `heapr calibrate` wrote, `frontier` what `sweep.frontier` returned for these masks.
     """
     if not (calibration / CALIBRATION_FILE).is_file():
         raise HeaprError(f"{calibration / CALIBRATION_FILE} is missing; `heapr calibrate` writes it")
@@ -44,6 +45,8 @@ def write_masks_repository(masks: NeuronMasks, calibration: Path, output: Path, 
             if (calibration / name).is_file():
                 shutil.copyfile(calibration / name, folder / name)
         shutil.copyfile(calibration / CALIBRATION_FILE, folder / "heapr" / CALIBRATION_FILE)
+        if frontier is not None:
+            (folder / "heapr" / FRONTIER_FILE).write_text(json.dumps(frontier, indent=2) + "\n")
         block = PruningConfig(masks_sha256=file_sha256(folder / MASKS_FILE), sparsity=masks.metadata["sparsity"],
                               scope=masks.metadata["scope"], align=masks.metadata["align"],
                               base_model=BaseModel(**masks.metadata["base_model"]))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts, DeepseekV2Moe, DeepseekV2TopkRouter
 
 from heapr_vllm.deepseek import DeepseekConfig, register_deepseek
 from heapr_vllm.errors import HeaprError
@@ -39,8 +39,8 @@ class DeepseekForCausalLM(LlamaForCausalLM):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, DeepseekV2Moe):
-            for parameter in (module.gate.weight, module.experts.gate_up_proj, module.experts.down_proj):
+        if isinstance(module, DeepseekV2TopkRouter | DeepseekV2Experts):
+            for parameter in module.parameters():
                 nn.init.normal_(parameter, std=self.config.initializer_range)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one calibration pass leaves behind: per neuron, three sums over the tokens routed to its expert.
+"""What one calibration pass leaves behind: sums over the tokens routed to each expert, per neuron and per expert.
 
 With h the SwiGLU product that feeds an expert's down_proj, w_k column k of down_proj, and g = dl/dE the gradient of the
 summed next-token loss at the expert's output, HEAPr (arXiv 2509.22299, Eq. 15-16) scores neuron k by
@@ -29,6 +29,9 @@ from heapr_vllm.tensorfile import load_tensors, save_tensors
 MOMENTS_FILE = "moments.safetensors"
 CALIBRATION_FILE = "calibration.json"
 SUMS = ("activation_sq", "gradient_sq", "fisher")
+NORMS = ("gate_norm", "up_norm", "down_norm")
+OUTPUTS = ("routed_norm", "peak_norm")
+MOMENTS_VERSION = 2  # 1 lacks NORMS and OUTPUTS
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,21 @@ class NeuronMoments:
     """Sums over calibration tokens, by MoE module prefix as in the checkpoint.
 
     `tokens`: int64 [E] tokens routed to each expert. `activation_sq`: sum of h^2, `gradient_sq`: sum of (dl/dh)^2,
-    `fisher`: sum of (h dl/dh)^2, each float [E, I]. `metadata`: how they were collected, JSON values only.
+    `fisher`: sum of (h dl/dh)^2, each float [E, I]. `gate_norm`, `up_norm`, `down_norm`: Euclidean norms of a neuron's
+    gate row, up row and down column, float [E, I]. `routed_norm`: sum of router weight times ||E(x)||, `peak_norm`: the
+    largest ||E(x)||, float [E] each, E(x) being the expert's output before its router weight. Files of version 1 lack
+    the norms; they load, and `require` says what to do. `metadata`: how the moments were collected, JSON values only.
     """
 
     tokens: dict[str, torch.Tensor]
     activation_sq: dict[str, torch.Tensor]
     gradient_sq: dict[str, torch.Tensor]
     fisher: dict[str, torch.Tensor]
+    gate_norm: dict[str, torch.Tensor] = field(default_factory=dict)
+    up_norm: dict[str, torch.Tensor] = field(default_factory=dict)
+    down_norm: dict[str, torch.Tensor] = field(default_factory=dict)
+    routed_norm: dict[str, torch.Tensor] = field(default_factory=dict)
+    peak_norm: dict[str, torch.Tensor] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def saliency(self) -> dict[str, torch.Tensor]:
@@ -54,23 +65,46 @@ class NeuronMoments:
             scores[prefix] = 0.5 * (activation / count) * (gradient / count)
         return scores
 
+    def loss_increase(self) -> dict[str, torch.Tensor]:
+        """Predicted rise of the summed calibration loss, in nats, if one neuron is removed; prefix to float64 [E, I].
+
+        Removing neuron k changes the loss by 1/2 h_k^2 d^2l/dh_k^2 to second order (the first order vanishes at a
+        minimum); with the Fisher information for the curvature, summed over tokens: 1/2 sum (h_k dl/dh_k)^2. Unlike
+        the paper's score it is a sum, so it holds how often the expert runs.
+        """
+        return {prefix: 0.5 * sums.double() for prefix, sums in self.fisher.items()}
+
+    @property
+    def calibration_tokens(self) -> int:
+        """Tokens of the calibration text. Raises HeaprError if the metadata does not say."""
+        try:
+            return self.metadata["num_calibration_samples"] * self.metadata["max_seq_length"]
+        except KeyError as error:
+            raise HeaprError(f"the moments' metadata lacks {error}; calibrate again") from error
+
+    def require(self, names: tuple[str, ...], purpose: str) -> None:
+        """Raises HeaprError if one of the tensors `names` is missing, as in files of version 1."""
+        if missing := [name for name in names if getattr(self, name).keys() != self.tokens.keys()]:
+            raise HeaprError(f"{purpose} needs {', '.join(missing)}, which these moments of an older heapr-vllm lack; "
+                             "calibrate again")
+
     def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Writes all sums in `dtype` and the metadata to `path`, atomically."""
+        """Writes all sums and norms in `dtype` and the metadata to `path`, atomically."""
         tensors = {f"{prefix}.tokens": count for prefix, count in self.tokens.items()}
-        for name in SUMS:
-            tensors |= {f"{prefix}.{name}": sums.to(dtype) for prefix, sums in getattr(self, name).items()}
-        save_tensors(path, tensors, self.metadata)
+        for name in (*SUMS, *NORMS, *OUTPUTS):
+            tensors |= {f"{prefix}.{name}": values.to(dtype) for prefix, values in getattr(self, name).items()}
+        save_tensors(path, tensors, self.metadata, MOMENTS_VERSION)
 
     @classmethod
     def load(cls, path: Path) -> NeuronMoments:
         """Reads a file written by `save`. Raises HeaprError if it is missing, damaged or incomplete."""
-        tensors, metadata = load_tensors(path)
-        metadata.pop("format_version")
-        groups: dict[str, dict[str, torch.Tensor]] = {name: {} for name in ("tokens", *SUMS)}
+        tensors, metadata = load_tensors(path, MOMENTS_VERSION)
+        wanted = {"tokens", *SUMS} if metadata.pop("format_version") == 1 else {"tokens", *SUMS, *NORMS, *OUTPUTS}
+        groups: dict[str, dict[str, torch.Tensor]] = {name: {} for name in wanted}
         for key in sorted(tensors):
             prefix, _, name = key.rpartition(".")
             groups.setdefault(name, {})[prefix] = tensors[key]
-        if groups.keys() != {"tokens", *SUMS} or len({frozenset(group) for group in groups.values()}) != 1:
+        if groups.keys() != wanted or len({frozenset(group) for group in groups.values()}) != 1:
             raise HeaprError(f"{path} is not a complete moments file; `heapr calibrate` writes one")
         return cls(**groups, metadata=metadata)
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune import CalibrationSettings, NeuronMoments, calibrate, collect_moments
 from heapr_vllm.prune.calibrate import PARTIAL_FILE, plan
-from heapr_vllm.prune.moments import CALIBRATION_FILE, MOMENTS_FILE, SUMS
+from heapr_vllm.prune.collector import MomentCollector
+from heapr_vllm.prune.moments import CALIBRATION_FILE, MOMENTS_FILE, NORMS, OUTPUTS, SUMS
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_result_does_not_depend_on_batch_size(model) -> None:
     one, four = collect_moments(model, blocks, 1), collect_moments(model, blocks, 4)
     for prefix in one.tokens:
         assert torch.equal(one.tokens[prefix], four.tokens[prefix])
-        for name in SUMS:
+        for name in (*SUMS, *OUTPUTS, *NORMS):
             torch.testing.assert_close(getattr(one, name)[prefix], getattr(four, name)[prefix], rtol=1e-5, atol=0)
 
 
@@ -76,10 +77,18 @@ def test_killed_run_resumes_to_the_same_bytes(qwen3: Path, corpus: Path, tmp_pat
     assert not (tmp_path / "killed" / PARTIAL_FILE).exists()
 
 
+def test_partial_state_of_an_older_version_is_not_continued(model) -> None:
+    collector = MomentCollector(model)
+    old = replace(collect_moments(model, random_blocks(1), collector=collector), routed_norm={}, peak_norm={})
+    with pytest.raises(HeaprError, match="resuming needs routed_norm, peak_norm, .* calibrate again"):
+        collector.restore(old)
+
+
 def test_provenance_is_recorded(calibration: Path) -> None:
     record = json.loads((calibration / CALIBRATION_FILE).read_text())
     assert record["calibration_tokens"] == 6 * 64 and record["seed"] == 0
     assert record["dataset_fingerprint"].startswith("sha256:") and record["base_fingerprint"].startswith("sha256:")
+    assert record["checkpoint_bytes"] > record["routed_bytes"] == 3 * 8 * 48 * 3 * 64 * 4
     assert record["versions"]["torch"] and record["wall_time_seconds"] >= 0
     moments = NeuronMoments.from_pretrained(calibration)
     assert record["tokens"] == {prefix: count.tolist() for prefix, count in moments.tokens.items()}

@@ -57,5 +57,5 @@ def test_bad_datasets(tmp_path: Path, content: str | None, name: str, message: s
 
 
 def test_too_little_text(corpus: Path) -> None:
-    with pytest.raises(HeaprError, match=r"blocks of 512 tokens, 999 are needed; lower --num-calibration-samples"):
+    with pytest.raises(HeaprError, match=r"blocks of 512 tokens, 999 are needed; ask for fewer"):
         token_blocks(read_documents(str(corpus)), tokenizer(), 999, 512, seed=0)

@@ -15,7 +15,8 @@ from heapr_vllm.prune.modeling_deepseek import DeepseekForCausalLM, register_dee
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 12,
          "num_hidden_layers": 3, "num_attention_heads": 4, "n_shared_experts": 2, "n_routed_experts": 6,
-         "num_experts_per_tok": 3, "first_k_dense_replace": 1, "initializer_range": 0.3}
+         "num_experts_per_tok": 3, "first_k_dense_replace": 1, "initializer_range": 0.3, "bos_token_id": None,
+         "eos_token_id": None}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,7 @@ def test_logits_equal_the_equations(saved: Path) -> None:
     for shard, names in checkpoint.shards.items():
         with checkpoint.open(shard) as file:
             weights |= {name: file.get_tensor(name) for name in names}
+    assert all(0.2 < tensor.std() < 0.4 for name, tensor in weights.items() if "norm" not in name), "initialised"
     with torch.no_grad():
         torch.testing.assert_close(model(ids[None]).logits[0], by_hand(weights, ids), rtol=1e-4, atol=1e-4)
 

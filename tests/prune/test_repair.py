@@ -18,12 +18,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.repair import per_flop
 from heapr_vllm.cli import main
 from heapr_vllm.config import PruningConfig
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.masks import NeuronMasks
-from heapr_vllm.prune import NeuronMoments, collect_moments, export_checkpoint, perplexity, select_by_saliency
+from heapr_vllm.prune import NeuronMoments, collect_moments, export_checkpoint, perplexity, select
 from heapr_vllm.prune import repair as repair_module
 from heapr_vllm.prune.compensation import compensations, repairable, repaired
 from heapr_vllm.prune.data import read_documents, token_blocks
@@ -246,7 +245,7 @@ def test_repair_helps_a_trained_model(python_corpus: Path) -> None:
     blocks = {split: token_blocks(read_documents(str(python_corpus / f"{split}.jsonl")), tokenizer, 16, 512, seed=0)
               for split in ("calibration", "held_out")}
     moments = collect_moments(model, blocks["calibration"], batch_size=4)
-    masks = select_by_saliency(per_flop(moments), 0.5)
+    masks = select(moments, flops=0.5)
     found = compensations(collect_second_moments(model, blocks["calibration"], batch_size=4), masks)
     dense = perplexity(model, blocks["held_out"])
     with masks.applied(model):

@@ -85,7 +85,13 @@ def test_unrouted_experts(unrouted: str, width: int) -> None:
     ({"sparsity": float("nan")}, "not between 0 and 1"),
     ({"sparsity": 0.5, "align": 5}, "align 5 does not divide the 16 neurons .* use --align 1"),
     ({"sparsity": 0.5, "scope": "world"}, "scope 'world' is not one of"),
-    ({"sparsity": 0.9, "min_width": 8}, "min-width 8 keeps more than the budget"),
+    ({"sparsity": 0.9, "min_width": 8}, "0.9 is out of reach .* --min-width, .* the nearest is 0.3333; "),
+    ({"flops": 0.9, "min_width": 8}, "flops 0.9 is out of reach .* the nearest is 0.5; "),
+    ({}, "no budget is given; pass --sparsity, --target-size or --flops"),
+    ({"flops": 1.5}, "flops 1.5 is not between 0 and 1"),
+    ({"sparsity": 0.5, "criterion": "luck"}, "criterion 'luck' is not one of heapr, fisher"),
+    ({"sparsity": 0.5, "protect": 0.5}, "--protect needs peak_norm, .* calibrate again"),
+    ({"sparsity": 0.5, "criterion": "reap"}, "criterion reap needs routed_norm, .* calibrate again"),
     ({"sparsity": 0.5, "unrouted": "error"}, "1 experts of model.layers.0.mlp.experts saw no calibration token"),
 ])
 def test_bad_arguments(arguments: dict, message: str) -> None:
@@ -94,7 +100,7 @@ def test_bad_arguments(arguments: dict, message: str) -> None:
 
 
 def test_unrouted_experts_that_do_not_fit_the_budget() -> None:
-    with pytest.raises(HeaprError, match="leaves no room to keep experts without a calibration token whole"):
+    with pytest.raises(HeaprError, match="out of reach with scope expert: .* experts without a calibration token"):
         select(moments_with_silent_expert(), 0.5, align=4, scope="expert")
 
 
