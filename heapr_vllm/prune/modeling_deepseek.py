@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts, DeepseekV2Moe, DeepseekV2TopkRouter
 
@@ -20,18 +20,17 @@ from heapr_vllm.deepseek import DeepseekConfig, register_deepseek
 from heapr_vllm.errors import HeaprError
 
 
-class DeepseekForCausalLM(LlamaForCausalLM):
-    """Raises HeaprError for routing that no published model of this type uses."""
+class DeepseekModel(LlamaModel):
+    """The decoder. Raises HeaprError for routing that no published model of this type uses."""
 
     config: DeepseekConfig
-    config_class = DeepseekConfig
 
     def __init__(self, config: DeepseekConfig) -> None:
         if config.norm_topk_prob or config.scoring_func != "softmax":
             raise HeaprError("model_type deepseek with norm_topk_prob or another scoring_func than softmax is not "
                              "supported")
         super().__init__(config)
-        for index, layer in enumerate(self.model.layers):
+        for index, layer in enumerate(self.layers):
             if index >= config.first_k_dense_replace and index % config.moe_layer_freq == 0:
                 layer.mlp = DeepseekV2Moe(config)
         self.post_init()
@@ -42,6 +41,18 @@ class DeepseekForCausalLM(LlamaForCausalLM):
         if isinstance(module, DeepseekV2TopkRouter | DeepseekV2Experts):
             for parameter in module.parameters():
                 nn.init.normal_(parameter, std=self.config.initializer_range)
+
+
+class DeepseekForCausalLM(LlamaForCausalLM):
+    """The decoder with its language-model head."""
+
+    config: DeepseekConfig
+    config_class = DeepseekConfig
+
+    def __init__(self, config: DeepseekConfig) -> None:
+        super().__init__(config)
+        self.model = DeepseekModel(config)
+        self.post_init()
 
 
 @cache
