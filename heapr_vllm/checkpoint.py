@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from heapr_vllm.errors import HeaprError, first_line
 
+FP8_SCALE_SUFFIX = "_scale_inv"  # of the tensor of scales beside an FP8 weight
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
@@ -110,10 +111,10 @@ class Checkpoint:
         return dict(sorted(shards.items()))
 
     @contextmanager
-    def open(self, shard: str) -> Iterator[Any]:
+    def open(self, shard: str, backend: str = "mmap") -> Iterator[Any]:
         """The shard as a `safetensors.safe_open` handle. Raises HeaprError if it is damaged or lacks a tensor."""
         try:
-            with safe_open(self.path / shard, framework="pt") as file:
+            with safe_open(self.path / shard, framework="pt", backend=backend) as file:
                 yield file
         except SafetensorError as error:
             raise HeaprError(f"{self.path / shard} is damaged ({error}); download it again") from error
@@ -184,9 +185,19 @@ class Checkpoint:
                     digest.update(file.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
         return f"sha256:{digest.hexdigest()}"
 
+    @property
+    def fp8_block(self) -> tuple[int, int] | None:
+        """Rows and columns that share a scale in a checkpoint stored as FP8 (as DeepSeek-V3 is), None in others."""
+        block = self.config.get("quantization_config", {})
+        if block.get("quant_method") != "fp8" or not block.get("weight_block_size"):
+            return None
+        rows, columns = block["weight_block_size"]
+        return rows, columns
+
     def check_unquantized(self) -> None:
-        """Raises HeaprError if the checkpoint carries its own quantization."""
-        if method := self.config.get("quantization_config", {}).get("quant_method"):
+        """Raises HeaprError if the checkpoint carries its own quantization, unless it is block-scaled FP8."""
+        method = self.config.get("quantization_config", {}).get("quant_method")
+        if method and self.fp8_block is None:
             raise HeaprError(f"{self.path} is quantized or pruned ({method}); start from the unquantized base model")
 
 

@@ -20,7 +20,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
 
     model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
     settings = CalibrationSettings(model, args.dataset, args.num_calibration_samples, args.max_seq_length,
-                                   args.batch_size, args.seed, args.dtype, args.revision)
+                                   args.batch_size, args.seed, args.dtype, args.revision, args.stream)
     if args.dry_run:
         sizes = plan(settings)
         print("\n".join(f"{name.replace('_', ' '):<30} {_human(name, value)}" for name, value in sizes.items()))
@@ -85,6 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    command.add_argument("--stream", action="store_true",
+                         help="for models larger than memory: one layer at a time, hidden states on disk in CALIB")
     command.add_argument("--revision", help="revision of a Hub id")
     command.add_argument("--checkpoint-every", type=_positive, default=8, metavar="K", help="batches between saves")
     command.add_argument("--dry-run", action="store_true", help="print sizes, load no weight, write nothing")

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,14 @@ from heapr_vllm.environment import versions
 from heapr_vllm.errors import HeaprError, first_line
 from heapr_vllm.prune.collector import MomentCollector
 from heapr_vllm.prune.data import fingerprint, read_documents, token_blocks
-from heapr_vllm.prune.moments import CALIBRATION_FILE, NeuronMoments
+from heapr_vllm.prune.moments import CALIBRATION_FILE, MOMENTS_FILE, NeuronMoments
 
 PARTIAL_FILE = "partial.safetensors"
+STREAM_FOLDER = "stream"
+
+
+class NotFiniteError(HeaprError):
+    """The loss is NaN or infinite: no later step can be right."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class CalibrationSettings:
     seed: int = 0
     dtype: str = "auto"
     revision: str | None = None
+    stream: bool = False
 
 
 def collect_moments(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 1, *,
@@ -57,9 +65,7 @@ def collect_moments(model: PreTrainedModel, blocks: torch.Tensor, batch_size: in
             ids = blocks[start : start + batch_size].to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-            if not loss.isfinite():
-                raise HeaprError(f"the loss is {loss.item()} at sample {start}; try --dtype float32, "
-                                 "or check the checkpoint for NaN weights")
+            check_finite(loss.item(), start)
             loss.backward()
             if after_batch is not None:
                 after_batch(start + len(ids))
@@ -93,48 +99,83 @@ def calibrate(settings: CalibrationSettings, output: Path, *, device: str = "cpu
     """`heapr calibrate`: writes `moments.safetensors`, `calibration.json` and the model's config and tokenizer.
 
     Every `checkpoint_every` batches the sums are saved; with `resume` a killed run continues from there and ends in the
-    same bytes. Raises HeaprError on bad input before anything is written, and if the loss becomes NaN on the way.
+    same bytes, and a finished one is left as it is. `settings.stream` keeps one decoder layer in memory at a time and
+    hidden states in `output`/stream meanwhile. Raises HeaprError on bad input before anything is written, and if the
+    loss becomes NaN on the way.
     """
-    if not (resume and (output / PARTIAL_FILE).is_file()):
+    if not (resume and any((output / name).is_file() for name in (PARTIAL_FILE, MOMENTS_FILE, CALIBRATION_FILE))):
         check_output(output, overwrite)
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise HeaprError(f"--device {device}: this torch ({torch.__version__}) sees no GPU; use --device cpu")
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
     checkpoint.check_unquantized()
-    shapes = checkpoint.expert_shapes()
+    checkpoint.expert_shapes()
     blocks = _blocks(settings, checkpoint)
     identity = {**asdict(settings), "revision": checkpoint.commit or settings.revision,
                 "dataset_fingerprint": fingerprint(blocks), "base_fingerprint": checkpoint.fingerprint()}
-    partial = _load_partial(output, identity) if resume else None
+    partial = _load_saved(output, PARTIAL_FILE, identity) if resume else None
+    if resume and partial is None and (finished := _load_saved(output, MOMENTS_FILE, identity)):
+        return finished
+    if not resume:
+        _remove_state(output)
+    started = time.time()
+
+    def save(collector: MomentCollector, position: dict[str, int]) -> None:
+        collector.moments({**identity, **position}).save(output / PARTIAL_FILE, torch.float64)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if settings.stream:
+            from heapr_vllm.prune.stream import calibrate_streamed
+
+            moments = calibrate_streamed(checkpoint, settings, blocks, output / STREAM_FOLDER, device, partial, save,
+                                         checkpoint_every)
+        else:
+            moments = _calibrate_in_memory(checkpoint, settings, blocks, device, partial, save, checkpoint_every)
+    except NotFiniteError:
+        _remove_state(output)
+        raise
+    moments = replace(moments, metadata=identity)
+    _write_provenance(output, checkpoint, identity, moments, blocks, time.time() - started)
+    moments.save_pretrained(output)
+    _remove_state(output)
+    return moments
+
+
+def check_finite(loss: float, sample: int) -> None:
+    """Raises NotFiniteError if the loss of the batch that starts at `sample` is not finite."""
+    if not math.isfinite(loss):
+        raise NotFiniteError(f"the loss is {loss} at sample {sample}; try --dtype float32, or check the checkpoint for "
+                             "NaN weights")
+
+
+def check_experts(checkpoint: Checkpoint, collector: MomentCollector) -> None:
+    """Raises HeaprError if the checkpoint has routed experts that the model does not expose."""
+    if missing := checkpoint.expert_shapes().keys() - collector.sums.keys():
+        raise HeaprError(f"{type(collector.model).__name__} does not expose {min(missing)} of the checkpoint; "
+                         "this family is not supported")
+
+
+def _calibrate_in_memory(checkpoint: Checkpoint, settings: CalibrationSettings, blocks: torch.Tensor, device: str,
+                         partial: NeuronMoments | None, save: Callable[[MomentCollector, dict[str, int]], None],
+                         every: int) -> NeuronMoments:
     model = _load_model(checkpoint, settings.dtype, device)
     collector = MomentCollector(model)
-    if missing := shapes.keys() - collector.sums.keys():
-        raise HeaprError(f"{type(model).__name__} does not expose {min(missing)} of the checkpoint; "
-                         "this family is not supported")
+    check_experts(checkpoint, collector)
     first = 0
     if partial is not None:
         collector.restore(partial)
         first = partial.metadata["samples_done"]
-    if not resume:
-        (output / PARTIAL_FILE).unlink(missing_ok=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    started = time.time()
-    batch_tokens = settings.batch_size * settings.max_seq_length
     with tqdm(total=blocks.numel(), initial=first * settings.max_seq_length, unit="tok", unit_scale=True,
               desc="calibrating", disable=None) as bar:
 
         def after_batch(done: int) -> None:
-            bar.update(batch_tokens)
-            if done < len(blocks) and done // settings.batch_size % checkpoint_every == 0:
-                state = collector.moments({**identity, "samples_done": done})
-                state.save(output / PARTIAL_FILE, torch.float64)
+            bar.update(settings.batch_size * settings.max_seq_length)
+            if done < len(blocks) and done // settings.batch_size % every == 0:
+                save(collector, {"samples_done": done})
 
-        collect_moments(model, blocks, settings.batch_size, collector=collector, first=first, after_batch=after_batch)
-    moments = collector.moments(identity)
-    _write_provenance(output, checkpoint, identity, moments, blocks, time.time() - started)
-    moments.save_pretrained(output)
-    (output / PARTIAL_FILE).unlink(missing_ok=True)
-    return moments
+        return collect_moments(model, blocks, settings.batch_size, collector=collector, first=first,
+                               after_batch=after_batch)
 
 
 def plan(settings: CalibrationSettings) -> dict[str, Any]:
@@ -172,16 +213,24 @@ def _load_model(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedMo
         raise HeaprError(f"transformers cannot load {checkpoint.path}: {first_line(error)}") from error
 
 
-def _load_partial(output: Path, identity: dict[str, Any]) -> NeuronMoments | None:
-    """The last saved state, or None if there is none yet. Raises HeaprError if it belongs to other settings."""
-    if not (output / PARTIAL_FILE).is_file():
+def _load_saved(output: Path, name: str, identity: dict[str, Any]) -> NeuronMoments | None:
+    """Saved sums, or None if there are none yet. Raises HeaprError if they belong to other settings."""
+    if not (output / name).is_file():
         return None
-    partial = NeuronMoments.load(output / PARTIAL_FILE)
-    changed = sorted(key for key in identity if partial.metadata.get(key) != identity[key])
+    saved = NeuronMoments.load(output / name)
+    changed = sorted(key for key in identity if saved.metadata.get(key) != identity[key])
     if changed:
         raise HeaprError(f"{output} was started with another {', '.join(changed)}; repeat the original command with "
                          "--resume, or start anew with --overwrite")
-    return partial
+    return saved
+
+
+def _remove_state(output: Path) -> None:
+    """Removes what only a resumed run needs; the mark that makes a folder resumable goes last."""
+    shutil.rmtree(output / STREAM_FOLDER, ignore_errors=True)
+    (output / PARTIAL_FILE).unlink(missing_ok=True)
+    if output.is_dir() and not any(output.iterdir()):
+        output.rmdir()
 
 
 def _write_provenance(output: Path, checkpoint: Checkpoint, identity: dict[str, Any], moments: NeuronMoments,

@@ -41,12 +41,12 @@ class _Tap(torch.autograd.Function):
 
 
 class MomentCollector:
-    """Sums per expert and neuron in float64, on the device of each MoE module.
+    """Sums per expert and neuron in float64, on the device of each MoE module, or all on `device`.
 
     `tokens`: prefix to int64 [E]; `sums`: prefix to float64 [E, 3, I] in the order of `SUMS`.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device | None = None) -> None:
         """Raises HeaprError if `model` has no experts that Transformers' experts interface reaches."""
         self.model = model
         self.prefixes: dict[nn.Module, str] = {}
@@ -57,10 +57,10 @@ class MomentCollector:
             if not getattr(module, "has_gate", False) or module.has_bias or module.is_transposed:
                 raise HeaprError(f"{prefix} ({type(module).__name__}) is not a bias-free gated expert module behind "
                                  "Transformers' experts interface; this family is not supported")
-            device = module.down_proj.device
+            place = device or module.down_proj.device
             self.prefixes[module] = prefix
-            self.tokens[prefix] = torch.zeros(num_experts, dtype=torch.int64, device=device)
-            self.sums[prefix] = torch.zeros(num_experts, len(SUMS), width, dtype=torch.float64, device=device)
+            self.tokens[prefix] = torch.zeros(num_experts, dtype=torch.int64, device=place)
+            self.sums[prefix] = torch.zeros(num_experts, len(SUMS), width, dtype=torch.float64, device=place)
         if not self.prefixes:
             raise HeaprError(f"{type(model).__name__} has no routed experts; HEAPr prunes MoE models")
 
