@@ -2,6 +2,7 @@
 """Outputs appear whole or not at all: written beside their place, then renamed into it."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,10 +12,12 @@ from heapr_vllm.errors import HeaprError
 
 OWN_FILES = ("heapr/masks.safetensors", "moments.safetensors", "partial.safetensors")
 
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(partial|replaced)\.(?P<process>\d+)")
+
 
 def check_output(path: Path, overwrite: bool) -> None:
     """Raises HeaprError if `path` exists and may not be replaced."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists() or (path.is_dir() and all(_TEMPORARY.fullmatch(entry.name) for entry in path.iterdir())):
         return
     if not overwrite:
         raise HeaprError(f"{path} already exists; pass --overwrite to replace it, or choose another --output")
@@ -30,6 +33,7 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     check_output(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     partial = path.parent / f".{path.name}.partial.{os.getpid()}"
     replaced = path.parent / f".{path.name}.replaced.{os.getpid()}"
     partial.mkdir()
@@ -50,6 +54,7 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 def atomic_file(path: Path, write: Callable[[Path], None]) -> None:
     """Calls `write` on a temporary name, flushes it to disk and renames it to `path`."""
+    _remove_leftovers(path)
     partial = path.with_name(f".{path.name}.partial.{os.getpid()}")
     try:
         write(partial)
@@ -58,3 +63,21 @@ def atomic_file(path: Path, write: Callable[[Path], None]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes temporaries of `path` whose process was killed."""
+    for entry in path.parent.iterdir():
+        match = _TEMPORARY.fullmatch(entry.name)
+        if match and match["name"] == path.name and not _is_other_process(int(match["process"])):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _is_other_process(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()

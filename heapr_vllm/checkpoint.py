@@ -169,7 +169,11 @@ class Checkpoint:
 
     def num_bytes(self) -> int:
         """Size of all weights."""
-        return sum(torch.Size(shape).numel() * _ITEM_SIZE[dtype] for dtype, shape in self.headers.values())
+        return sum(map(self.tensor_bytes, self.headers))
+
+    def tensor_bytes(self, name: str) -> int:
+        dtype, shape = self.headers[name]
+        return torch.Size(shape).numel() * _ITEM_SIZE[dtype]
 
     def fingerprint(self) -> str:
         """sha256 over all tensor names, dtypes and shapes and over the router weights.

@@ -22,7 +22,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
     settings = CalibrationSettings(model, args.dataset, args.num_calibration_samples, args.max_seq_length,
                                    args.batch_size, args.seed, args.dtype, args.revision, args.stream)
     if args.dry_run:
-        sizes = plan(settings)
+        sizes = plan(settings, args.device)
         print("\n".join(f"{name.replace('_', ' '):<30} {_human(name, value)}" for name, value in sizes.items()))
         return
     moments = calibrate(settings, args.output, device=args.device, checkpoint_every=args.checkpoint_every,

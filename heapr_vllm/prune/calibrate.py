@@ -178,8 +178,11 @@ def _calibrate_in_memory(checkpoint: Checkpoint, settings: CalibrationSettings, 
                                after_batch=after_batch)
 
 
-def plan(settings: CalibrationSettings) -> dict[str, Any]:
-    """`--dry-run`: sizes by formula from the config and the shard headers; no weight is loaded."""
+def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
+    """`--dry-run`: sizes by formula from the config and the shard headers; no large weight is loaded.
+
+    With `settings.stream` also the peak memory; the text is read for it, since it counts too.
+    """
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
     checkpoint.check_unquantized()
     shapes = checkpoint.expert_shapes()
@@ -187,12 +190,19 @@ def plan(settings: CalibrationSettings) -> dict[str, Any]:
     text = checkpoint.config.get("text_config", checkpoint.config)
     tokens = settings.batch_size * settings.max_seq_length
     scale = 2 if settings.dtype == "float32" and text.get("dtype", text.get("torch_dtype")) == "bfloat16" else 1
-    return {"moe_layers": len(shapes), "experts": sum(experts for experts, _ in shapes.values()), "neurons": neurons,
-            "calibration_tokens": settings.num_calibration_samples * settings.max_seq_length,
-            "weight_bytes": checkpoint.num_bytes() * scale, "accumulator_bytes": 3 * 8 * neurons,
-            "logits_bytes": 2 * 4 * tokens * text["vocab_size"],
-            "checkpointed_activation_bytes": 4 * tokens * text["hidden_size"] * text["num_hidden_layers"],
-            "output_bytes": 3 * 4 * neurons}
+    sizes = {"moe_layers": len(shapes), "experts": sum(experts for experts, _ in shapes.values()), "neurons": neurons,
+             "calibration_tokens": settings.num_calibration_samples * settings.max_seq_length,
+             "weight_bytes": checkpoint.num_bytes() * scale, "accumulator_bytes": 3 * 8 * neurons,
+             "logits_bytes": 2 * 4 * tokens * text["vocab_size"],
+             "checkpointed_activation_bytes": 4 * tokens * text["hidden_size"] * text["num_hidden_layers"],
+             "output_bytes": 3 * 4 * neurons}
+    if not settings.stream:
+        return sizes
+    from heapr_vllm.prune.layered import LayeredModel
+    from heapr_vllm.prune.memory import streamed_plan
+
+    blocks = _blocks(settings, checkpoint)
+    return sizes | streamed_plan(LayeredModel(checkpoint, settings.dtype, device), *blocks.shape, settings.batch_size)
 
 
 def _blocks(settings: CalibrationSettings, checkpoint: Checkpoint) -> torch.Tensor:
