@@ -111,10 +111,13 @@ class Checkpoint:
         return dict(sorted(shards.items()))
 
     @contextmanager
-    def open(self, shard: str, backend: str = "mmap") -> Iterator[Any]:
-        """The shard as a `safetensors.safe_open` handle. Raises HeaprError if it is damaged or lacks a tensor."""
+    def open(self, shard: str) -> Iterator[Any]:
+        """The shard as a `safetensors.safe_open` handle. Raises HeaprError if it is damaged or lacks a tensor.
+
+        Shards are read, not mapped: a mapping takes address space of the whole shard, and memory of what was read.
+        """
         try:
-            with safe_open(self.path / shard, framework="pt", backend=backend) as file:
+            with safe_open(self.path / shard, framework="pt", backend="pread") as file:
                 yield file
         except SafetensorError as error:
             raise HeaprError(f"{self.path / shard} is damaged ({error}); download it again") from error

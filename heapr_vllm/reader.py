@@ -13,10 +13,7 @@ from heapr_vllm.errors import HeaprError
 
 
 class TensorReader:
-    """A context manager: shards are opened when needed and closed at its end.
-
-    They are read, not mapped, so that memory is counted where a tensor is used.
-    """
+    """A context manager: shards are opened when needed and closed at its end."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -42,7 +39,7 @@ class TensorReader:
     def _stored(self, name: str) -> torch.Tensor:
         shard = self.checkpoint.weight_map[name]
         if shard not in self._files:
-            self._files[shard] = self._stack.enter_context(self.checkpoint.open(shard, backend="pread"))
+            self._files[shard] = self._stack.enter_context(self.checkpoint.open(shard))
         return self._files[shard].get_tensor(name)
 
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-import resource
+import re
+from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 from transformers import PretrainedConfig
@@ -36,7 +38,7 @@ def streamed_plan(model: LayeredModel, num_samples: int, length: int, batch_size
     phases = (weights[model.embedding_name] + 2 * hidden,
               weights[model.head_name] + logits + 4 * hidden,
               layer_weights + activations + 4 * hidden)
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if model.device.type == "cpu" else 0
+    process = peak_resident_bytes() if model.device.type == "cpu" else 0
     one_tensor = _tensor_in_flight_bytes(model.weights.checkpoint)
     kept_layers = len(model.layers) - model.first_moe_layer + 1
     return {"layer_weight_bytes": layer_weights, "embedding_bytes": weights[model.embedding_name],
@@ -44,6 +46,14 @@ def streamed_plan(model: LayeredModel, num_samples: int, length: int, batch_size
             "layer_activation_bytes": activations, "accumulator_bytes": accumulators, "process_bytes": process,
             "peak_memory_bytes": process + RUNTIME_BYTES + 2 * accumulators + one_tensor + max(phases),
             "disk_bytes": num_samples * length * config.hidden_size * dtype.itemsize * (kept_layers + 2)}
+
+
+def peak_resident_bytes(process: int | str = "self") -> int:
+    """The most memory a process has had so far; what it has now where the system does not say."""
+    status = Path(f"/proc/{process}/status")
+    if match := status.is_file() and re.search(r"VmHWM:\s+(\d+) kB", status.read_text()):
+        return int(match[1]) * 1024
+    return psutil.Process(None if process == "self" else process).memory_info().rss
 
 
 def _weight_bytes(model: LayeredModel, name: str) -> int:

@@ -62,7 +62,8 @@ def test_stacked_experts_in_several_shards(qwen3: Path, tmp_path: Path) -> None:
     weight_map = {name: f"{number % 2}.safetensors" for number, name in enumerate(state)}
     for shard in set(weight_map.values()):
         save_file({name: state[name] for name in state if weight_map[name] == shard}, tmp_path / "base" / shard)
-    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
     blocks = random_blocks(2)
     assert_same(collect_moments(whole, blocks), streamed(tmp_path / "base", blocks, tmp_path / "s"), rtol=1e-6)
 
