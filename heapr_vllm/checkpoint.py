@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,7 +135,7 @@ class Checkpoint:
         return headers
 
     def expert_shapes(self) -> dict[str, tuple[int, int]]:
-        """MoE module prefix to (num_experts, moe_intermediate_size).
+        """MoE module prefix to (num_experts, moe_intermediate_size), without draft layers for multi-token prediction.
 
         Raises HeaprError if there are no routed experts or an expert lacks a tensor.
         """
@@ -142,7 +143,7 @@ class Checkpoint:
         widths: dict[str, int] = {}
         for name, (_, shape) in self.headers.items():
             tensor = ExpertTensor.parse(name)
-            if tensor is None:
+            if tensor is None or self._is_draft(tensor.prefix):
                 continue
             if tensor.shard == "w2":
                 widths[tensor.prefix] = shape[-1]
@@ -161,6 +162,12 @@ class Checkpoint:
                                  f"{len(missing) - 1} more expert tensors; download the checkpoint again")
             shapes[prefix] = (num_experts, widths[prefix])
         return shapes
+
+    def _is_draft(self, prefix: str) -> bool:
+        """Whether a module lies in a layer after the model's own, where DeepSeek-V3 keeps its draft layer."""
+        layer = re.search(r"\blayers\.(\d+)\.", prefix)
+        text = self.config.get("text_config", self.config)
+        return layer is not None and int(layer[1]) >= text.get("num_hidden_layers", math.inf)
 
     def check_readable(self) -> None:
         """Raises HeaprError if a shard is missing, cut short, or lacks a tensor of the index. Reads headers only."""
@@ -201,10 +208,14 @@ class Checkpoint:
         rows, columns = block["weight_block_size"]
         return rows, columns
 
-    def check_unquantized(self) -> None:
-        """Raises HeaprError if the checkpoint carries its own quantization, unless it is block-scaled FP8."""
+    def is_scale(self, name: str) -> bool:
+        """Whether a tensor holds the scales of an FP8 weight."""
+        return self.fp8_block is not None and name.endswith(FP8_SCALE_SUFFIX)
+
+    def check_unquantized(self, allow_fp8: bool = False) -> None:
+        """Raises HeaprError if the checkpoint carries its own quantization; block-scaled FP8 may be allowed."""
         method = self.config.get("quantization_config", {}).get("quant_method")
-        if method and self.fp8_block is None:
+        if method and not (allow_fp8 and self.fp8_block):
             raise HeaprError(f"{self.path} is quantized or pruned ({method}); start from the unquantized base model")
 
 

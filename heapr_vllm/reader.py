@@ -27,7 +27,7 @@ class TensorReader:
         self._stack.close()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as stored, or float32 where it was stored as FP8. Raises HeaprError if a scale is missing."""
+        """The tensor as stored, or bfloat16 where it was stored as FP8. Raises HeaprError if a scale is missing."""
         value = self._stored(name)
         if value.dtype != torch.float8_e4m3fn:
             return value
@@ -44,11 +44,11 @@ class TensorReader:
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """FP8 `weight` [O, I] times one factor per block of rows and columns, float32.
+    """FP8 `weight` [O, I] times one factor per block of rows and columns, rounded to bfloat16.
 
     `scale` [ceil(O / block[0]), ceil(I / block[1])], stored as `weight_scale_inv` (DeepSeek-V3, arXiv 2412.19437,
     section 3.3.2).
     """
     rows, columns = weight.shape
     factors = scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-    return weight.float().mul_(factors)
+    return weight.float().mul_(factors).bfloat16()

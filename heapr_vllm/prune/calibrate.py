@@ -108,7 +108,7 @@ def calibrate(settings: CalibrationSettings, output: Path, *, device: str = "cpu
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise HeaprError(f"--device {device}: this torch ({torch.__version__}) sees no GPU; use --device cpu")
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
-    checkpoint.check_unquantized()
+    checkpoint.check_unquantized(allow_fp8=True)
     checkpoint.expert_shapes()
     blocks = _blocks(settings, checkpoint)
     identity = {**asdict(settings), "revision": checkpoint.commit or settings.revision,
@@ -184,12 +184,13 @@ def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
     With `settings.stream` also the peak memory; the text is read for it, since it counts too.
     """
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
-    checkpoint.check_unquantized()
+    checkpoint.check_unquantized(allow_fp8=True)
     shapes = checkpoint.expert_shapes()
     neurons = sum(experts * width for experts, width in shapes.values())
     text = checkpoint.config.get("text_config", checkpoint.config)
     tokens = settings.batch_size * settings.max_seq_length
     scale = 2 if settings.dtype == "float32" and text.get("dtype", text.get("torch_dtype")) == "bfloat16" else 1
+    scale *= 2 if checkpoint.fp8_block else 1
     sizes = {"moe_layers": len(shapes), "experts": sum(experts for experts, _ in shapes.values()), "neurons": neurons,
              "calibration_tokens": settings.num_calibration_samples * settings.max_seq_length,
              "weight_bytes": checkpoint.num_bytes() * scale, "accumulator_bytes": 3 * 8 * neurons,
@@ -217,6 +218,10 @@ def _blocks(settings: CalibrationSettings, checkpoint: Checkpoint) -> torch.Tens
 
 
 def _load_model(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:
+    if checkpoint.fp8_block:
+        from heapr_vllm.prune.weights import load_model
+
+        return load_model(checkpoint, dtype, device)
     try:
         return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype).to(device)
     except ValueError as error:

@@ -24,6 +24,7 @@ from heapr_vllm.errors import HeaprError
 from heapr_vllm.masks import NeuronMasks, check_masks_sha256, file_sha256, find_masks
 from heapr_vllm.prune.card import model_card
 from heapr_vllm.prune.moments import CALIBRATION_FILE
+from heapr_vllm.reader import TensorReader
 
 LAYOUTS = ("compact", "masked")
 PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -57,7 +58,7 @@ def export_checkpoint(masks_dir: Path, output: Path, *, model: str | None = None
     `layout` "compact": every expert tensor has its kept width under its standard name, neurons in their original order.
     "masked": full-size tensors with the pruned neurons zeroed and no `quantization_config`, which any engine loads.
     Raises HeaprError if the masks belong to another model (`verify` false skips the fingerprint only), if a shard is
-    damaged, or if `output` exists.
+    damaged, or if `output` exists. FP8 weights are written as bfloat16.
     """
     if layout not in LAYOUTS:
         raise HeaprError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
@@ -68,7 +69,7 @@ def export_checkpoint(masks_dir: Path, output: Path, *, model: str | None = None
     base = Checkpoint.resolve(model or block.base_model.name_or_path, block.base_model.revision if not model else None)
     if output.resolve() in (base.path.resolve(), masks_dir.resolve()):
         raise HeaprError(f"{output} is the input of this export; choose another --output")
-    base.check_unquantized()
+    base.check_unquantized(allow_fp8=True)
     masks.check_fits(base.expert_shapes(), str(base.path))
     if verify and block.base_model.fingerprint not in (None, base.fingerprint()):
         raise HeaprError(f"masks do not belong to {base.path}: its fingerprint differs from that of the calibrated "
@@ -78,9 +79,10 @@ def export_checkpoint(masks_dir: Path, output: Path, *, model: str | None = None
         weight_map, total = {}, 0
         for shard, names in tqdm(base.shards.items(), unit="shard", desc="exporting", disable=None):
             tensors: dict[str, torch.Tensor] = {}
-            with base.open(shard) as file:
+            with TensorReader(base) as reader:
                 for name in names:
-                    tensors |= transform(name, file.get_tensor(name), masks)
+                    if not base.is_scale(name):
+                        tensors |= transform(name, reader.tensor(name), masks)
             save_file(tensors, folder / shard, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, shard)
             total += sum(tensor.nbytes for tensor in tensors.values())
@@ -98,7 +100,7 @@ def export_checkpoint(masks_dir: Path, output: Path, *, model: str | None = None
 
 def _compact(name: str, tensor: torch.Tensor, masks: NeuronMasks) -> dict[str, torch.Tensor]:
     """The kept part of a tensor; a stacked expert tensor becomes one tensor per expert and projection."""
-    return {part_name: _keep(part, where, masks).contiguous() if where else part
+    return {part_name: _keep(part, where, masks).contiguous() if where and where.prefix in masks.keep else part
             for part_name, part, where in _per_expert(name, tensor)}
 
 
@@ -122,7 +124,7 @@ def _per_expert(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Te
 def _zeroed(name: str, tensor: torch.Tensor, masks: NeuronMasks) -> dict[str, torch.Tensor]:
     """The full-size tensor with pruned neurons zeroed."""
     where = ExpertTensor.parse(name)
-    if where is not None:
+    if where is not None and where.prefix in masks.keep:
         keep = masks.keep[where.prefix] if where.expert is None else masks.keep[where.prefix][where.expert]
         keep = torch.cat([keep, keep], -1) if where.shard == "w13" else keep
         tensor = tensor * (keep[..., None, :] if where.shard == "w2" else keep[..., None])

@@ -34,6 +34,14 @@ def empty_model(checkpoint: Checkpoint, dtype: str = "auto") -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def load_model(checkpoint: Checkpoint, dtype: str, device: torch.device | str) -> PreTrainedModel:
+    """The whole model on `device`, FP8 weights dequantised, which `from_pretrained` does on some GPUs only."""
+    model = empty_model(checkpoint, dtype)
+    ModuleWeights(checkpoint, model, device).load("")
+    model.tie_weights()
+    return model.to(device)
+
+
 def run_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     """The dtype the model computes in."""
     text = checkpoint.config.get("text_config", checkpoint.config)
