@@ -17,6 +17,7 @@ from heapr_vllm.errors import HeaprError, first_line
 
 def run_calibrate(args: argparse.Namespace) -> None:
     from heapr_vllm.prune.calibrate import CalibrationSettings, calibrate, plan
+    from heapr_vllm.prune.parallel import joined_processes
 
     model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
     settings = CalibrationSettings(model, args.dataset, args.num_calibration_samples, args.max_seq_length,
@@ -25,10 +26,12 @@ def run_calibrate(args: argparse.Namespace) -> None:
         sizes = plan(settings, args.device)
         print("\n".join(f"{name.replace('_', ' '):<30} {_human(name, value)}" for name, value in sizes.items()))
         return
-    moments = calibrate(settings, args.output, device=args.device, checkpoint_every=args.checkpoint_every,
-                        resume=args.resume, overwrite=args.overwrite)
+    with joined_processes() as processes:
+        moments = calibrate(settings, args.output, device=args.device, checkpoint_every=args.checkpoint_every,
+                            resume=args.resume, overwrite=args.overwrite, processes=processes)
     silent = sum(int((tokens == 0).sum()) for tokens in moments.tokens.values())
-    print(f"wrote {args.output}: {len(moments.tokens)} MoE layers, {silent} experts without a calibration token")
+    if processes.is_first:
+        print(f"wrote {args.output}: {len(moments.tokens)} MoE layers, {silent} experts without a calibration token")
 
 
 def run_prune(args: argparse.Namespace) -> None:
@@ -84,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
                          help="does not change the result, beyond rounding in half precision")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, or auto: one model over all GPUs")
     command.add_argument("--stream", action="store_true",
                          help="for models larger than memory: one layer at a time, hidden states on disk in CALIB")
     command.add_argument("--revision", help="revision of a Hub id")

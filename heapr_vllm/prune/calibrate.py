@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -26,9 +25,8 @@ from heapr_vllm.errors import HeaprError, first_line
 from heapr_vllm.prune.collector import MomentCollector
 from heapr_vllm.prune.data import fingerprint, read_documents, token_blocks
 from heapr_vllm.prune.moments import CALIBRATION_FILE, MOMENTS_FILE, NeuronMoments
-
-PARTIAL_FILE = "partial.safetensors"
-STREAM_FOLDER = "stream"
+from heapr_vllm.prune.parallel import ALONE, Processes
+from heapr_vllm.prune.state import PARTIAL_FILE, SavedState
 
 
 class NotFiniteError(HeaprError):
@@ -95,50 +93,51 @@ def _backward_only_to_activations(model: PreTrainedModel):
 
 
 def calibrate(settings: CalibrationSettings, output: Path, *, device: str = "cpu", checkpoint_every: int = 8,
-              resume: bool = False, overwrite: bool = False) -> NeuronMoments:
+              resume: bool = False, overwrite: bool = False, processes: Processes = ALONE) -> NeuronMoments:
     """`heapr calibrate`: writes `moments.safetensors`, `calibration.json` and the model's config and tokenizer.
 
     Every `checkpoint_every` batches the sums are saved; with `resume` a killed run continues from there and ends in the
     same bytes, and a finished one is left as it is. `settings.stream` keeps one decoder layer in memory at a time and
-    hidden states in `output`/stream meanwhile. Raises HeaprError on bad input before anything is written, and if the
-    loss becomes NaN on the way.
+    hidden states in `output`/stream meanwhile. Several `processes` share the samples, and the first writes the result.
+    Raises HeaprError on bad input before anything is written, and if the loss becomes NaN on the way.
     """
     if not (resume and any((output / name).is_file() for name in (PARTIAL_FILE, MOMENTS_FILE, CALIBRATION_FILE))):
         check_output(output, overwrite)
+    device = processes.device(device)
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise HeaprError(f"--device {device}: this torch ({torch.__version__}) sees no GPU; use --device cpu")
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
     checkpoint.check_unquantized(allow_fp8=True)
     checkpoint.expert_shapes()
     blocks = _blocks(settings, checkpoint)
-    identity = {**asdict(settings), "revision": checkpoint.commit or settings.revision,
+    mine = processes.share(blocks)
+    identity = {**asdict(settings), "revision": checkpoint.commit or settings.revision, "processes": processes.size,
                 "dataset_fingerprint": fingerprint(blocks), "base_fingerprint": checkpoint.fingerprint()}
-    partial = _load_saved(output, PARTIAL_FILE, identity) if resume else None
-    if resume and partial is None and (finished := _load_saved(output, MOMENTS_FILE, identity)):
+    state = SavedState(output, identity, processes)
+    if resume and (finished := state.finished()):
         return finished
-    if not resume:
-        _remove_state(output)
+    partial = state.load() if resume else None
+    processes.wait()
+    if processes.is_first and not resume:
+        state.remove()
+    processes.wait()
     started = time.time()
-
-    def save(collector: MomentCollector, position: dict[str, int]) -> None:
-        collector.moments({**identity, **position}).save(output / PARTIAL_FILE, torch.float64)
-
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         if settings.stream:
             from heapr_vllm.prune.stream import calibrate_streamed
 
-            moments = calibrate_streamed(checkpoint, settings, blocks, output / STREAM_FOLDER, device, partial, save,
-                                         checkpoint_every)
+            moments = calibrate_streamed(checkpoint, settings, mine, device, state, partial, checkpoint_every)
         else:
-            moments = _calibrate_in_memory(checkpoint, settings, blocks, device, partial, save, checkpoint_every)
+            moments = _calibrate_in_memory(checkpoint, settings, mine, device, state, partial, checkpoint_every)
     except NotFiniteError:
-        _remove_state(output)
+        state.remove()
         raise
-    moments = replace(moments, metadata=identity)
-    _write_provenance(output, checkpoint, identity, moments, blocks, time.time() - started)
-    moments.save_pretrained(output)
-    _remove_state(output)
+    moments = replace(processes.total(moments), metadata=identity)
+    if processes.is_first:
+        _write_provenance(output, checkpoint, identity, moments, blocks, time.time() - started)
+        moments.save_pretrained(output)
+        state.remove()
     return moments
 
 
@@ -157,8 +156,7 @@ def check_experts(checkpoint: Checkpoint, collector: MomentCollector) -> None:
 
 
 def _calibrate_in_memory(checkpoint: Checkpoint, settings: CalibrationSettings, blocks: torch.Tensor, device: str,
-                         partial: NeuronMoments | None, save: Callable[[MomentCollector, dict[str, int]], None],
-                         every: int) -> NeuronMoments:
+                         state: SavedState, partial: NeuronMoments | None, every: int) -> NeuronMoments:
     model = _load_model(checkpoint, settings.dtype, device)
     collector = MomentCollector(model)
     check_experts(checkpoint, collector)
@@ -167,12 +165,12 @@ def _calibrate_in_memory(checkpoint: Checkpoint, settings: CalibrationSettings, 
         collector.restore(partial)
         first = partial.metadata["samples_done"]
     with tqdm(total=blocks.numel(), initial=first * settings.max_seq_length, unit="tok", unit_scale=True,
-              desc="calibrating", disable=None) as bar:
+              desc="calibrating", disable=state.processes.hides_progress) as bar:
 
         def after_batch(done: int) -> None:
             bar.update(settings.batch_size * settings.max_seq_length)
             if done < len(blocks) and done // settings.batch_size % every == 0:
-                save(collector, {"samples_done": done})
+                state.save(collector, {"samples_done": done})
 
         return collect_moments(model, blocks, settings.batch_size, collector=collector, first=first,
                                after_batch=after_batch)
@@ -218,34 +216,22 @@ def _blocks(settings: CalibrationSettings, checkpoint: Checkpoint) -> torch.Tens
 
 
 def _load_model(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:
+    """The model on one device, or with "auto" over all GPUs. Raises HeaprError if they are too small for it."""
     if checkpoint.fp8_block:
         from heapr_vllm.prune.weights import load_model
 
+        if device == "auto":
+            raise HeaprError("--device auto does not take FP8 checkpoints; use --device cuda or --stream")
         return load_model(checkpoint, dtype, device)
     try:
-        return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype).to(device)
+        if device != "auto":
+            return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype).to(device)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, device_map="auto")
     except ValueError as error:
         raise HeaprError(f"transformers cannot load {checkpoint.path}: {first_line(error)}") from error
-
-
-def _load_saved(output: Path, name: str, identity: dict[str, Any]) -> NeuronMoments | None:
-    """Saved sums, or None if there are none yet. Raises HeaprError if they belong to other settings."""
-    if not (output / name).is_file():
-        return None
-    saved = NeuronMoments.load(output / name)
-    changed = sorted(key for key in identity if saved.metadata.get(key) != identity[key])
-    if changed:
-        raise HeaprError(f"{output} was started with another {', '.join(changed)}; repeat the original command with "
-                         "--resume, or start anew with --overwrite")
-    return saved
-
-
-def _remove_state(output: Path) -> None:
-    """Removes what only a resumed run needs; the mark that makes a folder resumable goes last."""
-    shutil.rmtree(output / STREAM_FOLDER, ignore_errors=True)
-    (output / PARTIAL_FILE).unlink(missing_ok=True)
-    if output.is_dir() and not any(output.iterdir()):
-        output.rmdir()
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise HeaprError(f"{checkpoint.path} does not fit these devices; use --stream with --device cuda or cpu")
+    return model
 
 
 def _write_provenance(output: Path, checkpoint: Checkpoint, identity: dict[str, Any], moments: NeuronMoments,

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from heapr_vllm.checkpoint import Checkpoint
+from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune.activations import ActivationStore
 from heapr_vllm.prune.calibrate import CalibrationSettings, check_experts, check_finite
 from heapr_vllm.prune.collector import MomentCollector
 from heapr_vllm.prune.layered import LayeredModel
 from heapr_vllm.prune.moments import NeuronMoments
+from heapr_vllm.prune.state import SavedState
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,21 @@ class BackwardPosition:
     batches: int
 
 
-def calibrate_streamed(checkpoint: Checkpoint, settings: CalibrationSettings, blocks: torch.Tensor, folder: Path,
-                       device: str, partial: NeuronMoments | None,
-                       save: Callable[[MomentCollector, dict[str, int]], None], every: int) -> NeuronMoments:
+def calibrate_streamed(checkpoint: Checkpoint, settings: CalibrationSettings, blocks: torch.Tensor, device: str,
+                       state: SavedState, partial: NeuronMoments | None, every: int) -> NeuronMoments:
     """`heapr calibrate --stream`, between reading the text and writing the result.
 
-    Hidden states and gradients are kept in `folder`; `save(collector, position)` is called every `every` batches of the
-    backward pass and after each of its layers, and comes back as `partial` when the run is resumed.
+    Hidden states and gradients are on disk; the sums are saved every `every` batches of the backward pass and after
+    each of its layers, and come back as `partial` when the run is resumed. Raises HeaprError if `device` is "auto".
     """
+    if device == "auto":
+        raise HeaprError("--stream runs one layer at a time on one device; use --device cuda or cpu")
     model = LayeredModel(checkpoint, settings.dtype, device)
     collector = MomentCollector(model.model, model.device)
     check_experts(checkpoint, collector)
     position = None
     if partial is None:
-        save(collector, {})
+        state.save(collector, {})
     else:
         collector.restore(partial)
         if "layer" in partial.metadata:
@@ -52,13 +54,13 @@ def calibrate_streamed(checkpoint: Checkpoint, settings: CalibrationSettings, bl
     batches = -(-len(blocks) // settings.batch_size)
     first = 0 if position is None else num_steps(model, batches, position)
     with tqdm(total=num_steps(model, batches), initial=first, unit="step", desc="streaming layers",
-              disable=None) as bar:
+              disable=state.processes.hides_progress) as bar:
 
         def save_position(position: BackwardPosition) -> None:
             if position.batches % every == 0:
-                save(collector, asdict(position))
+                state.save(collector, asdict(position))
 
-        return collect_moments_streamed(model, blocks, ActivationStore(folder), settings.batch_size,
+        return collect_moments_streamed(model, blocks, ActivationStore(state.stream_folder), settings.batch_size,
                                         collector=collector, position=position, save=save_position,
                                         after_steps=bar.update)
 

@@ -18,8 +18,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from heapr_vllm.cli import main
-from heapr_vllm.prune.calibrate import PARTIAL_FILE
 from heapr_vllm.prune.moments import CALIBRATION_FILE
+from heapr_vllm.prune.state import PARTIAL_FILE
 from tests import tiny_models
 
 KILLS = int(os.environ.get("HEAPR_KILLS", "3"))

@@ -15,9 +15,9 @@ from heapr_vllm.checkpoint import Checkpoint
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune import CalibrationSettings, NeuronMoments, calibrate, collect_moments
 from heapr_vllm.prune.activations import ActivationStore
-from heapr_vllm.prune.calibrate import PARTIAL_FILE, STREAM_FOLDER
 from heapr_vllm.prune.layered import LayeredModel
 from heapr_vllm.prune.moments import MOMENTS_FILE, SUMS
+from heapr_vllm.prune.state import PARTIAL_FILE, STREAM_FOLDER
 from heapr_vllm.prune.stream import collect_moments_streamed, num_steps
 from tests import tiny_models
 
