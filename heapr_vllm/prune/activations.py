@@ -45,13 +45,13 @@ class ActivationStore:
         os.replace(partial, path)
 
     def load(self, kind: str, layer: int, batch: int, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Raises HeaprError if the file is damaged, as after a power failure."""
+        """Raises HeaprError if the file is damaged, as after a power failure, or missing."""
         path = self.path(kind, layer, batch)
         try:
             with safe_open(path, framework="pt", backend="pread") as file:
                 return file.get_tensor(kind).to(device)
-        except SafetensorError as error:
-            raise HeaprError(f"{path} is damaged ({error}); start anew with --overwrite") from error
+        except (SafetensorError, FileNotFoundError) as error:
+            raise HeaprError(f"{path} is damaged or missing ({error}); start anew with --overwrite") from error
 
     def drop(self, kind: str, layer: int) -> None:
         """Removes all batches of a layer."""

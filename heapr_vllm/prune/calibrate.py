@@ -104,8 +104,7 @@ def calibrate(settings: CalibrationSettings, output: Path, *, device: str = "cpu
     if not (resume and any((output / name).is_file() for name in (PARTIAL_FILE, MOMENTS_FILE, CALIBRATION_FILE))):
         check_output(output, overwrite)
     device = processes.device(device)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise HeaprError(f"--device {device}: this torch ({torch.__version__}) sees no GPU; use --device cpu")
+    _check_device(device)
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
     checkpoint.check_unquantized(allow_fp8=True)
     checkpoint.expert_shapes()
@@ -181,6 +180,7 @@ def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
 
     With `settings.stream` also the peak memory; the text is read for it, since it counts too.
     """
+    _check_device(device)
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
     checkpoint.check_unquantized(allow_fp8=True)
     shapes = checkpoint.expert_shapes()
@@ -202,6 +202,11 @@ def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
 
     blocks = _blocks(settings, checkpoint)
     return sizes | streamed_plan(LayeredModel(checkpoint, settings.dtype, device), *blocks.shape, settings.batch_size)
+
+
+def _check_device(device: str) -> None:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise HeaprError(f"--device {device}: this torch ({torch.__version__}) sees no GPU; use --device cpu")
 
 
 def _blocks(settings: CalibrationSettings, checkpoint: Checkpoint) -> torch.Tensor:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -29,8 +29,10 @@ class LayeredModel:
     layers that note their arguments. Hidden states are [B, L, H] in the model's dtype.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str = "auto", device: torch.device | str = "cpu") -> None:
-        """Raises HeaprError if the model cannot be built or its decoder layers cannot be found."""
+    def __init__(self, checkpoint: Checkpoint, dtype: str = "auto", device: str = "cpu") -> None:
+        """Raises HeaprError if the model cannot be built or its decoder layers cannot be found, or for "auto"."""
+        if device == "auto":
+            raise HeaprError("--stream runs one layer at a time on one device; use --device cuda or cpu")
         self.device = torch.device(device)
         self.model: PreTrainedModel = empty_model(checkpoint, dtype)
         for buffer in self.model.buffers():
@@ -62,11 +64,11 @@ class LayeredModel:
         with self.weights.resident(self.layer_names[index]):
             yield lambda hidden: self.layers[index](hidden, **self._layer_arguments(hidden)[index])
 
-    def embedding(self):
+    def embedding(self) -> AbstractContextManager[None]:
         """Keeps the embedding in memory for `embed`."""
         return self.weights.resident(self.embedding_name)
 
-    def head(self):
+    def head(self) -> AbstractContextManager[None]:
         """Keeps the output projection in memory for `loss`."""
         return self.weights.resident(self.head_name)
 

@@ -70,7 +70,7 @@ def _activation_bytes(model: LayeredModel, layer: nn.Module, name: str, batch: i
     total += batch * config.num_attention_heads * length * length * (2 * 4 + size) * _keeps_attention(config)
     for prefix, (experts, width) in expert_shapes(model.model).items():
         if prefix.startswith(f"{name}."):
-            routes = tokens * config.num_experts_per_tok + experts * (ROW_MULTIPLE - 1)
+            routes = tokens * getattr(config, "num_experts_per_tok", experts) + experts * (ROW_MULTIPLE - 1)
             total += routes * (5 * width + 2 * config.hidden_size) * size  # gate, up, silu, h; output, weighted output
             total += tokens * (3 * 8 * width + 3 * 4 * config.hidden_size)  # squares in float64, gradients of the input
     return total

@@ -15,7 +15,6 @@ import torch
 from tqdm import tqdm
 
 from heapr_vllm.checkpoint import Checkpoint
-from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune.activations import ActivationStore
 from heapr_vllm.prune.calibrate import CalibrationSettings, check_experts, check_finite
 from heapr_vllm.prune.collector import MomentCollector
@@ -37,10 +36,8 @@ def calibrate_streamed(checkpoint: Checkpoint, settings: CalibrationSettings, bl
     """`heapr calibrate --stream`, between reading the text and writing the result.
 
     Hidden states and gradients are on disk; the sums are saved every `every` batches of the backward pass and after
-    each of its layers, and come back as `partial` when the run is resumed. Raises HeaprError if `device` is "auto".
+    each of its layers, and come back as `partial` when the run is resumed.
     """
-    if device == "auto":
-        raise HeaprError("--stream runs one layer at a time on one device; use --device cuda or cpu")
     model = LayeredModel(checkpoint, settings.dtype, device)
     collector = MomentCollector(model.model, model.device)
     check_experts(checkpoint, collector)

@@ -126,3 +126,8 @@ def test_bad_weights_leave_nothing_behind(damage, message: str, qwen3: Path, cor
     with pytest.raises(HeaprError, match=message):
         calibrate(settings, tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def test_streams_on_one_device(qwen3: Path) -> None:
+    with pytest.raises(HeaprError, match="one layer at a time on one device; use --device cuda or cpu"):
+        LayeredModel(Checkpoint.resolve(qwen3), device="auto")
