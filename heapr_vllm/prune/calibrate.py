@@ -200,6 +200,7 @@ def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
     from heapr_vllm.prune.layered import LayeredModel
     from heapr_vllm.prune.memory import streamed_plan
 
+    del sizes["checkpointed_activation_bytes"]  # on disk here
     blocks = _blocks(settings, checkpoint)
     return sizes | streamed_plan(LayeredModel(checkpoint, settings.dtype, device), *blocks.shape, settings.batch_size)
 
