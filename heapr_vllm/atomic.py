@@ -55,14 +55,16 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
 def atomic_file(path: Path, write: Callable[[Path], None]) -> None:
     """Calls `write` on a temporary name, flushes it to disk and renames it to `path`."""
     _remove_leftovers(path)
-    partial = path.with_name(f".{path.name}.partial.{os.getpid()}")
+    folder = path.with_name(f".{path.name}.partial.{os.getpid()}")  # safetensors puts a temporary of its own beside it
+    folder.mkdir()
     try:
+        partial = folder / path.name
         write(partial)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -70,7 +72,7 @@ def _remove_leftovers(path: Path) -> None:
     for entry in path.parent.iterdir():
         match = _TEMPORARY.fullmatch(entry.name)
         if match and match["name"] == path.name and not _is_other_process(int(match["process"])):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            shutil.rmtree(entry)
 
 
 def _is_other_process(process: int) -> bool:

@@ -33,7 +33,8 @@ def test_leftovers_of_a_directory(ended: int, tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_file(ended: int, tmp_path: Path) -> None:
-    (tmp_path / f".a.json.partial.{ended}").write_text("half")
+    (tmp_path / f".a.json.partial.{ended}").mkdir()
+    (tmp_path / f".a.json.partial.{ended}" / "a.json").write_text("half")
     check_output(tmp_path, overwrite=False)  # nothing else is there: the folder counts as empty
     atomic_file(tmp_path / "a.json", lambda path: path.write_text("whole"))
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
