@@ -72,7 +72,7 @@ def _remove_leftovers(path: Path) -> None:
     for entry in path.parent.iterdir():
         match = _TEMPORARY.fullmatch(entry.name)
         if match and match["name"] == path.name and not _is_other_process(int(match["process"])):
-            shutil.rmtree(entry)
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _is_other_process(process: int) -> bool:
