@@ -233,7 +233,7 @@ def _load_model(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedMo
         if device != "auto":
             return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype).to(device)
         model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, device_map="auto")
-    except ValueError as error:
+    except (ImportError, ValueError) as error:  # "auto" needs accelerate
         raise HeaprError(f"transformers cannot load {checkpoint.path}: {first_line(error)}") from error
     if any(parameter.is_meta for parameter in model.parameters()):
         raise HeaprError(f"{checkpoint.path} does not fit these devices; use --stream with --device cuda or cpu")

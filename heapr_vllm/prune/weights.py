@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from heapr_vllm.checkpoint import Checkpoint, ExpertTensor
@@ -23,8 +22,12 @@ def empty_model(checkpoint: Checkpoint, dtype: str = "auto") -> PreTrainedModel:
     """The checkpoint's causal language model in evaluation mode, all parameters on the meta device, buffers computed.
 
     `dtype` is a torch dtype name; "auto" is the dtype in config.json, or that of the first weight. Raises HeaprError if
-    transformers does not know the model.
+    transformers does not know the model, or without `accelerate`.
     """
+    try:
+        from accelerate import init_empty_weights
+    except ImportError as error:
+        raise HeaprError("streaming and FP8 need the `accelerate` package: pip install heapr-vllm[prune]") from error
     try:
         config = AutoConfig.from_pretrained(checkpoint.path)
         with init_empty_weights(include_buffers=False):
