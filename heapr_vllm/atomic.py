@@ -2,6 +2,7 @@
 """Outputs appear whole or not at all: written beside their place, then renamed into it."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,10 +12,12 @@ from heapr_vllm.errors import HeaprError
 
 OWN_FILES = ("heapr/masks.safetensors", "moments.safetensors", "partial.safetensors")
 
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(partial|replaced)\.(?P<process>\d+)")
+
 
 def check_output(path: Path, overwrite: bool) -> None:
     """Raises HeaprError if `path` exists and may not be replaced."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists() or (path.is_dir() and all(_TEMPORARY.fullmatch(entry.name) for entry in path.iterdir())):
         return
     if not overwrite:
         raise HeaprError(f"{path} already exists; pass --overwrite to replace it, or choose another --output")
@@ -30,6 +33,7 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     check_output(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     partial = path.parent / f".{path.name}.partial.{os.getpid()}"
     replaced = path.parent / f".{path.name}.replaced.{os.getpid()}"
     partial.mkdir()
@@ -50,11 +54,32 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 def atomic_file(path: Path, write: Callable[[Path], None]) -> None:
     """Calls `write` on a temporary name, flushes it to disk and renames it to `path`."""
-    partial = path.with_name(f".{path.name}.partial.{os.getpid()}")
+    _remove_leftovers(path)
+    folder = path.with_name(f".{path.name}.partial.{os.getpid()}")  # safetensors puts a temporary of its own beside it
+    folder.mkdir()
     try:
+        partial = folder / path.name
         write(partial)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes temporaries of `path` whose process was killed."""
+    for entry in path.parent.iterdir():
+        match = _TEMPORARY.fullmatch(entry.name)
+        if match and match["name"] == path.name and not _is_other_process(int(match["process"])):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _is_other_process(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from heapr_vllm.errors import HeaprError, first_line
 
+FP8_SCALE_SUFFIX = "_scale_inv"  # of the tensor of scales beside an FP8 weight
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
@@ -111,9 +113,12 @@ class Checkpoint:
 
     @contextmanager
     def open(self, shard: str) -> Iterator[Any]:
-        """The shard as a `safetensors.safe_open` handle. Raises HeaprError if it is damaged or lacks a tensor."""
+        """The shard as a `safetensors.safe_open` handle. Raises HeaprError if it is damaged or lacks a tensor.
+
+        Shards are read, not mapped: a mapping takes address space of the whole shard, and memory of what was read.
+        """
         try:
-            with safe_open(self.path / shard, framework="pt") as file:
+            with safe_open(self.path / shard, framework="pt", backend="pread") as file:
                 yield file
         except SafetensorError as error:
             raise HeaprError(f"{self.path / shard} is damaged ({error}); download it again") from error
@@ -130,7 +135,7 @@ class Checkpoint:
         return headers
 
     def expert_shapes(self) -> dict[str, tuple[int, int]]:
-        """MoE module prefix to (num_experts, moe_intermediate_size).
+        """MoE module prefix to (num_experts, moe_intermediate_size), without draft layers for multi-token prediction.
 
         Raises HeaprError if there are no routed experts or an expert lacks a tensor.
         """
@@ -138,7 +143,7 @@ class Checkpoint:
         widths: dict[str, int] = {}
         for name, (_, shape) in self.headers.items():
             tensor = ExpertTensor.parse(name)
-            if tensor is None:
+            if tensor is None or self._is_draft(tensor.prefix):
                 continue
             if tensor.shard == "w2":
                 widths[tensor.prefix] = shape[-1]
@@ -158,6 +163,12 @@ class Checkpoint:
             shapes[prefix] = (num_experts, widths[prefix])
         return shapes
 
+    def _is_draft(self, prefix: str) -> bool:
+        """Whether a module lies in a layer after the model's own, where DeepSeek-V3 keeps its draft layer."""
+        layer = re.search(r"\blayers\.(\d+)\.", prefix)
+        text = self.config.get("text_config", self.config)
+        return layer is not None and int(layer[1]) >= text.get("num_hidden_layers", math.inf)
+
     def check_readable(self) -> None:
         """Raises HeaprError if a shard is missing, cut short, or lacks a tensor of the index. Reads headers only."""
         for shard, names in self.shards.items():
@@ -168,11 +179,16 @@ class Checkpoint:
 
     def num_bytes(self) -> int:
         """Size of all weights."""
-        return sum(_num_bytes(*header) for header in self.headers.values())
+        return sum(map(self.tensor_bytes, self.headers))
 
-    def num_routed_bytes(self) -> int:
-        """Size of the routed experts' weights."""
-        return sum(_num_bytes(*header) for name, header in self.headers.items() if ExpertTensor.parse(name))
+    def tensor_bytes(self, name: str) -> int:
+        dtype, shape = self.headers[name]
+        return torch.Size(shape).numel() * _ITEM_SIZE[dtype]
+
+    def export_bytes(self, routed_only: bool = False) -> int:
+        """Size of all weights, or of the routed experts', as `heapr export` would write them unpruned."""
+        return sum(self.tensor_bytes(name) * (2 if dtype == "F8_E4M3" else 1) for name, (dtype, _) in
+                   self.headers.items() if not self.is_scale(name) and (ExpertTensor.parse(name) or not routed_only))
 
     def fingerprint(self) -> str:
         """sha256 over all tensor names, dtypes and shapes and over the router weights.
@@ -188,18 +204,28 @@ class Checkpoint:
                     digest.update(file.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
         return f"sha256:{digest.hexdigest()}"
 
-    def check_unquantized(self) -> None:
-        """Raises HeaprError if the checkpoint carries its own quantization."""
-        if method := self.config.get("quantization_config", {}).get("quant_method"):
+    @property
+    def fp8_block(self) -> tuple[int, int] | None:
+        """Rows and columns that share a scale in a checkpoint stored as FP8 (as DeepSeek-V3 is), None in others."""
+        block = self.config.get("quantization_config", {})
+        if block.get("quant_method") != "fp8" or not block.get("weight_block_size"):
+            return None
+        rows, columns = block["weight_block_size"]
+        return rows, columns
+
+    def is_scale(self, name: str) -> bool:
+        """Whether a tensor holds the scales of an FP8 weight."""
+        return self.fp8_block is not None and name.endswith(FP8_SCALE_SUFFIX)
+
+    def check_unquantized(self, allow_fp8: bool = False) -> None:
+        """Raises HeaprError if the checkpoint carries its own quantization; block-scaled FP8 may be allowed."""
+        method = self.config.get("quantization_config", {}).get("quant_method")
+        if method and not (allow_fp8 and self.fp8_block):
             raise HeaprError(f"{self.path} is quantized or pruned ({method}); start from the unquantized base model")
 
 
 _ITEM_SIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
               "I8": 1, "U8": 1, "BOOL": 1}
-
-
-def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel() * _ITEM_SIZE[dtype]
 
 
 def natural_order(name: str) -> list[int | str]:

@@ -19,18 +19,21 @@ from heapr_vllm.errors import HeaprError, first_line
 
 def run_calibrate(args: argparse.Namespace) -> None:
     from heapr_vllm.prune.calibrate import CalibrationSettings, calibrate, plan
+    from heapr_vllm.prune.parallel import joined_processes
 
     model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
     settings = CalibrationSettings(model, args.dataset, args.num_calibration_samples, args.max_seq_length,
-                                   args.batch_size, args.seed, args.dtype, args.revision)
+                                   args.batch_size, args.seed, args.dtype, args.revision, args.stream)
     if args.dry_run:
-        sizes = plan(settings)
+        sizes = plan(settings, args.device)
         print("\n".join(f"{name.replace('_', ' '):<30} {_human(name, value)}" for name, value in sizes.items()))
         return
-    moments = calibrate(settings, args.output, device=args.device, checkpoint_every=args.checkpoint_every,
-                        resume=args.resume, overwrite=args.overwrite)
+    with joined_processes() as processes:
+        moments = calibrate(settings, args.output, device=args.device, checkpoint_every=args.checkpoint_every,
+                            resume=args.resume, overwrite=args.overwrite, processes=processes)
     silent = sum(int((tokens == 0).sum()) for tokens in moments.tokens.values())
-    print(f"wrote {args.output}: {len(moments.tokens)} MoE layers, {silent} experts without a calibration token")
+    if processes.is_first:
+        print(f"wrote {args.output}: {len(moments.tokens)} MoE layers, {silent} experts without a calibration token")
 
 
 def run_prune(args: argparse.Namespace) -> None:
@@ -141,7 +144,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=_positive, default=1, metavar="B",
                          help="does not change the result, beyond rounding in half precision")
     command.add_argument("--seed", type=int, default=0)
-    _placement(command)
+    _placement(command, "cpu, cuda, cuda:1, or auto: one model over all GPUs")
+    command.add_argument("--stream", action="store_true",
+                         help="for models larger than memory: one layer at a time, hidden states on disk in CALIB")
     command.add_argument("--revision", help="revision of a Hub id")
     command.add_argument("--checkpoint-every", type=_positive, default=8, metavar="K", help="batches between saves")
     command.add_argument("--dry-run", action="store_true", help="print sizes, load no weight, write nothing")
@@ -247,9 +252,9 @@ def _dataset(command: argparse.ArgumentParser) -> None:
                          help="file.txt, file.jsonl (field `text`) or name[subset](split)")
 
 
-def _placement(command: argparse.ArgumentParser) -> None:
+def _placement(command: argparse.ArgumentParser, devices: str = "cpu, cuda, cuda:1") -> None:
     command.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    command.add_argument("--device", default="cpu", help=devices)
 
 
 def _selection_options(command: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen3MoeConfig
 
 VOCAB, END = 320, "<|endoftext|>"
 COMMON = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -17,6 +17,11 @@ COMMON = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 3, "num_a
 CONFIGS = {
     "qwen3_moe": Qwen3MoeConfig(**COMMON, head_dim=32, norm_topk_prob=True, tie_word_embeddings=False),
     "qwen2_moe": Qwen2MoeConfig(**COMMON, shared_expert_intermediate_size=32, norm_topk_prob=False),
+    "deepseek_v3": DeepseekV3Config(**{**COMMON, "n_routed_experts": COMMON["num_experts"]}, n_group=2, topk_group=1,
+                                    first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=16, qk_rope_head_dim=16,
+                                    qk_nope_head_dim=16, v_head_dim=32),
+    "dense_between": Qwen3MoeConfig(**{**COMMON, "num_hidden_layers": 5}, head_dim=32, mlp_only_layers=[0, 2],
+                                    tie_word_embeddings=True),
 }
 
 
@@ -24,6 +29,9 @@ def save(family: str, path: Path) -> Path:
     """A seeded random fp32 model of `family` with its tokenizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.1)
     model.save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path

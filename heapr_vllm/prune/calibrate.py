@@ -4,28 +4,34 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from heapr_vllm.atomic import atomic_file, check_output
 from heapr_vllm.checkpoint import TOKENIZER_FILES, Checkpoint
 from heapr_vllm.environment import versions
-from heapr_vllm.errors import HeaprError, first_line
+from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune.collector import MomentCollector
 from heapr_vllm.prune.data import checkpoint_blocks, fingerprint
-from heapr_vllm.prune.moments import CALIBRATION_FILE, NeuronMoments
+from heapr_vllm.prune.loading import check_device, load_model
+from heapr_vllm.prune.moments import CALIBRATION_FILE, MOMENTS_FILE, NeuronMoments
+from heapr_vllm.prune.parallel import ALONE, Processes
+from heapr_vllm.prune.state import PARTIAL_FILE, SavedState
 
-PARTIAL_FILE = "partial.safetensors"
+
+class NotFiniteError(HeaprError):
+    """The loss is NaN or infinite: no later step can be right."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class CalibrationSettings:
     seed: int = 0
     dtype: str = "auto"
     revision: str | None = None
+    stream: bool = False
 
 
 def collect_moments(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 1, *,
@@ -57,9 +64,7 @@ def collect_moments(model: PreTrainedModel, blocks: torch.Tensor, batch_size: in
             ids = blocks[start : start + batch_size].to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-            if not loss.isfinite():
-                raise HeaprError(f"the loss is {loss.item()} at sample {start}; try --dtype float32, "
-                                 "or check the checkpoint for NaN weights")
+            check_finite(loss.item(), start)
             loss.backward()
             if after_batch is not None:
                 after_batch(start + len(ids))
@@ -89,101 +94,124 @@ def _backward_only_to_activations(model: PreTrainedModel):
 
 
 def calibrate(settings: CalibrationSettings, output: Path, *, device: str = "cpu", checkpoint_every: int = 8,
-              resume: bool = False, overwrite: bool = False) -> NeuronMoments:
+              resume: bool = False, overwrite: bool = False, processes: Processes = ALONE) -> NeuronMoments:
     """`heapr calibrate`: writes `moments.safetensors`, `calibration.json` and the model's config and tokenizer.
 
     Every `checkpoint_every` batches the sums are saved; with `resume` a killed run continues from there and ends in the
-    same bytes. Raises HeaprError on bad input before anything is written, and if the loss becomes NaN on the way.
+    same bytes, and a finished one is left as it is. `settings.stream` keeps one decoder layer in memory at a time and
+    hidden states in `output`/stream meanwhile. Several `processes` share the samples, and the first writes the result.
+    Raises HeaprError on bad input before anything is written, and if the loss becomes NaN on the way.
     """
-    if not (resume and (output / PARTIAL_FILE).is_file()):
+    if not (resume and any((output / name).is_file() for name in (PARTIAL_FILE, MOMENTS_FILE, CALIBRATION_FILE))):
         check_output(output, overwrite)
+    device = processes.device(device)
     check_device(device)
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
-    checkpoint.check_unquantized()
-    shapes = checkpoint.expert_shapes()
+    checkpoint.check_unquantized(allow_fp8=True)
+    checkpoint.expert_shapes()
     blocks = calibration_blocks(settings, checkpoint)
-    identity = {**asdict(settings), "revision": checkpoint.commit or settings.revision,
+    mine = processes.share(blocks)
+    identity = {**asdict(settings), "revision": checkpoint.commit or settings.revision, "processes": processes.size,
                 "dataset_fingerprint": fingerprint(blocks), "base_fingerprint": checkpoint.fingerprint(),
-                "checkpoint_bytes": checkpoint.num_bytes(), "routed_bytes": checkpoint.num_routed_bytes()}
-    partial = _load_partial(output, identity) if resume else None
+                "checkpoint_bytes": checkpoint.export_bytes(),
+                "routed_bytes": checkpoint.export_bytes(routed_only=True)}
+    state = SavedState(output, identity, processes)
+    if resume and (finished := state.finished()):
+        return finished
+    partial = state.load() if resume else None
+    processes.wait()
+    if processes.is_first and not resume:
+        state.remove()
+    processes.wait()
+    started = time.time()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if settings.stream:
+            from heapr_vllm.prune.stream import calibrate_streamed
+
+            moments = calibrate_streamed(checkpoint, settings, mine, device, state, partial, checkpoint_every)
+        else:
+            moments = _calibrate_in_memory(checkpoint, settings, mine, device, state, partial, checkpoint_every)
+    except NotFiniteError:
+        state.remove()
+        raise
+    moments = replace(processes.total(moments), metadata=identity)
+    if processes.is_first:
+        _write_provenance(output, checkpoint, identity, moments, blocks, time.time() - started)
+        moments.save_pretrained(output)
+        state.remove()
+    return moments
+
+
+def check_finite(loss: float, sample: int) -> None:
+    """Raises NotFiniteError if the loss of the batch that starts at `sample` is not finite."""
+    if not math.isfinite(loss):
+        raise NotFiniteError(f"the loss is {loss} at sample {sample}; try --dtype float32, or check the checkpoint for "
+                             "NaN weights")
+
+
+def check_experts(checkpoint: Checkpoint, collector: MomentCollector) -> None:
+    """Raises HeaprError if the checkpoint has routed experts that the model does not expose."""
+    if missing := checkpoint.expert_shapes().keys() - collector.sums.keys():
+        raise HeaprError(f"{type(collector.model).__name__} does not expose {min(missing)} of the checkpoint; "
+                         "this family is not supported")
+
+
+def _calibrate_in_memory(checkpoint: Checkpoint, settings: CalibrationSettings, blocks: torch.Tensor, device: str,
+                         state: SavedState, partial: NeuronMoments | None, every: int) -> NeuronMoments:
     model = load_model(checkpoint, settings.dtype, device)
     collector = MomentCollector(model)
-    if missing := shapes.keys() - collector.sums.keys():
-        raise HeaprError(f"{type(model).__name__} does not expose {min(missing)} of the checkpoint; "
-                         "this family is not supported")
+    check_experts(checkpoint, collector)
     first = 0
     if partial is not None:
         collector.restore(partial)
         first = partial.metadata["samples_done"]
-    if not resume:
-        (output / PARTIAL_FILE).unlink(missing_ok=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    started = time.time()
-    batch_tokens = settings.batch_size * settings.max_seq_length
     with tqdm(total=blocks.numel(), initial=first * settings.max_seq_length, unit="tok", unit_scale=True,
-              desc="calibrating", disable=None) as bar:
+              desc="calibrating", disable=state.processes.hides_progress) as bar:
 
         def after_batch(done: int) -> None:
-            bar.update(batch_tokens)
-            if done < len(blocks) and done // settings.batch_size % checkpoint_every == 0:
-                state = collector.moments({**identity, "samples_done": done})
-                state.save(output / PARTIAL_FILE, torch.float64)
+            bar.update(settings.batch_size * settings.max_seq_length)
+            if done < len(blocks) and done // settings.batch_size % every == 0:
+                state.save(collector, {"samples_done": done})
 
-        collect_moments(model, blocks, settings.batch_size, collector=collector, first=first, after_batch=after_batch)
-    moments = collector.moments(identity)
-    _write_provenance(output, checkpoint, identity, moments, blocks, time.time() - started)
-    moments.save_pretrained(output)
-    (output / PARTIAL_FILE).unlink(missing_ok=True)
-    return moments
+        return collect_moments(model, blocks, settings.batch_size, collector=collector, first=first,
+                               after_batch=after_batch)
 
 
-def plan(settings: CalibrationSettings) -> dict[str, Any]:
-    """`--dry-run`: sizes by formula from the config and the shard headers; no weight is loaded."""
+def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
+    """`--dry-run`: sizes by formula from the config and the shard headers; no large weight is loaded.
+
+    With `settings.stream` also the peak memory; the text is read for it, since it counts too.
+    """
+    check_device(device)
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
-    checkpoint.check_unquantized()
+    checkpoint.check_unquantized(allow_fp8=True)
     shapes = checkpoint.expert_shapes()
     neurons = sum(experts * width for experts, width in shapes.values())
     text = checkpoint.config.get("text_config", checkpoint.config)
     tokens = settings.batch_size * settings.max_seq_length
     scale = 2 if settings.dtype == "float32" and text.get("dtype", text.get("torch_dtype")) == "bfloat16" else 1
-    return {"moe_layers": len(shapes), "experts": sum(experts for experts, _ in shapes.values()), "neurons": neurons,
-            "calibration_tokens": settings.num_calibration_samples * settings.max_seq_length,
-            "weight_bytes": checkpoint.num_bytes() * scale, "accumulator_bytes": 6 * 8 * neurons,
-            "logits_bytes": 2 * 4 * tokens * text["vocab_size"],
-            "checkpointed_activation_bytes": 4 * tokens * text["hidden_size"] * text["num_hidden_layers"],
-            "output_bytes": 6 * 4 * neurons}
+    scale *= 2 if checkpoint.fp8_block else 1
+    sizes = {"moe_layers": len(shapes), "experts": sum(experts for experts, _ in shapes.values()), "neurons": neurons,
+             "calibration_tokens": settings.num_calibration_samples * settings.max_seq_length,
+             "weight_bytes": checkpoint.num_bytes() * scale, "accumulator_bytes": 6 * 8 * neurons,
+             "logits_bytes": 2 * 4 * tokens * text["vocab_size"],
+             "checkpointed_activation_bytes": 4 * tokens * text["hidden_size"] * text["num_hidden_layers"],
+             "output_bytes": 6 * 4 * neurons}
+    if not settings.stream:
+        return sizes
+    from heapr_vllm.prune.layered import LayeredModel
+    from heapr_vllm.prune.memory import streamed_plan
 
-
-def check_device(device: str) -> None:
-    """Raises HeaprError if `device` is a GPU that torch does not see."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise HeaprError(f"--device {device}: this torch ({torch.__version__}) sees no GPU; use --device cpu")
+    del sizes["checkpointed_activation_bytes"]  # on disk here
+    blocks = calibration_blocks(settings, checkpoint)
+    return sizes | streamed_plan(LayeredModel(checkpoint, settings.dtype, device), *blocks.shape, settings.batch_size)
 
 
 def calibration_blocks(settings: CalibrationSettings, checkpoint: Checkpoint) -> torch.Tensor:
     """Token blocks int64 [num_calibration_samples, max_seq_length]. Raises HeaprError if the text is not enough."""
     return checkpoint_blocks(checkpoint, settings.dataset, settings.num_calibration_samples, settings.max_seq_length,
                              settings.seed)
-
-
-def load_model(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:
-    """The whole model on `device`. Raises HeaprError if transformers cannot load it."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype).to(device)
-    except ValueError as error:
-        raise HeaprError(f"transformers cannot load {checkpoint.path}: {first_line(error)}") from error
-
-
-def _load_partial(output: Path, identity: dict[str, Any]) -> NeuronMoments | None:
-    """The last saved state, or None if there is none yet. Raises HeaprError if it belongs to other settings."""
-    if not (output / PARTIAL_FILE).is_file():
-        return None
-    partial = NeuronMoments.load(output / PARTIAL_FILE)
-    changed = sorted(key for key in identity if partial.metadata.get(key) != identity[key])
-    if changed:
-        raise HeaprError(f"{output} was started with another {', '.join(changed)}; repeat the original command with "
-                         "--resume, or start anew with --overwrite")
-    return partial
 
 
 def _write_provenance(output: Path, checkpoint: Checkpoint, identity: dict[str, Any], moments: NeuronMoments,

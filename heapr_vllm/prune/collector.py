@@ -41,14 +41,14 @@ class _Tap(torch.autograd.Function):
 
 
 class MomentCollector:
-    """Sums per expert and neuron in float64, on the device of each MoE module.
+    """Sums per expert and neuron in float64, on the device of each MoE module, or all on `device`.
 
     `tokens`: prefix to int64 [E]; `sums`: prefix to float64 [E, 3, I] in the order of `SUMS`; `outputs`: prefix to
     float64 [2, E] in the order of `OUTPUTS`, a sum and a maximum; `norms`: prefix to float64 [3, E, I] in the order of
-    `NORMS`, of the weights, there once the layer has run.
+    `NORMS`, of the weights, zero until the layer has run (its weights may not be there earlier).
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device | None = None) -> None:
         """Raises HeaprError if `model` has no experts that Transformers' experts interface reaches."""
         self.model = model
         self.prefixes: dict[nn.Module, str] = {}
@@ -61,11 +61,12 @@ class MomentCollector:
             if not getattr(module, "has_gate", False) or module.has_bias or module.is_transposed:
                 raise HeaprError(f"{prefix} ({type(module).__name__}) is not a bias-free gated expert module behind "
                                  "Transformers' experts interface; this family is not supported")
-            device = module.down_proj.device
+            place = device or module.down_proj.device
             self.prefixes[module] = prefix
-            self.tokens[prefix] = torch.zeros(num_experts, dtype=torch.int64, device=device)
-            self.sums[prefix] = torch.zeros(num_experts, len(SUMS), width, dtype=torch.float64, device=device)
-            self.outputs[prefix] = torch.zeros(len(OUTPUTS), num_experts, dtype=torch.float64, device=device)
+            self.tokens[prefix] = torch.zeros(num_experts, dtype=torch.int64, device=place)
+            self.sums[prefix] = torch.zeros(num_experts, len(SUMS), width, dtype=torch.float64, device=place)
+            self.outputs[prefix] = torch.zeros(len(OUTPUTS), num_experts, dtype=torch.float64, device=place)
+            self.norms[prefix] = torch.zeros(len(NORMS), num_experts, width, dtype=torch.float64, device=place)
         if not self.prefixes:
             raise HeaprError(f"{type(model).__name__} has no routed experts; HEAPr prunes MoE models")
 
@@ -94,8 +95,8 @@ class MomentCollector:
             self.outputs[prefix][1] = self.outputs[prefix][1].maximum(peak_norm)
 
         prefix = self.prefixes[module]
-        if prefix not in self.norms:
-            self.norms[prefix] = _weight_norms(module)
+        if not self.norms[prefix].any():
+            self.norms[prefix] = _weight_norms(module).to(self.norms[prefix].device)
         sums = self.sums[prefix]
         output = torch.zeros_like(hidden_states)
         routes = top_k_index.flatten()
@@ -141,7 +142,8 @@ class MomentCollector:
                 sums[:, i].copy_(getattr(moments, name)[prefix])
             for i, name in enumerate(OUTPUTS):
                 self.outputs[prefix][i].copy_(getattr(moments, name)[prefix])
-            self.norms[prefix] = torch.stack([getattr(moments, name)[prefix] for name in NORMS]).to(sums)
+            for i, name in enumerate(NORMS):
+                self.norms[prefix][i].copy_(getattr(moments, name)[prefix])
 
 
 @torch.no_grad()

@@ -10,9 +10,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from heapr_vllm.checkpoint import Checkpoint
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.prune.calibrate import check_device
 from heapr_vllm.prune.data import checkpoint_blocks, fingerprint
 from heapr_vllm.prune.evaluate import counted_routes, perplexity
+from heapr_vllm.prune.loading import check_device
 from heapr_vllm.prune.pruned_model import opened
 
 

@@ -26,6 +26,7 @@ from heapr_vllm.prune.card import model_card
 from heapr_vllm.prune.moments import CALIBRATION_FILE
 from heapr_vllm.prune.repair import RepairSettings, fit_repair
 from heapr_vllm.prune.report import FRONTIER_FILE, REPAIR_FILE
+from heapr_vllm.reader import TensorReader
 
 LAYOUTS = ("compact", "masked")
 PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -61,9 +62,10 @@ def export_checkpoint(masks_dir: Path, output: Path, *, model: str | None = None
 
     `layout` "compact": every expert tensor has its kept width under its standard name, neurons in their original order.
     "masked": full-size tensors with the pruned neurons zeroed and no `quantization_config`, which any engine loads.
-    `repair` refits down_proj; killed on the way, the same call continues behind the last finished group of layers,
-    which wait in a hidden folder beside `output`. Raises HeaprError if the masks belong to another model (`verify`
-    false skips the fingerprint only), if a shard is damaged, if `output` exists, or if the repair cannot be done.
+    FP8 weights are written as bfloat16. `repair` refits down_proj; killed on the way, the same call continues behind
+    the last finished group of layers, which wait in a hidden folder beside `output`. Raises HeaprError if the masks
+    belong to another model (`verify` false skips the fingerprint only), if a shard is damaged, if `output` exists, or
+    if the repair cannot be done.
     """
     if layout not in LAYOUTS:
         raise HeaprError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
@@ -74,7 +76,7 @@ def export_checkpoint(masks_dir: Path, output: Path, *, model: str | None = None
     base = Checkpoint.resolve(model or block.base_model.name_or_path, block.base_model.revision if not model else None)
     if output.resolve() in (base.path.resolve(), masks_dir.resolve()):
         raise HeaprError(f"{output} is the input of this export; choose another --output")
-    base.check_unquantized()
+    base.check_unquantized(allow_fp8=True)
     masks.check_fits(base.expert_shapes(), str(base.path))
     if verify and block.base_model.fingerprint not in (None, base.fingerprint()):
         raise HeaprError(f"masks do not belong to {base.path}: its fingerprint differs from that of the calibrated "
@@ -89,10 +91,11 @@ def export_checkpoint(masks_dir: Path, output: Path, *, model: str | None = None
         weight_map, total = {}, 0
         for shard, names in tqdm(base.shards.items(), unit="shard", desc="exporting", disable=None):
             tensors: dict[str, torch.Tensor] = {}
-            with base.open(shard) as file:
+            with TensorReader(base) as reader:
                 for name in names:
-                    tensor = file.get_tensor(name)
-                    tensors |= transform(name, refitted.apply(name, tensor) if refitted else tensor, masks)
+                    if not base.is_scale(name):
+                        tensor = reader.tensor(name)
+                        tensors |= transform(name, refitted.apply(name, tensor) if refitted else tensor, masks)
             save_file(tensors, folder / shard, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, shard)
             total += sum(tensor.nbytes for tensor in tensors.values())
@@ -114,7 +117,7 @@ def export_checkpoint(masks_dir: Path, output: Path, *, model: str | None = None
 
 def _compact(name: str, tensor: torch.Tensor, masks: NeuronMasks) -> dict[str, torch.Tensor]:
     """The kept part of a tensor; a stacked expert tensor becomes one tensor per expert and projection."""
-    return {part_name: _keep(part, where, masks).contiguous() if where else part
+    return {part_name: _keep(part, where, masks).contiguous() if where and where.prefix in masks.keep else part
             for part_name, part, where in _per_expert(name, tensor)}
 
 
@@ -138,7 +141,7 @@ def _per_expert(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Te
 def _zeroed(name: str, tensor: torch.Tensor, masks: NeuronMasks) -> dict[str, torch.Tensor]:
     """The full-size tensor with pruned neurons zeroed."""
     where = ExpertTensor.parse(name)
-    if where is not None:
+    if where is not None and where.prefix in masks.keep:
         keep = masks.keep[where.prefix] if where.expert is None else masks.keep[where.prefix][where.expert]
         keep = torch.cat([keep, keep], -1) if where.shard == "w13" else keep
         tensor = tensor * (keep[..., None, :] if where.shard == "w2" else keep[..., None])

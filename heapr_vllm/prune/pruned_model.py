@@ -13,7 +13,7 @@ from heapr_vllm.checkpoint import Checkpoint, ExpertTensor
 from heapr_vllm.config import PruningConfig
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.masks import NeuronMasks
-from heapr_vllm.prune.calibrate import load_model
+from heapr_vllm.prune.loading import load_model
 
 
 @contextmanager

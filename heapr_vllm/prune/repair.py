@@ -24,9 +24,10 @@ from heapr_vllm.atomic import atomic_file
 from heapr_vllm.checkpoint import Checkpoint, ExpertTensor, natural_order
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.masks import NeuronMasks
-from heapr_vllm.prune.calibrate import CalibrationSettings, calibration_blocks, check_device, load_model
+from heapr_vllm.prune.calibrate import CalibrationSettings, calibration_blocks
 from heapr_vllm.prune.compensation import PRIOR, compensate, compensation, output_errors, repairable
 from heapr_vllm.prune.data import fingerprint
+from heapr_vllm.prune.loading import check_device, load_model
 from heapr_vllm.prune.second_moments import SecondMoment, collect_second_moments
 from heapr_vllm.tensorfile import save_tensors
 

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune import CalibrationSettings, NeuronMoments, calibrate, collect_moments
-from heapr_vllm.prune.calibrate import PARTIAL_FILE, plan
+from heapr_vllm.prune.calibrate import plan
 from heapr_vllm.prune.collector import MomentCollector
 from heapr_vllm.prune.moments import CALIBRATION_FILE, MOMENTS_FILE, NORMS, OUTPUTS, SUMS
+from heapr_vllm.prune.state import PARTIAL_FILE
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from heapr_vllm.config import PruningConfig
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.masks import NeuronMasks
-from heapr_vllm.prune import export_checkpoint
+from heapr_vllm.prune import CalibrationSettings, calibrate, export_checkpoint, select, write_masks_repository
+from tests import tiny_models
 
 FIRST = "model.layers.0.mlp.experts"
 
@@ -104,3 +105,20 @@ def test_another_base_model_is_refused(masks_repository: Path, qwen3: Path, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tuned"], "nothing half-written"
     export_checkpoint(masks_repository, tmp_path / "out", model=str(tuned), verify=False)
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("layout", ["compact", "masked"])
+def test_draft_layer_is_copied(layout: str, corpus: Path, tmp_path: Path) -> None:
+    """DeepSeek-V3 stores a layer for multi-token prediction after its own layers; it has experts, and keeps them."""
+    base = tiny_models.save("deepseek_v3", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    draft = {name.replace("layers.2.", "layers.3."): tensor + 1 for name, tensor in tensors.items()
+             if "layers.2." in name}
+    save_file(tensors | draft, base / "model.safetensors", metadata={"format": "pt"})
+    moments = [calibrate(CalibrationSettings(str(base), str(corpus), 2, 32, stream=stream), tmp_path / f"calib{stream}")
+               for stream in (False, True)]
+    assert all(set(part.tokens) == {f"model.layers.{layer}.mlp.experts" for layer in (1, 2)} for part in moments)
+    write_masks_repository(select(moments[0], sparsity=0.5), tmp_path / "calibTrue", tmp_path / "masks")
+    export_checkpoint(tmp_path / "masks", tmp_path / "out", model=str(base), layout=layout)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert draft and all(torch.equal(written[name], tensor) for name, tensor in draft.items())
