@@ -7,28 +7,50 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+
+from heapr_vllm.prune.modeling_deepseek import register_deepseek_model
 
 VOCAB, END = 320, "<|endoftext|>"
 COMMON = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
           "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
           "intermediate_size": 96, "max_position_embeddings": 512, "eos_token_id": 256, "pad_token_id": 256,
           "bos_token_id": None, "initializer_range": 0.2}
-CONFIGS = {
-    "qwen3_moe": Qwen3MoeConfig(**COMMON, head_dim=32, norm_topk_prob=True, tie_word_embeddings=False),
-    "qwen2_moe": Qwen2MoeConfig(**COMMON, shared_expert_intermediate_size=32, norm_topk_prob=False),
-    "deepseek_v3": DeepseekV3Config(**{**COMMON, "n_routed_experts": COMMON["num_experts"]}, n_group=2, topk_group=1,
-                                    first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=16, qk_rope_head_dim=16,
-                                    qk_nope_head_dim=16, v_head_dim=32),
-    "dense_between": Qwen3MoeConfig(**{**COMMON, "num_hidden_layers": 5}, head_dim=32, mlp_only_layers=[0, 2],
-                                    tie_word_embeddings=True),
+SHARED = {"first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": COMMON["num_experts"]}
+MLA = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32,
+       "n_group": 2, "topk_group": 1, "tie_word_embeddings": False}
+FULL_ATTENTION = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2, "head_dim": 32,
+                  "shared_expert_intermediate_size": 32, "partial_rotary_factor": 0.5, "linear_num_value_heads": 4,
+                  "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+OWN = {  # by name: model type, what differs from COMMON
+    "qwen3_moe": ("qwen3_moe", {"head_dim": 32, "norm_topk_prob": True, "tie_word_embeddings": False}),
+    "dense_between": ("qwen3_moe", {"num_hidden_layers": 5, "head_dim": 32, "mlp_only_layers": [0, 2],
+                                    "tie_word_embeddings": True}),
+    "qwen2_moe": ("qwen2_moe", {"shared_expert_intermediate_size": 32, "norm_topk_prob": False}),
+    "qwen3_next": ("qwen3_next", FULL_ATTENTION),  # vLLM's linear attention is bfloat16 only on CPUs
+    "qwen3_5_moe": ("qwen3_5_moe_text", FULL_ATTENTION),
+    "deepseek": ("deepseek", {**SHARED, "n_shared_experts": 2}),
+    "deepseek_v2": ("deepseek_v2", {**SHARED, **MLA, "q_lora_rank": None, "topk_method": "group_limited_greedy"}),
+    "deepseek_v3": ("deepseek_v3", {**SHARED, **MLA, "topk_method": "noaux_tc"}),
+    "glm4_moe": ("glm4_moe", {**SHARED, "head_dim": 32, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+                              "routed_scaling_factor": 1.5, "partial_rotary_factor": 0.5}),
+    "olmoe": ("olmoe", {"intermediate_size": COMMON["moe_intermediate_size"], "norm_topk_prob": False}),
+    "ernie4_5_moe": ("ernie4_5_moe", {"moe_num_experts": COMMON["num_experts"], "moe_k": 2, "head_dim": 32,
+                                      "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
+                                      "moe_layer_end_index": 2, "moe_layer_interval": 1, "tie_word_embeddings": True}),
 }
+
+
+def config(family: str) -> PreTrainedConfig:
+    register_deepseek_model()
+    model_type, own = OWN[family]
+    return CONFIG_MAPPING[model_type](**{**COMMON, **own})
 
 
 def save(family: str, path: Path) -> Path:
     """A seeded random fp32 model of `family` with its tokenizer."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config(family), dtype=torch.float32)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.normal_(std=0.1)
