@@ -2,7 +2,8 @@
 """`heapr export --repair`: second moments over the calibration text, compensations on disk, refitted tensors.
 
 Second moments take E I^2 doubles per layer, too many for the moments file and perhaps for memory, so the model runs
-over the text once per group of layers. What it leaves, one compensation per expert, is applied shard by shard.
+over the text once per group of layers, or, after a streamed calibration, once with one layer in memory. What it leaves,
+one compensation per expert, is applied shard by shard.
 """
 
 from __future__ import annotations
@@ -12,23 +13,28 @@ import json
 import math
 import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from heapr_vllm.atomic import atomic_file
 from heapr_vllm.checkpoint import Checkpoint, ExpertTensor, natural_order
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.masks import NeuronMasks
+from heapr_vllm.prune.activations import ActivationStore
 from heapr_vllm.prune.calibrate import CalibrationSettings, calibration_blocks
 from heapr_vllm.prune.compensation import PRIOR, compensate, compensation, output_errors, repairable
 from heapr_vllm.prune.data import fingerprint
+from heapr_vllm.prune.layered import LayeredModel
 from heapr_vllm.prune.loading import check_device, load_model
-from heapr_vllm.prune.second_moments import SecondMoment, collect_second_moments
+from heapr_vllm.prune.second_moments import SecondMoment, collect_second_moments, stream_second_moments
 from heapr_vllm.tensorfile import save_tensors
 
 METHODS = ("least-squares",)
@@ -103,22 +109,44 @@ def fit_repair(base: Checkpoint, masks: NeuronMasks, calibration: dict[str, Any]
     errors = _load_state(folder, identity)
     if not errors:
         _discard(folder)
-    missing = [group for group in groups if not errors.keys() >= set(group)]
-    if missing:
-        model = load_model(base, calibration["dtype"], settings.device)
-        with tqdm(total=len(missing) * blocks.numel(), unit="tok", unit_scale=True, desc="repairing",
-                  disable=None) as bar:
-            for group in missing:
-                moments = collect_second_moments(model, blocks, calibration["batch_size"],
-                                                 experts={prefix: experts[prefix] for prefix in group},
-                                                 after_batch=lambda samples: bar.update(samples * blocks.shape[1]))
-                for prefix in group:
-                    weights = model.get_submodule(prefix).down_proj
-                    errors[prefix] = _fit_module(weights, moments.pop(prefix), masks.keep[prefix],
-                                                 _module_file(folder, prefix))
-                    _save_state(folder, identity, errors)
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {prefix: chosen for prefix, chosen in experts.items() if prefix not in errors}
+    if wanted:
+        if calibration.get("stream"):
+            model = LayeredModel(base, calibration["dtype"], settings.device)
+            collected = _streamed(model, blocks, calibration["batch_size"], wanted, folder)
+        else:
+            model = load_model(base, calibration["dtype"], settings.device)
+            collected = _in_memory(model, blocks, calibration["batch_size"], wanted, groups)
+        for prefix, moments, weights in collected:
+            errors[prefix] = _fit_module(weights, moments, masks.keep[prefix], _module_file(folder, prefix))
+            _save_state(folder, identity, errors)
     before, after = torch.tensor(list(errors.values())).double().sum(0).tolist()
     return Repair(folder, masks, {**record, "output_error_removed": 1 - after / before if before else 0.0})
+
+
+Collected = Iterator[tuple[str, dict[int, SecondMoment], torch.Tensor]]  # MoE module prefix, moments, down_proj
+
+
+def _in_memory(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int, wanted: dict[str, list[int]],
+               groups: list[list[str]]) -> Collected:
+    """One forward pass of the whole model per group of layers in which any is wanted."""
+    missing = [group for group in groups if wanted.keys() & set(group)]
+    with tqdm(total=len(missing) * blocks.numel(), unit="tok", unit_scale=True, desc="repairing", disable=None) as bar:
+        for group in missing:
+            experts = {prefix: wanted[prefix] for prefix in group if prefix in wanted}
+            moments = collect_second_moments(model, blocks, batch_size, experts=experts,
+                                             after_batch=lambda samples: bar.update(samples * blocks.shape[1]))
+            for prefix in experts:
+                yield prefix, moments.pop(prefix), model.get_submodule(prefix).down_proj
+
+
+def _streamed(model: LayeredModel, blocks: torch.Tensor, batch_size: int, wanted: dict[str, list[int]],
+              folder: Path) -> Collected:
+    """One forward pass with one layer in memory; hidden states are in `folder` meanwhile."""
+    with (tqdm(total=len(model.layers) * len(blocks), unit="sample", desc="repairing", disable=None) as bar,
+          TemporaryDirectory(dir=folder) as store):
+        yield from stream_second_moments(model, blocks, ActivationStore(Path(store)), batch_size, wanted, bar.update)
 
 
 def layer_groups(masks: NeuronMasks, experts: dict[str, list[int]], memory: int) -> list[list[str]]:

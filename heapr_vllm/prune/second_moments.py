@@ -17,7 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from heapr_vllm.masks import expert_shapes
+from heapr_vllm.prune.activations import ActivationStore
 from heapr_vllm.prune.collector import ROW_MULTIPLE
+from heapr_vllm.prune.layered import LayeredModel
 
 
 @dataclass
@@ -102,3 +104,33 @@ def collect_second_moments(model: PreTrainedModel, blocks: torch.Tensor, batch_s
             if after_batch is not None:
                 after_batch(len(ids))
     return collector.moments
+
+
+@torch.no_grad()
+def stream_second_moments(model: LayeredModel, blocks: torch.Tensor, store: ActivationStore, batch_size: int,
+                          experts: dict[str, list[int]], after_batch: Callable[[int], None] | None = None
+                          ) -> Iterator[tuple[str, dict[int, SecondMoment], torch.Tensor]]:
+    """The same with one decoder layer in memory: MoE module prefix, moments and down_proj [E, H, I], layer by layer.
+
+    Hidden states of one layer at a time are in `store`. `after_batch(n)` is called after every n more samples in a
+    layer. The weights of an item are there until the next one is asked for.
+    """
+    batches = list(blocks.split(batch_size))
+    with model.embedding():
+        for number, ids in enumerate(batches):
+            store.save("input", 0, number, model.embed(ids))
+    remaining = dict(experts)
+    for index, name in enumerate(model.layer_names):
+        inside = {prefix: remaining.pop(prefix) for prefix in experts if prefix.startswith(f"{name}.")}
+        with model.layer(index) as layer:
+            collector = SecondMomentCollector(model.model, inside)
+            with collector.attached():
+                for number, ids in enumerate(batches):
+                    store.save("input", index + 1, number, layer(store.load("input", index, number, model.device)))
+                    if after_batch is not None:
+                        after_batch(len(ids))
+            for prefix, moments in collector.moments.items():
+                yield prefix, moments, model.model.get_submodule(prefix).down_proj
+        store.drop("input", index)
+        if not remaining:
+            return

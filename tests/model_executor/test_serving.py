@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from heapr_vllm.masks import NeuronMasks
 from heapr_vllm.prune import CalibrationSettings, NeuronMoments, calibrate, export_checkpoint, write_masks_repository
+from heapr_vllm.prune.repair import RepairSettings
 from tests import tiny_models
 from tests.conftest import awkward
 from tests.model_executor import engine
@@ -51,6 +52,15 @@ def test_compact_also_after_reload(storage: dict, compact: Path, stock: dict) ->
     found = engine.results(engine.run(compact, steps=("generate", "reload", "generate"), env=storage))
     assert_same(found[0], stock)
     assert_same(found[1], stock)
+
+
+@pytest.mark.filterwarnings("ignore:.*experts to repair see fewer tokens")
+def test_repaired_checkpoint(masks_repository: Path, tmp_path: Path) -> None:
+    """Refitted weights are served like any others."""
+    for layout in ("compact", "masked"):
+        export_checkpoint(masks_repository, tmp_path / layout, layout=layout, repair=RepairSettings())
+    expected = engine.results(engine.run(tmp_path / "masked", env={"VLLM_PLUGINS": ""}))[0]
+    assert_same(engine.results(engine.run(tmp_path / "compact", env=RAGGED))[0], expected)
 
 
 def test_masks_repository_also_after_reload(masks_repository: Path, stock: dict) -> None:

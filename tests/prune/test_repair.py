@@ -65,6 +65,16 @@ def test_only_kept_columns_of_down_proj_change(compact: Path, awkward_masks: Neu
                        for expert in experts if tokens[prefix][expert]}
 
 
+def test_streamed_repair_gives_the_same_bytes(masks_repository: Path, compact: Path, tmp_path: Path) -> None:
+    """A model that was calibrated with one layer in memory is repaired so, too."""
+    shutil.copytree(masks_repository, tmp_path / "masks")
+    record = tmp_path / "masks" / "heapr" / CALIBRATION_FILE
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"stream": True}))
+    export_checkpoint(tmp_path / "masks", tmp_path / "streamed", repair=RepairSettings())
+    assert contents(tmp_path / "streamed")["model.safetensors"] == contents(compact)["model.safetensors"]
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_masked_layout_equals_the_repair_in_memory(masks_repository: Path, awkward_masks: NeuronMasks, qwen3: Path,
                                                    corpus: Path, tmp_path: Path) -> None:
     export_checkpoint(masks_repository, tmp_path / "masked", layout="masked", repair=RepairSettings())
