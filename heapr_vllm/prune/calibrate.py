@@ -56,7 +56,7 @@ def collect_moments(model: PreTrainedModel, blocks: torch.Tensor, batch_size: in
 
     The loss is the sum of next-token cross entropies, so the result does not depend on `batch_size`. `collector` and
     `first` continue an interrupted run; `after_batch(n)` is called when n samples are done. Raises HeaprError if the
-    loss is not finite.
+    loss is not finite, or if tokens do not reach the experts.
     """
     collector = collector or MomentCollector(model)
     with collector.attached(), _backward_only_to_activations(model):
@@ -68,6 +68,7 @@ def collect_moments(model: PreTrainedModel, blocks: torch.Tensor, batch_size: in
             loss.backward()
             if after_batch is not None:
                 after_batch(start + len(ids))
+    collector.check_reached()
     return collector.moments({"num_calibration_samples": len(blocks), "max_seq_length": blocks.shape[1]})
 
 

@@ -120,6 +120,12 @@ class MomentCollector:
             output.register_hook(count)
         return output
 
+    def check_reached(self) -> None:
+        """Raises HeaprError if a MoE layer saw no token at all: then its experts do not run through `forward`."""
+        if unseen := [prefix for prefix, tokens in self.tokens.items() if not tokens.any()]:
+            raise HeaprError(f"no token reached {unseen[0]} through Transformers' experts interface; "
+                             f"{type(self.model).__name__} is not supported")
+
     def moments(self, metadata: dict) -> NeuronMoments:
         """The sums so far, on the CPU."""
         groups = {name: {prefix: sums[:, i].contiguous().cpu() for prefix, sums in self.sums.items()}

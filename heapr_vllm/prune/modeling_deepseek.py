@@ -20,7 +20,14 @@ from heapr_vllm.deepseek import DeepseekConfig, register_deepseek
 from heapr_vllm.errors import HeaprError
 
 
-class DeepseekModel(LlamaModel):
+class _HasExperts:
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Transformers looks for its decorator in this file, but it is on DeepSeek-V2's experts."""
+        return True
+
+
+class DeepseekModel(_HasExperts, LlamaModel):
     """The decoder. Raises HeaprError for routing that no published model of this type uses."""
 
     config: DeepseekConfig
@@ -43,15 +50,17 @@ class DeepseekModel(LlamaModel):
                 nn.init.normal_(parameter, std=self.config.initializer_range)
 
 
-class DeepseekForCausalLM(LlamaForCausalLM):
+class DeepseekForCausalLM(_HasExperts, LlamaForCausalLM):
     """The decoder with its language-model head."""
 
     config: DeepseekConfig
     config_class = DeepseekConfig
 
     def __init__(self, config: DeepseekConfig) -> None:
-        super().__init__(config)
+        super(LlamaForCausalLM, self).__init__(config)  # without Llama's own decoder
         self.model = DeepseekModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
 

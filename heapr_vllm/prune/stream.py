@@ -101,6 +101,7 @@ def collect_moments_streamed(model: LayeredModel, blocks: torch.Tensor, store: A
             save(BackwardPosition(layer - 1, 0))
             store.drop("input", layer)
             store.drop("gradient", layer + 1)
+    collector.check_reached()
     return collector.moments({})
 
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from heapr_vllm.checkpoint import Checkpoint
 from heapr_vllm.deepseek import DeepseekConfig
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.prune import collect_moments
 from heapr_vllm.prune.modeling_deepseek import DeepseekForCausalLM, register_deepseek_model
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 12,
@@ -83,6 +84,14 @@ def test_logits_equal_the_equations(saved: Path) -> None:
 def test_published_layout(saved: Path) -> None:
     assert Checkpoint(saved).expert_shapes() == {f"model.layers.{layer}.mlp.experts": (6, 12) for layer in (1, 2)}
     assert AutoConfig.from_pretrained(saved).n_routed_experts == 6
+
+
+def test_moments_are_collected_or_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32), torch.arange(40)[None]
+    assert all(tokens.sum() == 40 * 3 for tokens in collect_moments(model, ids).tokens.values())
+    monkeypatch.setattr(DeepseekForCausalLM, "set_experts_implementation", lambda self, name: None)
+    with pytest.raises(HeaprError, match="no token reached model.layers.1.mlp.experts"):
+        collect_moments(model, ids)
 
 
 def test_other_routing_is_refused() -> None:
