@@ -43,7 +43,7 @@ def test_flops_budget_holds_on_held_out_text(executed: dict) -> None:
     Under a FLOPs budget heapr-frequency is what `heapr` with a higher sparsity chooses (see tests/prune/test_criteria).
     """
     rows = {row["criterion"]: row for row in executed["rows"]}
-    assert all(row["executed_reduction"] == pytest.approx(0.2, abs=5e-3) for row in rows.values())
+    assert all(row["executed_reduction"] == pytest.approx(0.2, abs=1e-2) for row in rows.values())
     assert rows["fisher"]["increase"] < rows["heapr-frequency"]["increase"]
 
 
