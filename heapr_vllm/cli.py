@@ -117,7 +117,13 @@ def run_eval(args: argparse.Namespace) -> None:
     models = [args.baseline, *args.directories] if args.baseline else args.directories
     settings = EvaluationSettings(args.dataset, args.num_samples, args.max_seq_length, args.batch_size, args.seed,
                                   tuple(args.tasks), args.dtype, args.device)
-    rows = compare(models, settings)
+    served = None
+    if args.backend == "vllm":
+        from heapr_vllm.model_executor.served_perplexity import served_perplexity as served
+
+        if args.tasks:
+            raise HeaprError("--tasks needs --backend transformers; for served tasks use lm-eval's own vLLM model")
+    rows = compare(models, settings, served)
     print(json.dumps(rows, indent=2) if args.json else format_comparison(rows))
     if args.output:
         atomic_file(args.output, lambda path: path.write_text(json.dumps(rows, indent=2) + "\n"))
@@ -208,6 +214,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--max-seq-length", type=_positive, default=2048, metavar="L")
     command.add_argument("--batch-size", type=_positive, default=8, metavar="B")
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--backend", default="transformers", choices=("transformers", "vllm"),
+                         help="what runs the models; vllm measures what is served")
     command.add_argument("--tasks", nargs="+", default=(), metavar="TASK", help="tasks of lm-eval, beside perplexity")
     _placement(command)
     command.add_argument("--json", action="store_true")

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from heapr_vllm.checkpoint import Checkpoint
+from heapr_vllm.config import MASKS_FILE
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.masks import NeuronMasks
 from heapr_vllm.prune.data import checkpoint_blocks, fingerprint
 from heapr_vllm.prune.evaluate import counted_routes, perplexity
 from heapr_vllm.prune.loading import check_device
@@ -30,11 +34,13 @@ class EvaluationSettings:
     device: str = "cpu"
 
 
-def compare(models: list[str], settings: EvaluationSettings) -> list[dict[str, Any]]:
+def compare(models: list[str], settings: EvaluationSettings,
+            served: Callable[[Checkpoint, torch.Tensor, str], float] | None = None) -> list[dict[str, Any]]:
     """One row per checkpoint directory or Hub id, with `change` of the perplexity against the first; JSON values only.
 
     Pruned models also have their stored reduction, and the executed one counted from their routing of this text.
-    Raises HeaprError if a model cannot be loaded, the tokenizers differ, or lm-eval is missing.
+    `served(checkpoint, blocks, dtype)` measures the perplexity in another engine, where routes are not counted. Raises
+    HeaprError if a model cannot be loaded, the tokenizers differ, or lm-eval is missing.
     """
     check_device(settings.device)
     if settings.tasks:
@@ -46,16 +52,26 @@ def compare(models: list[str], settings: EvaluationSettings) -> list[dict[str, A
         raise HeaprError("the models have different tokenizers, so their perplexities cannot be compared")
     rows: list[dict[str, Any]] = []
     for name, checkpoint in zip(models, checkpoints, strict=True):
-        with opened(checkpoint, settings.dtype, settings.device) as (model, masks):
-            with counted_routes(model) as tokens:
-                row = {"model": name, "perplexity": perplexity(model, texts[0], settings.batch_size)}
-            row["change"] = row["perplexity"] / (rows[0] if rows else row)["perplexity"] - 1
-            if masks is not None:
-                row |= {"stored_reduction": masks.sparsity, "executed_reduction": masks.executed_reduction(tokens)}
-            if settings.tasks:
-                row["tasks"] = run_tasks(model, checkpoint, settings)
-            rows.append(row)
+        if served is None:
+            row = _measure(checkpoint, texts[0], settings)
+        else:
+            row = {"perplexity": served(checkpoint, texts[0], settings.dtype)}
+            if (checkpoint.path / MASKS_FILE).is_file():
+                row["stored_reduction"] = NeuronMasks.from_pretrained(checkpoint.path).sparsity
+        change = row["perplexity"] / (rows[0] if rows else row)["perplexity"] - 1
+        rows.append({"model": name, **row, "change": change})
     return rows
+
+
+def _measure(checkpoint: Checkpoint, blocks: torch.Tensor, settings: EvaluationSettings) -> dict[str, Any]:
+    with opened(checkpoint, settings.dtype, settings.device) as (model, masks):
+        with counted_routes(model) as tokens:
+            row: dict[str, Any] = {"perplexity": perplexity(model, blocks, settings.batch_size)}
+        if masks is not None:
+            row |= {"stored_reduction": masks.sparsity, "executed_reduction": masks.executed_reduction(tokens)}
+        if settings.tasks:
+            row["tasks"] = run_tasks(model, checkpoint, settings)
+    return row
 
 
 def run_tasks(model: PreTrainedModel, checkpoint: Checkpoint,
@@ -85,8 +101,8 @@ def format_comparison(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = {"model": row["model"], "perplexity": f"{row['perplexity']:.3f}", "change": f"{row['change']:+.1%}",
                  **{metric: f"{value:.3f}" for metric, value in _task_metrics(row).items()}}
-        if "stored_reduction" in row:
-            cells |= {"stored": f"{-row['stored_reduction']:.1%}", "executed": f"{-row['executed_reduction']:.1%}"}
+        cells |= {column: f"{-row[f'{column}_reduction']:.1%}" for column in ("stored", "executed")
+                  if f"{column}_reduction" in row}
         table.append([cells.get(column, "") for column in columns])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) if i else cell.ljust(width)

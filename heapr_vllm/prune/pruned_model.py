@@ -14,6 +14,7 @@ from heapr_vllm.config import PruningConfig
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.masks import NeuronMasks
 from heapr_vllm.prune.loading import load_model
+from heapr_vllm.prune.modeling_deepseek import register_deepseek_model
 
 
 @contextmanager
@@ -49,6 +50,7 @@ def load_compact(checkpoint: Checkpoint, masks: NeuronMasks, dtype: str) -> PreT
     for shard, names in checkpoint.shards.items():
         with checkpoint.open(shard) as file:
             tensors |= {name: _expand(name, file.get_tensor(name), masks) for name in names}
+    register_deepseek_model()
     config = AutoConfig.from_pretrained(checkpoint.path)
     del config.quantization_config
     with torch.device("meta"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from heapr_vllm import cli
 from heapr_vllm.masks import NeuronMasks
 from heapr_vllm.prune import CalibrationSettings, NeuronMoments, calibrate, export_checkpoint, write_masks_repository
 from heapr_vllm.prune.repair import RepairSettings
@@ -61,6 +62,20 @@ def test_repaired_checkpoint(masks_repository: Path, tmp_path: Path) -> None:
         export_checkpoint(masks_repository, tmp_path / layout, layout=layout, repair=RepairSettings())
     expected = engine.results(engine.run(tmp_path / "masked", env={"VLLM_PLUGINS": ""}))[0]
     assert_same(engine.results(engine.run(tmp_path / "compact", env=RAGGED))[0], expected)
+
+
+def test_served_perplexity_equals_that_of_transformers(compact: Path, masks_repository: Path, qwen3: Path,
+                                                       corpus: Path, tmp_path: Path) -> None:
+    rows = {}
+    for backend in ("transformers", "vllm"):
+        output = tmp_path / f"{backend}.json"
+        assert cli.main(["eval", str(compact), str(masks_repository), "--baseline", str(qwen3), "--dataset",
+                         str(corpus), "--num-samples", "4", "--max-seq-length", "64", "--dtype", "float32", "--backend", backend,
+                         "-o", str(output)]) == 0
+        rows[backend] = json.loads(output.read_text())
+    for one, other in zip(rows["transformers"], rows["vllm"], strict=True):
+        assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-4)
+        assert one.get("stored_reduction") == other.get("stored_reduction")
 
 
 def test_masks_repository_also_after_reload(masks_repository: Path, stock: dict) -> None:
