@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of one MoE layer: ragged kernels against stock vLLM, at the sizes of the paper's models.
 
-    python -m benchmarks.moe_layer --csv benchmarks/results/moe_layer.csv          # --quick: under 6 minutes
+    python -m benchmarks.moe_layer --csv benchmarks/results/moe_layer.csv          # --quick: a few minutes
     python -m benchmarks.plot_moe_layer benchmarks/results/moe_layer.csv -o moe_layer.png
 
 Arms, interleaved in one process: vLLM's Triton MoE as shipped and tuned, FlashInfer's CUTLASS MoE, ours on unpruned
@@ -78,7 +78,7 @@ class Contest:
         self.uniform: dict[float, UniformLayer] = {}
         if stock:
             self.uniform = {0.0: as_uniform(self.ragged[0.0])} | {
-                sparsity: UniformLayer.build(moe, round(full * (1 - sparsity) / TRITON_UNIT) * TRITON_UNIT, dtype,
+                sparsity: UniformLayer.build(moe, round(full * (1 - sparsity) / 32) * 32, dtype,
                                              device, COPIES) for sparsity in sparsities}
         has_flashinfer = stock and importlib.util.find_spec("flashinfer") is not None
         self.swapped = self.uniform[0.0].swapped() if has_flashinfer else None
@@ -129,7 +129,7 @@ def _is_right(arm: Arm, batch: Batch, expected: torch.Tensor) -> bool:
 
 
 def measure(arms: list[Arm], moe: MoEShape, batches: list[Batch], peaks: Peaks, rounds: int) -> list[dict]:
-    """One row per arm. `vs_tuned` is the arm's time over that of tuned vLLM, or of ours unpruned where that is missing.
+    """One row per arm. `vs_baseline`: time over that of `baseline`, which is tuned vLLM or, without it, ours unpruned.
 
     `kept`: stored fraction of the neurons; `kept_routed`: the same weighted by routing; `roofline`: least possible
     time over time.
@@ -142,14 +142,15 @@ def measure(arms: list[Arm], moe: MoEShape, batches: list[Batch], peaks: Peaks, 
     interleave(watches, max(rounds // 5, 1))
     seconds = interleave(watches, rounds)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    baseline = medians.get(TUNED, medians["heapr unpruned"])
+    baseline = TUNED if TUNED in medians else "heapr unpruned"
     rows = []
     for arm in arms:
         todo = work(moe, arm.widths, batches)
         median, ordered = medians[arm.name], sorted(seconds[arm.name])
         spread = (ordered[9 * len(ordered) // 10] - ordered[len(ordered) // 10]) / median
-        rows.append({"tokens": len(batches[0].x), "arm": arm.name, "microseconds": round(1e6 * median, 2),
-                     "spread": round(spread, 3), "vs_tuned": round(median / baseline, 3),
+        rows.append({"tokens": len(batches[0].x), "arm": arm.name, "dtype": str(batches[0].x.dtype).split(".")[1],
+                     "microseconds": round(1e6 * median, 2), "spread": round(spread, 3), "baseline": baseline,
+                     "vs_baseline": round(median / medians[baseline], 3),
                      "kept": round(sum(arm.widths) / moe.num_experts / moe.moe_intermediate_size, 3),
                      "kept_routed": round(todo.routed_width / moe.moe_intermediate_size, 3),
                      "experts_hit": round(todo.experts, 1), "floor_us": round(1e6 * todo.floor(peaks), 2),
@@ -161,7 +162,7 @@ def measure(arms: list[Arm], moe: MoEShape, batches: list[Batch], peaks: Peaks, 
 def show(shape: str, rows: list[dict]) -> None:
     print(f"\n{shape}, {rows[0]['tokens']} tokens, {rows[0]['experts_hit']:.0f} experts hit")
     for row in rows:
-        print(f"  {row['arm']:<36} {row['microseconds']:>10.1f} us  x{row['vs_tuned']:<6} kept {row['kept']:.2f} "
+        print(f"  {row['arm']:<36} {row['microseconds']:>10.1f} us  x{row['vs_baseline']:<6} kept {row['kept']:.2f} "
               f"(routed {row['kept_routed']:.2f})  {row['roofline']:>4.0%} of roofline  {row['tflops']:>6.1f} TFLOP/s  "
               f"spread {row['spread']:.0%}", flush=True)
 
@@ -176,11 +177,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=51)
     parser.add_argument("--tune-seconds", type=float, default=6, help="per arm and token count; 0: tune nothing")
     parser.add_argument("--configs", type=Path, default=Path("build/tile_configs"), help="tuned tiles of both sides")
-    parser.add_argument("--quick", action="store_true", help="four token counts, less tuning")
+    parser.add_argument("--quick", action="store_true", help="two shapes, four token counts, less tuning")
     parser.add_argument("--csv", type=Path, help="append the rows here")
     args = parser.parse_args()
     if args.quick:
         args.tokens, args.tune_seconds, args.rounds = QUICK_TOKENS, min(args.tune_seconds, 1.5), 21
+        args.shape = args.shape[:2]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("torch sees no GPU; for a look without one set TRITON_INTERPRET=1 and pass --shape tiny")

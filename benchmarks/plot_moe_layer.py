@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Curves of `benchmarks.moe_layer`: time against tuned vLLM over the token count, a panel per model.
+"""Curves of `benchmarks.moe_layer`: time against the baseline over the token count, a panel per model.
+
+Rows of the device, dtype and baseline of the last one.
 
     python -m benchmarks.plot_moe_layer benchmarks/results/moe_layer.csv -o moe_layer.png
 """
@@ -13,10 +15,12 @@ from matplotlib.figure import Figure
 
 
 def curves(rows: list[dict[str, str]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Shape to arm to (tokens, vs_tuned), later rows replacing earlier ones of the same arm and token count."""
+    """Shape to arm to (tokens, vs_baseline), later rows replacing earlier ones of the same arm and token count."""
     found: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
-        found.setdefault(row["shape"], {}).setdefault(row["arm"], {})[int(row["tokens"])] = float(row["vs_tuned"])
+        if any(row[key] != rows[-1][key] for key in ("device", "dtype", "baseline")):
+            continue
+        found.setdefault(row["shape"], {}).setdefault(row["arm"], {})[int(row["tokens"])] = float(row["vs_baseline"])
     return {shape: {arm: sorted(points.items()) for arm, points in arms.items()} for shape, arms in found.items()}
 
 
@@ -29,7 +33,7 @@ def plot(rows: list[dict[str, str]], output: Path) -> None:
         for arm, points in arms.items():
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=arm,
                       linestyle="-" if arm.startswith("heapr") else "--")
-        axis.set(title=shape, xlabel="tokens", ylabel="time / tuned vLLM", xscale="log", ylim=(0, None))
+        axis.set(title=shape, xlabel="tokens", ylabel=f"time / {rows[-1]['baseline']}", xscale="log", ylim=(0, None))
         axis.axhline(1, color="grey", linewidth=0.5)
     axes[0].legend(fontsize=6)
     figure.suptitle(f"{rows[-1]['device']}, {rows[-1]['date']}, {rows[-1]['versions']}", fontsize=7)

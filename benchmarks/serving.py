@@ -2,13 +2,13 @@
 """Served tokens/s of a dense model in stock vLLM and of its pruned version with the plugin.
 
     python -m benchmarks.serving --model Qwen3-30B-A3B --sparsity 0.25 --csv benchmarks/results/serving.csv
-    python -m benchmarks.serving --model Qwen3-30B-A3B --offline -- --max-num-batched-tokens 8192
+    python -m benchmarks.serving --model Qwen3-30B-A3B --offline --rounds 2
     python -m benchmarks.serving --dense serving_examples/tiny_qwen3_moe --pruned build/demo/pruned --workload chat
 
-`--model` makes both from the published sizes with random weights. By default two `vllm serve` processes share the
-device and are asked in turn by `vllm bench serve`, so that a slow moment hits both; `--one-at-a-time` starts each for
-its own rounds, for models of which only one fits. `--offline` runs `vllm bench throughput` alternately. CUDA graphs and
-every other engine setting stay at vLLM's defaults, equal on both sides, unless set after `--`.
+`--model` makes both from the published sizes with random weights. On a GPU each `vllm serve` has the device to itself
+for its rounds of `vllm bench serve`; on a CPU, or with `--together`, both run at once and are asked in turn, so that a
+slow moment hits both. `--offline` runs `vllm bench throughput` alternately. CUDA graphs and every other engine setting
+stay at vLLM's defaults, equal on both sides, unless set after `--`.
 """
 
 import argparse
@@ -17,6 +17,8 @@ import statistics
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from benchmarks.random_models import CONFIGS, write_dense, write_pruned
 from benchmarks.rows import append_csv
@@ -111,7 +113,8 @@ def main() -> None:
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=["decode", "prefill"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--offline", action="store_true", help="vllm bench throughput instead of vllm serve")
-    parser.add_argument("--one-at-a-time", action="store_true", help="never both servers at once")
+    parser.add_argument("--together", action=argparse.BooleanOptionalAction, default=not torch.cuda.is_available(),
+                        help="both servers at once")
     parser.add_argument("--csv", type=Path, help="append the rows here")
     parser.add_argument("--work", type=Path, default=Path("build/serving"), help="models and logs")
     parser.add_argument("options", nargs="*", help="further vLLM options for both, after --")
@@ -129,7 +132,7 @@ def main() -> None:
     if args.offline:
         speeds = measure_offline(arms, workloads, args.rounds, options, args.work)
     else:
-        speeds = measure_served(arms, workloads, args.rounds, options, args.work, together=not args.one_at_a_time)
+        speeds = measure_served(arms, workloads, args.rounds, options, args.work, args.together)
     rows = table(f"{args.model} {args.sparsity:.0%}" if args.model else args.pruned.name, workloads, speeds, args.work)
     for row in rows:
         print(f"{row['model']}, {row['workload']} ({row['input_len']} in, {row['output_len']} out, "

@@ -4,10 +4,11 @@
 import json
 import multiprocessing
 import os
+import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,11 +16,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from triton.errors import TritonError
 
 from heapr_vllm.atomic import atomic_file
 from heapr_vllm.model_executor.synthetic import Batch, MoEShape, random_batch
-from heapr_vllm.model_executor.timing import stopwatch
-from heapr_vllm.model_executor.tune import median_seconds
+from heapr_vllm.model_executor.tune import MAX_CANDIDATES, try_stopwatch
 
 Config = dict[str, int]
 
@@ -112,10 +113,14 @@ def using(config: Config | None) -> Iterator[None]:
     if config is None:
         yield
         return
-    from vllm.model_executor.layers.fused_moe import override_config
+    from vllm.model_executor.layers import fused_moe
 
-    with override_config(config):
+    previous = fused_moe.get_config()
+    fused_moe._config = config
+    try:
         yield
+    finally:  # vLLM's own override_config keeps the config after an error
+        fused_moe._config = previous
 
 
 def tuned_config(layer: UniformLayer, batches: list[Batch], folder: Path, seconds: float) -> Config:
@@ -124,6 +129,7 @@ def tuned_config(layer: UniformLayer, batches: list[Batch], folder: Path, second
     Candidates start with what vLLM ships, so the result is never slower than that.
     """
     path = folder / (f"vllm,E={layer.moe.num_experts},N={layer.width},H={layer.moe.hidden_size},"
+                     f"dtype={str(layer.w1[0].dtype).removeprefix('torch.')},"
                      f"device={torch.cuda.get_device_name().replace(' ', '_')}.json")
     known = json.loads(path.read_text()) if path.is_file() else {}
     key = str(len(batches[0].x))
@@ -141,14 +147,11 @@ def _search(layer: UniformLayer, batches: list[Batch], deadline: float) -> Confi
     for config in [shipped, *candidates(layer, len(batches[0].x))]:
         if time.monotonic() > deadline:
             break
-        try:
-            with using(config):
-                run = stopwatch([lambda i=i, b=b: layer.vllm(b, i) for i, b in enumerate(batches)], device)
-                if run() > 1.5 * best_seconds:
-                    continue
-                seconds = median_seconds([lambda i=i, b=b: layer.vllm(b, i) for i, b in enumerate(batches)], device, 7)
-        except RuntimeError:  # more shared memory than there is
+        with using(config):
+            run = try_stopwatch([lambda i=i, b=b: layer.vllm(b, i) for i, b in enumerate(batches)], device)
+        if run is None or run() > 1.5 * best_seconds:
             continue
+        seconds = statistics.median(run() for _ in range(7))
         if seconds < best_seconds:
             best, best_seconds = config, seconds
     return best
@@ -172,13 +175,13 @@ def candidates(layer: UniformLayer, num_tokens: int) -> list[Config]:
         for group in ((1, 16) if routes > m else (1,))
         if m * n <= 128 * 32 * warps and stages * k * (m + n) * 2 <= 227 * 1024 and (warps == 4 or m * n >= 64 * 128)]
     shipped = shipped_config(layer, num_tokens)
-    return sorted(found, key=lambda config: sum(config[key] != shipped.get(key) for key in config))
+    return sorted(found, key=lambda config: sum(config[key] != shipped.get(key) for key in config))[:MAX_CANDIDATES]
 
 
 def compile_all(work: list[tuple[UniformLayer, int]]) -> None:
     """Compiles the candidates for these layers and token counts in parallel; Triton's cache then has them."""
-    jobs = {(layer.moe, layer.width, tuple(config.items())): None for layer, tokens in work
-            for config in candidates(layer, tokens)}
+    jobs = {(layer.moe.top_k, layer.w1[0].dtype, tuple(config.items())): None for layer, tokens in work
+            for config in candidates(layer, tokens)}  # sizes are no constants of vLLM's kernel
     if not jobs:
         return
     context = multiprocessing.get_context("spawn")
@@ -187,14 +190,11 @@ def compile_all(work: list[tuple[UniformLayer, int]]) -> None:
                   desc="compiling vLLM's kernel", disable=None))
 
 
-def _compile(moe: MoEShape, width: int, config: tuple[tuple[str, int], ...]) -> None:
-    """Runs one configuration with and without alignment on few experts."""
+def _compile(top_k: int, dtype: torch.dtype, config: tuple[tuple[str, int], ...]) -> None:
+    """Runs one configuration with and without alignment on a small layer."""
     device = torch.device("cuda")
-    few = moe._replace(num_experts=4 * moe.top_k)
-    layer = UniformLayer.build(few, width, torch.bfloat16, device, copies=1)
+    few = MoEShape(4 * top_k, top_k, 512, 256)
+    layer = UniformLayer.build(few, few.moe_intermediate_size, dtype, device, copies=1)
     for tokens in (1, 64):
-        try:
-            with using(dict(config)):
-                layer.vllm(random_batch(tokens, few, torch.bfloat16, device))
-        except RuntimeError:
-            return
+        with using(dict(config)), suppress(TritonError, RuntimeError):
+            layer.vllm(random_batch(tokens, few, dtype, device))

@@ -186,9 +186,14 @@ class Checkpoint:
         return torch.Size(shape).numel() * _ITEM_SIZE[dtype]
 
     def export_bytes(self, routed_only: bool = False) -> int:
-        """Size of all weights, or of the routed experts', as `heapr export` would write them unpruned."""
-        return sum(self.tensor_bytes(name) * (2 if dtype == "F8_E4M3" else 1) for name, (dtype, _) in
-                   self.headers.items() if not self.is_scale(name) and (ExpertTensor.parse(name) or not routed_only))
+        """Size of all weights, or of those that can be pruned, as `heapr export` would write them unpruned."""
+        total = 0
+        for name, (dtype, _) in self.headers.items():
+            where = ExpertTensor.parse(name)
+            is_pruned = where is not None and not self._is_draft(where.prefix)
+            if not self.is_scale(name) and (is_pruned or not routed_only):
+                total += self.tensor_bytes(name) * (2 if dtype == "F8_E4M3" else 1)
+        return total
 
     def fingerprint(self) -> str:
         """sha256 over all tensor names, dtypes and shapes and over the router weights.

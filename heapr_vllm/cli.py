@@ -28,6 +28,8 @@ def run_calibrate(args: argparse.Namespace) -> None:
         sizes = plan(settings, args.device)
         print("\n".join(f"{name.replace('_', ' '):<30} {_human(name, value)}" for name, value in sizes.items()))
         return
+    if args.output is None:
+        raise HeaprError("say where the result goes with -o CALIB (only --dry-run writes nothing)")
     with joined_processes() as processes:
         moments = calibrate(settings, args.output, device=args.device, checkpoint_every=args.checkpoint_every,
                             resume=args.resume, overwrite=args.overwrite, processes=processes)
@@ -77,8 +79,8 @@ def run_export(args: argparse.Namespace) -> None:
     repair = None
     if args.repair:
         repair = RepairSettings(args.repair, args.repair_dataset, args.repair_samples, args.repair_memory, args.device)
-    elif args.repair_dataset or args.repair_samples:
-        raise HeaprError("--repair-dataset and --repair-samples belong to --repair least-squares; add it")
+    elif args.repair_dataset or args.repair_samples or args.device != "cpu":
+        raise HeaprError("--repair-dataset, --repair-samples and --device belong to --repair least-squares; add it")
     export_checkpoint(args.masks, args.output, model=args.model, layout=args.layout, overwrite=args.overwrite,
                       verify=not args.no_verify, repair=repair)
     if repair:
@@ -106,8 +108,15 @@ def run_tune(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     jobs = (jobs_of_model(args.model, dtype, args.tensor_parallel_size) if args.model else
             jobs_of_shapes(args.shape, args.sparsity, dtype or torch.bfloat16, args.tensor_parallel_size))
-    written = tune(jobs, args.tokens, args.output or user_folder(), args.time_budget, overwrite=args.overwrite)
-    print("\n".join(f"wrote {path}" for path in written) or "everything was tuned already; --overwrite tunes it again")
+    written, missing = tune(jobs, args.tokens, args.output or user_folder(), args.time_budget,
+                            overwrite=args.overwrite)
+    for path in written:
+        print(f"wrote {path}")
+    if missing:
+        print(f"no time was left for {missing} token counts; the same command continues, or take a longer "
+              "--time-budget")
+    elif not written:
+        print("everything was tuned already; --overwrite tunes it again")
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -144,7 +153,8 @@ def build_parser() -> argparse.ArgumentParser:
                        "heapr calibrate Qwen/Qwen3-30B-A3B --dataset 'wikitext[wikitext-2-raw-v1](train)' -o calib")
     command.add_argument("model", metavar="MODEL", help="checkpoint directory or Hub id")
     _dataset(command)
-    _output(command, "CALIB").add_argument("--resume", action="store_true", help="continue a run that was killed")
+    output = _output(command, "CALIB", required=False)
+    output.add_argument("--resume", action="store_true", help="continue a run that was killed")
     command.add_argument("--num-calibration-samples", type=_positive, default=128, metavar="N")
     command.add_argument("--max-seq-length", type=_positive, default=2048, metavar="L")
     command.add_argument("--batch-size", type=_positive, default=1, metavar="B",
@@ -179,7 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--ratios", nargs="+", type=float, metavar="R", help="default: 0.1 0.2 0.25 0.4 0.5")
     _selection_options(command)
     command.add_argument("--json", action="store_true")
-    command.add_argument("--plot", type=Path, metavar="PNG", help="predicted loss over both reductions")
+    command.add_argument("--plot", type=_png, metavar="PNG", help="predicted loss over both reductions")
 
     command = _command(commands, "export", run_export, "masks to a checkpoint, shard by shard",
                        "heapr export masks -o pruned && vllm serve pruned")
@@ -202,7 +212,7 @@ def build_parser() -> argparse.ArgumentParser:
                        "heapr inspect masks --plot widths.png")
     command.add_argument("directory", type=Path, metavar="DIR", help="masks repository or exported checkpoint")
     command.add_argument("--json", action="store_true")
-    command.add_argument("--plot", type=Path, metavar="PNG",
+    command.add_argument("--plot", type=_png, metavar="PNG",
                          help="heat map of kept widths, and the frontier of predicted loss")
 
     command = _command(commands, "eval", run_eval, "perplexity and tasks of several models in one table",
@@ -232,7 +242,8 @@ def build_parser() -> argparse.ArgumentParser:
                          default=[2**power for power in range(14)], help="token counts per step")
     command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the model's")
     command.add_argument("--tensor-parallel-size", type=_positive, default=1, metavar="N")
-    command.add_argument("--time-budget", type=_duration, default=600.0, metavar="TIME", help="such as 90s, 10m or 1h")
+    command.add_argument("--time-budget", type=_duration, default=600.0, metavar="TIME",
+                         help="for timing, after compiling; such as 90s, 10m or 1h")
     command.add_argument("-o", "--output", type=Path, metavar="FOLDER",
                          help="where the plugin looks as well: HEAPR_CONFIG_FOLDER, or the user's cache (default)")
     command.add_argument("--overwrite", action="store_true", help="tune again what is tuned")
@@ -247,9 +258,10 @@ def _command(commands, name: str, run, summary: str, example: str) -> argparse.A
     return command
 
 
-def _output(command: argparse.ArgumentParser, metavar: str) -> argparse._MutuallyExclusiveGroup:
+def _output(command: argparse.ArgumentParser, metavar: str,
+            required: bool = True) -> argparse._MutuallyExclusiveGroup:
     """Adds --output and --overwrite; the returned group holds what excludes --overwrite."""
-    command.add_argument("-o", "--output", type=Path, required=True, metavar=metavar)
+    command.add_argument("-o", "--output", type=Path, required=required, metavar=metavar)
     group = command.add_mutually_exclusive_group()
     group.add_argument("--overwrite", action="store_true", help="replace what heapr wrote there before")
     return group
@@ -304,6 +316,12 @@ def _not_negative(text: str) -> int:
     return value
 
 
+def _png(text: str) -> Path:
+    if Path(text).suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text} is not a .png, .pdf or .svg file")
+    return Path(text)
+
+
 def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
@@ -337,6 +355,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"heapr: error: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("heapr: interrupted; --resume continues a calibration", file=sys.stderr)
+        hint = "; --resume continues" if args.run is run_calibrate else ""
+        print(f"heapr: interrupted{hint}", file=sys.stderr)
         return 130
     return 0

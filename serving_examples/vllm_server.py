@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-START_SECONDS = 300
+START_SECONDS = 1200
 DEFAULT_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without it a CPU engine wants most of the memory
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # by default idle connections drop after 5 s, under the benchmark client

@@ -201,10 +201,26 @@ def test_resume_does_not_write_into_other_folders(qwen3: Path, corpus: Path, tmp
           "already exists", capsys, tmp_path)
 
 
-def test_device_that_is_not_there(qwen3: Path, corpus: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    fails(["calibrate", str(qwen3), "--dataset", str(corpus), "-o", str(tmp_path / "c"), "--device", "cuda"],
-          "sees no GPU; use --device cpu", capsys, tmp_path)
+@pytest.mark.parametrize(("device", "message"), [
+    ("cuda", "sees 0 GPUs; use --device cpu"), ("cuda:9", "sees 0 GPUs"), ("gpu", "is not cpu, cuda or cuda:N"),
+    ("meta", "is not cpu, cuda or cuda:N"),
+])
+def test_device_that_is_not_there(device: str, message: str, qwen3: Path, corpus: Path, tmp_path: Path, capsys,
+                                  monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    fails(["calibrate", str(qwen3), "--dataset", str(corpus), "-o", str(tmp_path / "c"), "--device", device],
+          message, capsys, tmp_path)
+
+
+def test_dry_run_needs_no_output(qwen3: Path, corpus: Path, tmp_path: Path, capsys) -> None:
+    assert main(["calibrate", str(qwen3), "--dataset", str(corpus), "--dry-run"]) == 0
+    fails(["calibrate", str(qwen3), "--dataset", str(corpus)], "with -o CALIB", capsys, tmp_path)
+
+
+def test_pictures_have_a_known_format(capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["inspect", "masks", "--plot", "widths.xyz"])
+    assert "is not a .png" in capsys.readouterr().err
 
 
 def test_broken_config_json(qwen3: Path, corpus: Path, tmp_path: Path, capsys) -> None:

@@ -53,7 +53,7 @@ def test_rows_and_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
     plot_moe_layer.plot(rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     arms = plot_moe_layer.curves(rows)["tiny"]
-    assert [tokens for tokens, _ in arms["vllm"]] == [1, 5] and arms["vllm"][0][1] == float(rows[-3]["vs_tuned"])
+    assert [tokens for tokens, _ in arms["vllm"]] == [1, 5] and arms["vllm"][0][1] == float(rows[-3]["vs_baseline"])
 
 
 def test_without_opponents_ours_still_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -21,6 +21,7 @@ import torch
 
 from heapr_vllm.model_executor.layout import TRITON_UNIT
 
+FORMAT_VERSION = 1
 PACKAGED_FOLDER = Path(__file__).parent / "tile_configs"
 MAX_RATIO = 1.6  # a tuned profile serves shapes whose number of experts times mean width differ by less than this
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures loggers below its own name only
@@ -101,10 +102,10 @@ def choose_config(shape: LayerShape, num_tokens: int) -> TileConfig:
 def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = None) -> TileConfig:
     """Tiles by routes per expert, for shapes without a tuned configuration.
 
-    Ampere's registers hold smaller tiles than Hopper's; fp32 is there to be right, not fast. `hopper` defaults to the
-    GPU at hand.
+    Smaller GPUs than Hopper get smaller tiles; fp32 is there to be right, not fast. `hopper` defaults to whether the
+    GPU at hand has as much shared memory.
     """
-    hopper = _is_hopper() if hopper is None else hopper
+    hopper = _has_hoppers_memory() if hopper is None else hopper
     routes = num_tokens * shape.top_k / max(shape.num_experts, 1)
     if shape.dtype.itemsize > 2:
         config = TileConfig(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2))
@@ -148,9 +149,13 @@ def _tuned(shape: LayerShape, device: str) -> dict[int, TileConfig]:
         _announce(f"default tiles, none are tuned for hidden size {shape.hidden_size}, top-{shape.top_k} and these "
                   f"widths on {device}; `heapr tune` finds faster ones")
         return {}
-    configs = {int(tokens): TileConfig.from_dict(entry) for tokens, entry in profile["tokens"].items()}
-    for config in configs.values():
-        config.check(shape.hidden_size)
+    try:
+        configs = {int(tokens): TileConfig.from_dict(entry) for tokens, entry in profile["tokens"].items()}
+        for config in configs.values():
+            config.check(shape.hidden_size)
+    except (KeyError, TypeError, ValueError) as error:
+        _announce(f"default tiles, {path} is damaged ({type(error).__name__}: {error}); run `heapr tune` again")
+        return {}
     _announce(f"tiles tuned on {device}, from {path}")
     return configs
 
@@ -159,9 +164,18 @@ def _profiles(shape: LayerShape, device: str) -> Iterator[tuple[Path, dict[str, 
     for folder in (user_folder(), PACKAGED_FOLDER):
         path = folder / shape.file_name(device)
         if path.is_file():
-            for profile in json.loads(path.read_text())["profiles"]:
+            for profile in read_profiles(path):
                 if profile["tokens"]:
                     yield path, profile
+
+
+def read_profiles(path: Path) -> list[dict[str, Any]]:
+    """Profiles of a tuned file; none if it is missing, damaged or of another format."""
+    try:
+        content = json.loads(path.read_text())
+        return content["profiles"] if content["format_version"] == FORMAT_VERSION else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 @cache
@@ -171,8 +185,10 @@ def _announce(message: str) -> None:
 
 
 @cache
-def _is_hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+def _has_hoppers_memory() -> bool:
+    if not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_properties().shared_memory_per_block_optin >= 224 * 1024
 
 
 def profile_entry(shape: LayerShape) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def _vllm_align() -> Callable | None:
         from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
     except ImportError:
         return None
-    return moe_align_block_size
+    return moe_align_block_size if hasattr(torch.ops._moe_C, "moe_align_block_size") else None
 
 
 def max_blocks(num_routes: int, num_slots: int, block_m: int) -> int:

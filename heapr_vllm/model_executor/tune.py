@@ -8,30 +8,34 @@ pair of every block size is then timed as a whole layer. Results go to JSON afte
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from tqdm import tqdm
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from heapr_vllm.atomic import atomic_file
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.model_executor.synthetic import Batch, MoEShape, SyntheticLayer, random_batch
 from heapr_vllm.model_executor.tile_config import (
+    FORMAT_VERSION,
     LayerShape,
     Tile,
     TileConfig,
     default_config,
     device_name,
     profile_entry,
+    read_profiles,
     token_entry,
 )
 from heapr_vllm.model_executor.timing import stopwatch
@@ -47,16 +51,17 @@ from heapr_vllm.model_executor.tuning_jobs import Job
 BLOCK_MS = (16, 32, 64, 128)
 SHARED_MEMORY = 227 * 1024  # bytes per block on Hopper; smaller GPUs refuse at launch
 MAX_ACCUMULATORS = 128  # fp32 values per thread, half of the registers
+MAX_CANDIDATES = 40  # per GEMM and block size
 HOPELESS = 1.5  # a tile this much slower than the best at first sight is not timed again
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 def tune(jobs: Sequence[Job], tokens: Sequence[int], folder: Path, time_budget: float, *,
-         overwrite: bool = False) -> list[Path]:
-    """Tunes every job for every token count within `time_budget` seconds and returns the files written.
+         overwrite: bool = False) -> tuple[list[Path], int]:
+    """Tunes every job for every token count; returns the files written and the token counts there was no time for.
 
-    What a file holds already is kept, unless `overwrite`: an interrupted run goes on where it was. A token count for
-    which no time is left is not written. Raises HeaprError without a GPU, unless Triton interprets.
+    `time_budget`: seconds of timing, after all candidates have been compiled. What a file holds already is kept, unless
+    `overwrite`: an interrupted run goes on where it was. Raises HeaprError without a GPU, unless Triton interprets.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -64,9 +69,9 @@ def tune(jobs: Sequence[Job], tokens: Sequence[int], folder: Path, time_budget: 
                          "without one, set TRITON_INTERPRET=1")
     work = [(job, folder / job.shape.file_name(device_name()), count) for job in jobs for count in tokens]
     work = [(job, path, count) for job, path, count in work if overwrite or not _is_done(path, job.shape, count)]
-    deadline = time.monotonic() + time_budget
     if work and device.type == "cuda":
         _compile_all([(job, count) for job, _, count in work])
+    deadline = time.monotonic() + time_budget
     built_for: Job | None = None
     layer: SyntheticLayer | None = None
     written: dict[Path, None] = {}
@@ -74,8 +79,7 @@ def tune(jobs: Sequence[Job], tokens: Sequence[int], folder: Path, time_budget: 
     for number, (job, path, count) in enumerate(progress):
         share = (deadline - time.monotonic()) / (len(work) - number)
         if share <= 0:
-            tqdm.write(f"time budget spent with {len(work) - number} token counts to go; run again to continue")
-            break
+            return list(written), len(work) - number
         if built_for is not job:
             layer = None  # frees the last one's weights first
             layer, built_for = SyntheticLayer.build(job.moe, list(job.widths), job.dtype, device, copies=2), job
@@ -83,7 +87,7 @@ def tune(jobs: Sequence[Job], tokens: Sequence[int], folder: Path, time_budget: 
         progress.set_postfix_str(f"{count} tokens: {1e6 * seconds:.1f} us, block_m {config.block_m}")
         _record(path, job.shape, count, config, seconds)
         written[path] = None
-    return list(written)
+    return list(written), 0
 
 
 def fastest(layer: SyntheticLayer, num_tokens: int, deadline: float) -> tuple[TileConfig, float]:
@@ -100,12 +104,15 @@ def fastest(layer: SyntheticLayer, num_tokens: int, deadline: float) -> tuple[Ti
                 for i, batch in enumerate(batches)]
 
     best, best_seconds = default, median_seconds(layer_calls(default), outputs.device)
-    for block_m in block_sizes(layer.shape, num_tokens):
-        if time.monotonic() > deadline:
-            break
-        up_calls, down_calls = _gemm_calls(layer, batches, block_m)
-        tiles = [_fastest_tile(calls, candidates(kind, layer.shape, block_m, num_tokens), deadline, outputs.device)
-                 for kind, calls in (("up", up_calls), ("down", down_calls))]
+    sizes = sorted(block_sizes(layer.shape, num_tokens), key=lambda size: abs(math.log2(size / default.block_m)))
+    for number, block_m in enumerate(sizes):
+        remaining = 2 * (len(sizes) - number)  # searches still to come share the time
+        tiles = []
+        for kind, calls in zip(("up", "down"), _gemm_calls(layer, batches, block_m), strict=True):
+            until = time.monotonic() + (deadline - time.monotonic()) / remaining
+            tiles.append(_fastest_tile(calls, candidates(kind, layer.shape, block_m, num_tokens), until,
+                                       outputs.device))
+            remaining -= 1
         if None in tiles:
             continue
         config = TileConfig(block_m, *tiles)
@@ -134,7 +141,7 @@ def block_sizes(shape: LayerShape, num_tokens: int) -> list[int]:
     routes = num_tokens * shape.top_k / shape.num_experts
     if use_one_route_blocks(num_tokens, shape.top_k, shape.num_experts):
         return [16]
-    return [block for block in BLOCK_MS if routes / 8 <= block <= max(16, 4 * routes)]
+    return [block for block in BLOCK_MS if min(routes / 8, BLOCK_MS[-1]) <= block <= max(16, 4 * routes)]
 
 
 def candidates(kind: str, shape: LayerShape, block_m: int, num_tokens: int) -> list[Tile]:
@@ -156,7 +163,7 @@ def candidates(kind: str, shape: LayerShape, block_m: int, num_tokens: int) -> l
                         found += [Tile(block_n, block_k, num_warps, num_stages, group) for group in group_sizes]
     default = getattr(default_config(num_tokens, shape), kind)
     return sorted(found, key=lambda tile: sum(a != b for a, b in zip(tile.meta().items(), default.meta().items(),
-                                                                     strict=True)))
+                                                                     strict=True)))[:MAX_CANDIDATES]
 
 
 def _gemm_calls(layer: SyntheticLayer, batches: list[Batch], block_m: int) -> tuple[Callable, Callable]:
@@ -177,11 +184,10 @@ def _fastest_tile(calls: Callable[[Tile], list[Callable]], tiles: list[Tile], de
                   device: torch.device) -> Tile | None:
     best, best_seconds = None, float("inf")
     for tile in tiles:
-        if time.monotonic() > deadline and best is not None:
+        if time.monotonic() > deadline:
             break
-        try:
-            run = stopwatch(calls(tile), device)
-        except OutOfResources:
+        run = try_stopwatch(calls(tile), device)
+        if run is None:
             continue
         seconds = run()
         if seconds < HOPELESS * best_seconds and device.type == "cuda":
@@ -189,6 +195,16 @@ def _fastest_tile(calls: Callable[[Tile], list[Callable]], tiles: list[Tile], de
         if seconds < best_seconds:
             best, best_seconds = tile, seconds
     return best
+
+
+def try_stopwatch(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], float] | None:
+    """`stopwatch`, or None for tiles that do not compile or want more than the GPU has. Broken kernels still raise."""
+    try:
+        return stopwatch(calls, device)
+    except (TritonError, RuntimeError) as error:
+        if "CUDA error" in str(error):
+            raise
+        return None
 
 
 def _compile_all(work: list[tuple[Job, int]]) -> None:
@@ -211,14 +227,8 @@ def _compile(hidden_size: int, top_k: int, dtype: torch.dtype, one_route: bool, 
     moe = MoEShape(4 * top_k if one_route else top_k, top_k, hidden_size, 64)
     layer = SyntheticLayer.build(moe, [64] * moe.num_experts, dtype, device)
     up_calls, down_calls = _gemm_calls(layer, [random_batch(1, moe, dtype, device)], block_m)
-    try:
+    with suppress(TritonError, RuntimeError):
         (up_calls if kind == "up" else down_calls)(tile)[0]()
-    except OutOfResources:
-        return
-
-
-def _profiles(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text())["profiles"] if path.is_file() else []
 
 
 def _find(profiles: list[dict[str, Any]], shape: LayerShape) -> Iterator[dict[str, Any]]:
@@ -228,17 +238,18 @@ def _find(profiles: list[dict[str, Any]], shape: LayerShape) -> Iterator[dict[st
 
 
 def _is_done(path: Path, shape: LayerShape, num_tokens: int) -> bool:
-    return any(str(num_tokens) in profile["tokens"] for profile in _find(_profiles(path), shape))
+    return any(str(num_tokens) in profile["tokens"] for profile in _find(read_profiles(path), shape))
 
 
 def _record(path: Path, shape: LayerShape, num_tokens: int, config: TileConfig, seconds: float) -> None:
     """Adds one result to the file, atomically."""
-    profiles = _profiles(path)
+    profiles = read_profiles(path)
     profile = next(_find(profiles, shape), None)
     if profile is None:
         profiles.append(profile := profile_entry(shape))
     profile["tokens"][str(num_tokens)] = token_entry(config, 1e6 * seconds)
     profile["tokens"] = dict(sorted(profile["tokens"].items(), key=lambda entry: int(entry[0])))
-    content = {"format_version": 1, "device": device_name(), "triton": triton.__version__, "profiles": profiles}
+    content = {"format_version": FORMAT_VERSION, "device": device_name(), "triton": triton.__version__,
+               "profiles": profiles}
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_file(path, lambda target: target.write_text(json.dumps(content, indent=2) + "\n"))

@@ -106,7 +106,7 @@ def calibrate(settings: CalibrationSettings, output: Path, *, device: str = "cpu
     if not (resume and any((output / name).is_file() for name in (PARTIAL_FILE, MOMENTS_FILE, CALIBRATION_FILE))):
         check_output(output, overwrite)
     device = processes.device(device)
-    check_device(device)
+    check_device(device, allow_auto=True)
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
     checkpoint.check_unquantized(allow_fp8=True)
     checkpoint.expert_shapes()
@@ -184,7 +184,7 @@ def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
 
     With `settings.stream` also the peak memory; the text is read for it, since it counts too.
     """
-    check_device(device)
+    check_device(device, allow_auto=True)
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
     checkpoint.check_unquantized(allow_fp8=True)
     shapes = checkpoint.expert_shapes()

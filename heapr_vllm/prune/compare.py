@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from heapr_vllm.checkpoint import Checkpoint
 from heapr_vllm.config import MASKS_FILE
-from heapr_vllm.errors import HeaprError
+from heapr_vllm.errors import HeaprError, first_line
 from heapr_vllm.masks import NeuronMasks
 from heapr_vllm.prune.data import checkpoint_blocks, fingerprint
 from heapr_vllm.prune.evaluate import counted_routes, perplexity
@@ -80,7 +80,10 @@ def run_tasks(model: PreTrainedModel, checkpoint: Checkpoint,
     lm_eval = _lm_eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
     harness = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)
-    results = lm_eval.simple_evaluate(model=harness, tasks=list(settings.tasks))["results"]
+    try:
+        results = lm_eval.simple_evaluate(model=harness, tasks=list(settings.tasks))["results"]
+    except (KeyError, ValueError) as error:
+        raise HeaprError(f"lm-eval cannot run {', '.join(settings.tasks)}: {first_line(error)}") from error
     return {task: {name.removesuffix(",none"): value for name, value in metrics.items() if isinstance(value, float)}
             for task, metrics in results.items()}
 

@@ -41,9 +41,12 @@ def _read_jsonl(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                yield json.loads(line)["text"]
+                text = json.loads(line)["text"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise HeaprError(f"{path}:{number} is not a JSON object with a `text` field") from error
+            if not isinstance(text, str):
+                raise HeaprError(f"{path}:{number} has a `text` field that is no string")
+            yield text
 
 
 def _read_hub_dataset(spec: str) -> list[str]:

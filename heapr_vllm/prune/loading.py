@@ -12,10 +12,19 @@ from heapr_vllm.prune.modeling_deepseek import register_deepseek_model
 from heapr_vllm.prune.weights import load_dequantized
 
 
-def check_device(device: str) -> None:
-    """Raises HeaprError if `device` is a GPU that torch does not see."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise HeaprError(f"--device {device}: this torch ({torch.__version__}) sees no GPU; use --device cpu")
+def check_device(device: str, allow_auto: bool = False) -> None:
+    """Raises HeaprError if torch does not have `device`: cpu, cuda, cuda:N, or "auto" where it is allowed."""
+    if device == "auto" and allow_auto:
+        return
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise HeaprError(f"--device {device} is not cpu, cuda or cuda:N")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise HeaprError(f"--device {device}: this torch ({torch.__version__}) sees {torch.cuda.device_count()} GPUs; "
+                         "use --device cpu")
 
 
 def load_model(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:

@@ -27,7 +27,7 @@ def opened(checkpoint: Checkpoint, dtype: str, device: str) -> Iterator[tuple[Pr
     """
     quantization = checkpoint.config.get("quantization_config")
     if quantization is None or quantization.get("quant_method") != "heapr":
-        checkpoint.check_unquantized()
+        checkpoint.check_unquantized(allow_fp8=True)
         yield load_model(checkpoint, dtype, device), None
         return
     block = PruningConfig.from_dict(quantization)
@@ -61,7 +61,7 @@ def load_compact(checkpoint: Checkpoint, masks: NeuronMasks, dtype: str) -> PreT
 def _expand(name: str, tensor: torch.Tensor, masks: NeuronMasks) -> torch.Tensor:
     """Inverse of the compact layout: kept rows or columns at their places, zeros elsewhere."""
     where = ExpertTensor.parse(name)
-    if where is None:
+    if where is None or where.prefix not in masks.keep:
         return tensor
     keep = masks.keep[where.prefix][where.expert]
     if where.shard == "w2":

@@ -41,7 +41,7 @@ def write(folder: Path, **profiles: dict[str, TileConfig]) -> None:
     content = [{**profile_entry(replace(SHAPE, mean_width=int(name[1:]))),
                 "tokens": {tokens: token_entry(config, 1.0) for tokens, config in configs.items()}}
                for name, configs in profiles.items()]
-    (folder / SHAPE.file_name("H200")).write_text(json.dumps({"profiles": content}))
+    (folder / SHAPE.file_name("H200")).write_text(json.dumps({"format_version": 1, "profiles": content}))
 
 
 def test_the_nearest_token_count_and_profile_win(folder: Path) -> None:
@@ -70,6 +70,15 @@ def test_one_line_names_the_choice(folder: Path, caplog: pytest.LogCaptureFixtur
         write(folder, w576={"1": LARGE})
         choose_config(SHAPE, 8)
     assert str(folder) in caplog.messages[1] and len(caplog.messages) == 2
+
+
+@pytest.mark.parametrize("content", [
+    "{", json.dumps({"profiles": 7}), json.dumps({"format_version": 2, "profiles": []}),
+    json.dumps({"format_version": 1, "profiles": [profile_entry(SHAPE) | {"tokens": {"1": {"block_m": 16}}}]}),
+])
+def test_a_damaged_file_does_not_stop_serving(folder: Path, content: str) -> None:
+    (folder / SHAPE.file_name("H200")).write_text(content)
+    assert choose_config(SHAPE, 1) == default_config(1, SHAPE)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 32, 64, 256, 1024, 4096, 8192])

@@ -37,7 +37,8 @@ def results(folder: Path) -> dict[str, dict]:
 
 
 def test_the_plugin_uses_what_was_tuned(folder: Path) -> None:
-    path, = tune.tune([JOB], [1, 40], folder, 60)
+    (path,), missing = tune.tune([JOB], [1, 40], folder, 60)
+    assert not missing
     assert path.name == "hidden_size=64,top_k=1,dtype=float16,device=cpu.json" or torch.cuda.is_available()
     assert set(results(folder)) == {"1", "40"}
     for tokens, entry in results(folder).items():
@@ -61,13 +62,16 @@ def test_a_killed_run_continues(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     first = results(folder)["1"]
     tune.tune([JOB], [1, 2], folder, 60)
     assert calls == [1, 2, 2] and results(folder)["1"] == first and "2" in results(folder)
-    assert tune.tune([JOB], [1, 2], folder, 60) == [] and len(calls) == 3
+    assert tune.tune([JOB], [1, 2], folder, 60) == ([], 0) and len(calls) == 3
     tune.tune([JOB], [1], folder, 60, overwrite=True)
     assert calls[3:] == [1]
 
 
-def test_without_time_nothing_is_written(folder: Path) -> None:
-    assert tune.tune([JOB], [1], folder, 0) == [] and not list(folder.iterdir())
+def test_without_time_nothing_is_written(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert tune.tune([JOB], [1], folder, 0) == ([], 1) and not list(folder.iterdir())
+    assert cli.main(["tune", "--shape", "tiny", "--tokens", "1", "2", "--sparsity", "0", "--time-budget", "0s",
+                     "-o", str(folder)]) == 0
+    assert "no time was left for 2 token counts" in capsys.readouterr().out
 
 
 def test_without_gpu_and_interpreter_it_says_what_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch,
@@ -79,7 +83,7 @@ def test_without_gpu_and_interpreter_it_says_what_is_missing(folder: Path, monke
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER_SHAPES if name != "tiny"])
-@pytest.mark.parametrize("tokens", [1, 32, 1024, 8192])
+@pytest.mark.parametrize("tokens", [1, 32, 1024, 8192, 65536])
 def test_candidates_fit_the_layout_and_the_machine(name: str, tokens: int) -> None:
     moe = PAPER_SHAPES[name]
     shape = LayerShape.of(ragged_widths(moe.num_experts, moe.moe_intermediate_size, 0.25), moe.hidden_size, moe.top_k,
@@ -87,7 +91,7 @@ def test_candidates_fit_the_layout_and_the_machine(name: str, tokens: int) -> No
     for block_m in tune.block_sizes(shape, tokens):
         for kind in ("up", "down"):
             tiles = tune.candidates(kind, shape, block_m, tokens)
-            assert 8 <= len(tiles) == len(set(tiles)) <= 120
+            assert 8 <= len(tiles) == len(set(tiles)) <= tune.MAX_CANDIDATES
             for tile in tiles:
                 assert shape.hidden_size % (tile.block_k if kind == "up" else tile.block_n) == 0
                 shared = tile.num_stages * tile.block_k * (block_m + (2 if kind == "up" else 1) * tile.block_n) * 2

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from heapr_vllm.checkpoint import Checkpoint
 from heapr_vllm.config import PruningConfig
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.masks import NeuronMasks
 from heapr_vllm.prune import CalibrationSettings, calibrate, export_checkpoint, select, write_masks_repository
+from heapr_vllm.prune.pruned_model import opened
 from tests import tiny_models
 
 FIRST = "model.layers.0.mlp.experts"
@@ -122,3 +124,8 @@ def test_draft_layer_is_copied(layout: str, corpus: Path, tmp_path: Path) -> Non
     export_checkpoint(tmp_path / "masks", tmp_path / "out", model=str(base), layout=layout)
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert draft and all(torch.equal(written[name], tensor) for name, tensor in draft.items())
+    own = sum(tensor.nbytes for name, tensor in tensors.items() if ".experts." in name)
+    assert moments[0].metadata["routed_bytes"] == own, "the draft layer's experts cannot be pruned"
+    if layout == "compact":
+        with opened(Checkpoint(tmp_path / "out"), "float32", "cpu") as (model, masks):
+            assert masks.sparsity == pytest.approx(0.5, abs=0.02) and model.config.num_hidden_layers == 3
