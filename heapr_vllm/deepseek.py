@@ -18,7 +18,7 @@ class DeepseekConfig(PreTrainedConfig):
     model_type = "deepseek"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"num_experts": "n_routed_experts"}
-    mlp_bias, topk_method, n_group, topk_group, routed_scaling_factor = False, "greedy", None, None, 1.0
+    mlp_bias, topk_method, n_group, topk_group, routed_scaling_factor = False, "greedy", 1, 1, 1.0
 
     def __init__(self, vocab_size: int = 102400, hidden_size: int = 2048, intermediate_size: int = 10944,
                  moe_intermediate_size: int = 1408, num_hidden_layers: int = 28, num_attention_heads: int = 16,

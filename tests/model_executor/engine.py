@@ -35,7 +35,7 @@ def generate_many(models: list[Path], *, env: dict[str, str], **llm: Any) -> lis
     process = subprocess.run([sys.executable, "-m", "tests.model_executor.engine"], input=json.dumps(spec), text=True,
                              capture_output=True, cwd=ROOT, env={**os.environ, **ENVIRONMENT, **env},
                              timeout=120 + 120 * len(models))
-    sys.stderr.write("".join(line + "\n" for line in process.stderr.splitlines() if line.startswith("FAILED ")))
+    sys.stderr.write("".join(line + "\n" for line in process.stderr.splitlines() if "FAILED " in line))
     return results(process)
 
 
