@@ -17,7 +17,7 @@ from heapr_vllm.model_executor.layout import RaggedLayout, bucketed
 WIDTH_UNIT = 32
 MAX_BUCKETS = 6
 # Sorting rows into buckets costs a fixed time per layer, however many buckets; it pays where decoding reads so much
-# less that it saves more. Figures from `python -m benchmarks.cpu_buckets`, kept in docs/measurements.md.
+# less that it saves more. Figures from `python -m benchmarks.cpu_layer --buckets`, kept in docs/measurements.md.
 BUCKETING_SECONDS = 1e-4
 BYTES_PER_SECOND = 30e9
 
