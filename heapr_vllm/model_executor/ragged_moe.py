@@ -34,6 +34,16 @@ def select_kernel(dtype: torch.dtype, hidden_size: int) -> str:
     return TRITON if has_triton and hidden_size % 16 == 0 else REFERENCE
 
 
+def cpu_choice() -> str | None:
+    """What the choice among CPU kernels depends on apart from the layer; None on other platforms.
+
+    Asked once in the front end, it has our op compiled before any worker starts.
+    """
+    if not current_platform.is_cpu():
+        return None
+    return RAGGED if cpu_ragged_moe.is_used() else f"native, buckets {cpu_moe.buckets_override()}"
+
+
 def share_unit(kernel: str) -> int:
     """A tensor-parallel rank's share of an expert is a multiple of it."""
     return TRITON_UNIT if kernel == TRITON else SHARE_UNIT

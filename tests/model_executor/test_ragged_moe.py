@@ -3,8 +3,9 @@
 
 For other instruction sets than this CPU's best set ATEN_CPU_CAPABILITY to avx2 or default. With AddressSanitizer:
 
-    LD_PRELOAD=$(c++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \\
-        HEAPR_CPU_CFLAGS="-fsanitize=address -g" python -m pytest tests/model_executor/test_ragged_moe.py -k fp64
+    LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libstdc++.so)" PYTHONMALLOC=malloc \\
+        ASAN_OPTIONS=detect_leaks=0 HEAPR_CPU_CFLAGS="-fsanitize=address -g" \\
+        python -m pytest -s tests/model_executor/test_ragged_moe.py -k "fp64 or Compiled"
 """
 
 import os
@@ -205,14 +206,17 @@ def test_native_op_never_sees_ids_out_of_range(monkeypatch: pytest.MonkeyPatch) 
     assert all(lowest >= 0 and highest < count for lowest, highest, count in calls)
 
 
-def test_op_is_registered_once_and_opaque() -> None:
+@pytest.mark.parametrize("kernel", kernels(torch.float32))
+def test_ops_are_registered_once_and_opaque(kernel: str) -> None:
     register_op()
-    assert torch.ops.heapr.ragged_moe.default._schema.arguments[0].alias_info.is_write
-    arguments, expected = layer(CASES[2], torch.float32, REFERENCE)
+    arguments, expected = layer(CASES[2], torch.float32, kernel)
+    op, arguments = ((torch.ops.heapr.cpu_ragged_moe, arguments[:7]) if kernel == RAGGED else
+                     (torch.ops.heapr.ragged_moe, arguments))
+    assert op.default._schema.arguments[0].alias_info.is_write
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(output: torch.Tensor) -> torch.Tensor:
-        torch.ops.heapr.ragged_moe(output, *arguments)
+        op(output, *arguments)
         return output * 2
 
     torch.testing.assert_close(compiled(torch.empty_like(arguments[0])).double(), 2 * expected, rtol=1e-4, atol=1e-4)
@@ -224,9 +228,10 @@ def test_small_layers_get_one_bucket_and_large_ones_several() -> None:
     assert len(set(large) - {0}) > 2 and sum(large) < 128 * 704
 
 
-def test_router_weight_on_input_is_not_applied_twice() -> None:
+@pytest.mark.parametrize("kernel", kernels(torch.float32))
+def test_router_weight_on_input_is_not_applied_twice(kernel: str) -> None:
     """With it (top-k 1) vLLM has multiplied the hidden states already."""
-    arguments, _ = layer((6, [32, 64], 1, 64, 2, ()), torch.float32, REFERENCE)
+    arguments, _ = layer((6, [32, 64], 1, 64, 2, ()), torch.float32, kernel)
     x, w13, w2, weights, ids, slots, tables, _, kernel = arguments
     experts = HeaprExperts.__new__(HeaprExperts)
     experts.layer = SimpleNamespace(heapr_slots=slots, heapr_table=tables)

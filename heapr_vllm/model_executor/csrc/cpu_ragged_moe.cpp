@@ -37,32 +37,36 @@ typedef uint32_t Bits __attribute__((vector_size(64), aligned(4), may_alias));
 
 Vec& at16(float* p) { return *reinterpret_cast<Vec*>(p); }
 
-// acc += a * b for one step along K: P values of a row, and 16 columns times P of a panel.
+// acc += a * b for one step along K: P values of a row, and 16 columns times P of a panel. `Row` is the type that
+// activations have here: float for half precision, so that each is converted once.
 template <typename T>
 struct Step;
 
 template <>
 struct Step<float> {
+  using Row = float;
   static constexpr int64_t kPairs = 1;
   static void fma(Vec& acc, const float* a, const float* b) { acc += *a * *reinterpret_cast<const Vec*>(b); }
 };
 
 template <>
 struct Step<at::Half> {
+  using Row = float;
   static constexpr int64_t kPairs = 1;
-  static void fma(Vec& acc, const at::Half* a, const at::Half* b) {
+  static void fma(Vec& acc, const float* a, const at::Half* b) {
 #ifdef __AVX512F__
     const Vec wide = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
 #else
     Vec wide;
     for (int i = 0; i < kLanes; ++i) wide[i] = static_cast<float>(b[i]);
 #endif
-    acc += static_cast<float>(*a) * wide;
+    acc += *a * wide;
   }
 };
 
 template <>
 struct Step<at::BFloat16> {
+  using Row = at::BFloat16;
   static constexpr int64_t kPairs = 2;
   static void fma(Vec& acc, const at::BFloat16* a, const at::BFloat16* b) {
 #ifdef __AVX512BF16__
@@ -80,7 +84,7 @@ struct Step<at::BFloat16> {
 
 // out[r][32] = rows[r][0 : depth] times a panel, for `Rows` rows.
 template <typename T, int Rows>
-void multiply(const T* const* rows, int64_t depth, const T* panel, float* out) {
+void multiply(const typename Step<T>::Row* const* rows, int64_t depth, const T* panel, float* out) {
   constexpr int64_t pairs = Step<T>::kPairs;
   Vec acc[Rows][2] = {};
   for (int64_t k = 0; k < depth; k += pairs, panel += kPanel * pairs) {
@@ -100,7 +104,7 @@ void multiply(const T* const* rows, int64_t depth, const T* panel, float* out) {
 }
 
 template <typename T, int Rows = kRows>
-void multiply(int64_t count, const T* const* rows, int64_t depth, const T* panel, float* out) {
+void multiply(int64_t count, const typename Step<T>::Row* const* rows, int64_t depth, const T* panel, float* out) {
   if constexpr (Rows > 0) {
     if (count == Rows) return multiply<T, Rows>(rows, depth, panel, out);
     multiply<T, Rows - 1>(count, rows, depth, panel, out);
@@ -118,15 +122,15 @@ void for_tiles(int64_t begin, int64_t end, const F& f) {
 }
 
 // h[i] = silu(gate[i]) * up[i] for 16 neurons.
-template <typename T>
-void silu_and_mul(const float* gate_up, T* h) {
+template <typename Row>
+void silu_and_mul(const float* gate_up, Row* h) {
   using V = at::vec::Vectorized<float>;
   float result[kLanes];
   for (int64_t i = 0; i < kLanes; i += V::size()) {
     const V gate = V::loadu(gate_up + i);
     (gate * V::loadu(gate_up + kLanes + i) / (V(1.f) + gate.neg().exp())).store(result + i);
   }
-  for (int64_t i = 0; i < kLanes; ++i) h[i] = static_cast<T>(result[i]);
+  for (int64_t i = 0; i < kLanes; ++i) h[i] = static_cast<Row>(result[i]);
 }
 
 // Runs f(task) for all tasks; threads take the next one as they get free.
@@ -166,7 +170,8 @@ struct Expert {
 
 template <typename T>
 struct Layer {
-  const T* x;
+  using Row = typename Step<T>::Row;
+  const Row* x;
   const T* w13;
   const T* w2;
   const float* weights;
@@ -180,8 +185,8 @@ struct Layer {
   void run(int64_t begin, int64_t end) const {
     static thread_local std::vector<int32_t> routes;
     static thread_local std::vector<Expert> experts;
-    static thread_local Scratch<T> scratch;
-    T* h = scratch.get(sort(begin, end, routes, experts));
+    static thread_local Scratch<Row> scratch;
+    Row* h = scratch.get(sort(begin, end, routes, experts));
     gate_up(routes.data(), experts, h);
     down(begin, end, routes.data(), experts, h);
   }
@@ -212,7 +217,7 @@ struct Layer {
     return elements;
   }
 
-  void gate_up(const int32_t* routes, const std::vector<Expert>& experts, T* h) const {
+  void gate_up(const int32_t* routes, const std::vector<Expert>& experts, Row* h) const {
     struct Task {
       const Expert* expert;
       int64_t begin, end, first, last;  // routes, panels
@@ -231,7 +236,7 @@ struct Layer {
     for_tasks(all.size(), [&](int64_t number) {
       const Task& task = all[number];
       const Expert& e = *task.expert;
-      const T* rows[kRows];
+      const Row* rows[kRows];
       float out[kRows * kPanel];
       for (int64_t panel = task.first; panel < task.last; ++panel) {
         const T* weight = w13 + 2 * (e.row + panel * kLanes) * hidden;
@@ -245,7 +250,8 @@ struct Layer {
     });
   }
 
-  void down(int64_t begin, int64_t end, const int32_t* routes, const std::vector<Expert>& experts, const T* h) const {
+  void down(int64_t begin, int64_t end, const int32_t* routes, const std::vector<Expert>& experts,
+            const Row* h) const {
     const int64_t panels = hidden / kPanel;
     const int64_t group = std::clamp<int64_t>(panels / (8 * at::get_num_threads()), 1, 2);
     for_tasks(at::divup(panels, group), [&](int64_t task) {
@@ -254,7 +260,7 @@ struct Layer {
       const int64_t columns = (last_panel - first_panel) * kPanel;
       float* sums = scratch.get((end - begin) * columns);
       std::fill_n(sums, (end - begin) * columns, 0.f);
-      const T* rows[kRows];
+      const Row* rows[kRows];
       float out[kRows * kPanel];
       for (const Expert& e : experts)
         for_tiles(e.begin, e.end, [&](int64_t first, int64_t count) {
@@ -280,7 +286,8 @@ template <typename T>
 void run(at::Tensor& output, const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
          const at::Tensor& weights, const at::Tensor& ids, const at::Tensor& slots, const at::Tensor& table) {
   const int64_t tokens = x.size(0);
-  const Layer<T> layer{x.const_data_ptr<T>(), w13.const_data_ptr<T>(), w2.const_data_ptr<T>(),
+  const at::Tensor rows = x.to(c10::CppTypeToScalarType<typename Step<T>::Row>::value);
+  const Layer<T> layer{rows.const_data_ptr<typename Step<T>::Row>(), w13.const_data_ptr<T>(), w2.const_data_ptr<T>(),
                        weights.const_data_ptr<float>(), ids.const_data_ptr<int32_t>(),
                        slots.const_data_ptr<int32_t>(), table.const_data_ptr<int32_t>(),
                        output.mutable_data_ptr<T>(), x.size(1), ids.size(1), slots.size(0) - 1, table.size(0)};
