@@ -66,7 +66,7 @@ def _load_or_compile(library: Path, flags: list[str]) -> None:
         compiler = os.environ.get("CXX", "c++")
         if shutil.which(compiler) is None:
             raise FileNotFoundError(f"no C++ compiler, {compiler} is not on the PATH")
-        logger.info("compiling the CPU kernel for experts of variable width, once on this machine (about 15 s) ...")
+        logger.info("compiling the CPU kernel for experts of variable width, once on this machine (about 10 s) ...")
         from torch.utils import cpp_extension  # imports setuptools
 
         start = time.perf_counter()

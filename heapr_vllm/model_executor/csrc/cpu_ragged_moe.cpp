@@ -17,7 +17,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <memory>
 #include <vector>
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -142,26 +141,6 @@ void for_tasks(int64_t tasks, const F& f) {
   });
 }
 
-// Memory that is kept from call to call and only grows.
-template <typename T>
-class Scratch {
- public:
-  T* get(int64_t size) {
-    if (size > size_) {
-      data_.reset(new (std::align_val_t(64)) char[size * sizeof(T)]);
-      size_ = size;
-    }
-    return reinterpret_cast<T*>(data_.get());
-  }
-
- private:
-  struct Free {
-    void operator()(char* p) const { ::operator delete[](p, std::align_val_t(64)); }
-  };
-  std::unique_ptr<char[], Free> data_;
-  int64_t size_ = 0;
-};
-
 // Routes of one expert: [begin, end) of the sorted list; `row` and `width` say where its weights lie; `h` where the
 // rows of its hidden activations start.
 struct Expert {
@@ -185,10 +164,10 @@ struct Layer {
   void run(int64_t begin, int64_t end) const {
     static thread_local std::vector<int32_t> routes;
     static thread_local std::vector<Expert> experts;
-    static thread_local Scratch<Row> scratch;
-    Row* h = scratch.get(sort(begin, end, routes, experts));
-    gate_up(routes.data(), experts, h);
-    down(begin, end, routes.data(), experts, h);
+    static thread_local std::vector<Row> h;  // kept from call to call, like the others
+    h.resize(std::max<size_t>(h.size(), sort(begin, end, routes, experts)));
+    gate_up(routes.data(), experts, h.data());
+    down(begin, end, routes.data(), experts, h.data());
   }
 
   // Sorts the routes of these tokens by slot, then by token; returns the elements of h. Routes of experts that are not
@@ -255,11 +234,10 @@ struct Layer {
     const int64_t panels = hidden / kPanel;
     const int64_t group = std::clamp<int64_t>(panels / (8 * at::get_num_threads()), 1, 2);
     for_tasks(at::divup(panels, group), [&](int64_t task) {
-      static thread_local Scratch<float> scratch;
+      static thread_local std::vector<float> sums;
       const int64_t first_panel = task * group, last_panel = std::min(first_panel + group, panels);
       const int64_t columns = (last_panel - first_panel) * kPanel;
-      float* sums = scratch.get((end - begin) * columns);
-      std::fill_n(sums, (end - begin) * columns, 0.f);
+      sums.assign((end - begin) * columns, 0.f);
       const Row* rows[kRows];
       float out[kRows * kPanel];
       for (const Expert& e : experts)
@@ -269,7 +247,7 @@ struct Layer {
             multiply<T>(count, rows, e.width, w2 + e.row * hidden + panel * kPanel * e.width, out);
             for (int64_t r = 0; r < count; ++r) {
               const int64_t route = routes[first + r];
-              float* sum = sums + (route / top_k - begin) * columns + (panel - first_panel) * kPanel;
+              float* sum = sums.data() + (route / top_k - begin) * columns + (panel - first_panel) * kPanel;
               at16(sum) += weights[route] * at16(out + r * kPanel);
               at16(sum + kLanes) += weights[route] * at16(out + r * kPanel + kLanes);
             }
