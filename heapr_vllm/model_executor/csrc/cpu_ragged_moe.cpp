@@ -24,12 +24,12 @@
 
 namespace {
 
-constexpr int64_t kLanes = 16;       // columns of one vector register
+constexpr int64_t kLanes = 16;  // columns of one vector register
 constexpr int64_t kPanel = 2 * kLanes;
 constexpr int64_t kRows = 12;        // rows of the micro-kernel: 12 x 2 accumulators of the 32 registers
 constexpr int64_t kRowBlock = 96;    // rows of a gate/up task: its activations stay in the L2 cache
 constexpr int64_t kChunk = 1024;     // tokens sorted and computed together; bounds the scratch
-constexpr int64_t kPrefetch = 8192;  // bytes ahead in the stream of weights
+constexpr int64_t kPrefetch = 8192;  // bytes ahead in the stream of weights; 2048 and 32768 were slower
 
 typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(64), aligned(4), may_alias));
@@ -177,7 +177,8 @@ struct Layer {
       const int32_t id = ids[route];
       return id < 0 || id >= num_experts ? num_slots : static_cast<int64_t>(slots[id]);
     };
-    std::vector<int64_t> next(num_slots + 1, 0);
+    static thread_local std::vector<int64_t> next;  // by slot: first the number of routes, then the next one's place
+    next.assign(num_slots + 1, 0);
     for (int64_t route = begin * top_k; route < end * top_k; ++route) ++next[slot_of(route)];
     experts.clear();
     int64_t first = 0, elements = 0;
@@ -264,7 +265,7 @@ template <typename T>
 void run(at::Tensor& output, const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
          const at::Tensor& weights, const at::Tensor& ids, const at::Tensor& slots, const at::Tensor& table) {
   const int64_t tokens = x.size(0);
-  const at::Tensor rows = x.to(c10::CppTypeToScalarType<typename Step<T>::Row>::value);
+  const at::Tensor rows = x.contiguous().to(c10::CppTypeToScalarType<typename Step<T>::Row>::value);
   const Layer<T> layer{rows.const_data_ptr<typename Step<T>::Row>(), w13.const_data_ptr<T>(), w2.const_data_ptr<T>(),
                        weights.const_data_ptr<float>(), ids.const_data_ptr<int32_t>(),
                        slots.const_data_ptr<int32_t>(), table.const_data_ptr<int32_t>(),
@@ -279,15 +280,16 @@ void run(at::Tensor& output, const at::Tensor& x, const at::Tensor& w13, const a
 void cpu_ragged_moe(at::Tensor& output, const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
                     const at::Tensor& weights, const at::Tensor& ids, const at::Tensor& slots,
                     const at::Tensor& table) {
-  for (const at::Tensor* tensor : {static_cast<const at::Tensor*>(&output), &x, &w13, &w2})
+  TORCH_CHECK(x.dim() == 2, "cpu_ragged_moe: activations [tokens, hidden size]");
+  for (const at::Tensor* tensor : {static_cast<const at::Tensor*>(&output), &w13, &w2})
     TORCH_CHECK(tensor->is_contiguous() && tensor->dim() == 2 && tensor->size(1) == x.size(1) &&
                     tensor->scalar_type() == x.scalar_type(),
-                "cpu_ragged_moe: activations, output and weights are contiguous, of one dtype and hidden size");
+                "cpu_ragged_moe: output and weights are contiguous, of the activations' dtype and hidden size");
   TORCH_CHECK(x.size(1) % kPanel == 0 && w13.size(0) == 2 * w2.size(0) && output.sizes() == x.sizes(),
               "cpu_ragged_moe: hidden size is a multiple of ", kPanel, ", w13 has twice the rows of w2");
   TORCH_CHECK(ids.dim() == 2 && ids.size(0) == x.size(0) && weights.sizes() == ids.sizes() &&
-                  table.dim() == 2 && table.size(1) == 2,
-              "cpu_ragged_moe: weights and ids [tokens, k], table [slots, 2]");
+                  table.dim() == 2 && table.size(1) == 2 && table.is_contiguous() && slots.is_contiguous(),
+              "cpu_ragged_moe: weights and ids [tokens, k], table [slots, 2], contiguous");
   const at::Tensor plain_weights = weights.to(at::kFloat).contiguous(), plain_ids = ids.to(at::kInt).contiguous();
   switch (x.scalar_type()) {
     case at::kFloat: return run<float>(output, x, w13, w2, plain_weights, plain_ids, slots, table);
