@@ -8,7 +8,9 @@ Arms, interleaved in one process: vLLM's Triton MoE as shipped and tuned, FlashI
 and on ragged weights, and tuned vLLM on a model of uniformly narrower experts of the same size. Both sides get the same
 tuning time per token count. Calls run as CUDA graphs over several weight copies and freshly routed batches, so weights
 come from memory and not from L2. Arms that cannot run here are left out with the reason: PyTorch and Triton are enough
-for ours. Without a GPU: TRITON_INTERPRET=1 python -m benchmarks.moe_layer --shape tiny --tokens 1 8 --tune-seconds 0
+for ours. On a CPU see `benchmarks.cpu_layer`; for a look at this one without a GPU:
+
+    TRITON_INTERPRET=1 python -m benchmarks.moe_layer --shape tiny --tokens 1 8 --tune-seconds 0
 """
 
 import argparse

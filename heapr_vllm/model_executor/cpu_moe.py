@@ -17,7 +17,7 @@ from heapr_vllm.model_executor.layout import RaggedLayout, bucketed
 WIDTH_UNIT = 32
 MAX_BUCKETS = 6
 # Sorting rows into buckets costs a fixed time per layer, however many buckets; it pays where decoding reads so much
-# less that it saves more. Figures from `python -m benchmarks.cpu_buckets`, kept in docs/measurements.md.
+# less that it saves more. Figures from `python -m benchmarks.cpu_layer --buckets`, kept in docs/measurements.md.
 BUCKETING_SECONDS = 1e-4
 BYTES_PER_SECOND = 30e9
 
@@ -34,14 +34,19 @@ def native_isa(dtype: torch.dtype, hidden_size: int) -> str | None:
     return "vec"
 
 
+def buckets_override() -> str | None:
+    """HEAPR_CPU_BUCKETS, if it is always or never."""
+    override = os.environ.get("HEAPR_CPU_BUCKETS")
+    return override if override in ("always", "never") else None
+
+
 def stored_widths(widths: list[int], top_k: int, hidden_size: int, element_size: int) -> list[int]:
     """Stored width per expert: one width for all where calls dominate, else `MAX_BUCKETS` widths.
 
     HEAPR_CPU_BUCKETS=always or never overrides the choice.
     """
     uniform, ragged = bucketed(widths, WIDTH_UNIT, 1), bucketed(widths, WIDTH_UNIT, MAX_BUCKETS)
-    override = os.environ.get("HEAPR_CPU_BUCKETS")
-    if override in ("always", "never"):
+    if override := buckets_override():
         return ragged if override == "always" else uniform
     saved_rows = top_k * (sum(uniform) - sum(ragged)) / len(widths)
     saved_seconds = saved_rows * 3 * hidden_size * element_size / BYTES_PER_SECOND

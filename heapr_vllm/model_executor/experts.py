@@ -12,14 +12,14 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeig
 
 from heapr_vllm.model_executor.cpu_moe import cpu_uniform_moe
 from heapr_vllm.model_executor.layout import RaggedLayout
-from heapr_vllm.model_executor.ragged_moe import REFERENCE, TRITON
+from heapr_vllm.model_executor.ragged_moe import RAGGED, REFERENCE, TRITON
 
 
 class HeaprExperts(mk.FusedMoEExpertsModular):
     """Calls `heapr::ragged_moe`, which weights and reduces over top-k itself.
 
-    `layer` holds the index tables. A layer whose experts happen to be stored at one width needs none of it and goes
-    to the engine's own op.
+    `layer` holds the index tables. The compiled CPU op is called without the detour through Python. Where vLLM's native
+    op is used, a layer whose experts happen to be stored at one width needs no tables and goes to it directly.
     """
 
     def __init__(self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig, layer: RoutedExperts,
@@ -29,7 +29,8 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
         self.num_local_experts = len(layout.widths)
         self.max_width = layout.max_width
         self.kernel = kernel
-        self.is_uniform = kernel not in (REFERENCE, TRITON) and layout.is_uniform and layer.expert_map is None
+        is_native = kernel not in (REFERENCE, TRITON, RAGGED)
+        self.is_uniform = is_native and layout.is_uniform and layer.expert_map is None
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:
@@ -83,6 +84,9 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
         if self.is_uniform:
             cpu_uniform_moe(output, hidden_states, w1, w2, topk_weights, topk_ids, self.num_local_experts,
                             self.kernel)
+        elif self.kernel == RAGGED:
+            torch.ops.heapr.cpu_ragged_moe(output, hidden_states, w1, w2, topk_weights, topk_ids,
+                                           self.layer.heapr_slots, self.layer.heapr_table)
         else:
             torch.ops.heapr.ragged_moe(output, hidden_states, w1, w2, topk_weights, topk_ids, self.layer.heapr_slots,
                                        self.layer.heapr_table, self.max_width, self.kernel)

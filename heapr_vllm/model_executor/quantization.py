@@ -15,6 +15,7 @@ from heapr_vllm.checkpoint import Checkpoint
 from heapr_vllm.config import MASKS_FILE, QUANT_METHOD, PruningConfig
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.masks import NeuronMasks, check_masks_sha256, file_sha256, find_masks
+from heapr_vllm.model_executor import ragged_moe
 
 
 class HeaprConfig(QuantizationConfig):
@@ -64,8 +65,10 @@ class HeaprConfig(QuantizationConfig):
                 raise HeaprError(f"masks do not belong to {model_name}: they cover {prefix}, the model has "
                                  f"{self.num_layers} layers; use the model they were made for")
         if isinstance(getattr(hf_config, "quantization_config", None), dict):
-            # vLLM's cache of compiled graphs is keyed by the config: make it depend on the widths, not on a path
+            # vLLM's cache of compiled graphs is keyed by the config: make it depend on the widths, not on a path, and
+            # on the CPU kernel, whose name is a constant of the graphs
             hf_config.quantization_config["masks_sha256"] = file_sha256(self.masks_path)
+            hf_config.quantization_config["cpu_kernel"] = ragged_moe.cpu_choice()
         if Path(model_name).is_dir() or self.pruning.layout == "masks":
             weights = Checkpoint.resolve(model_name, revision)
             if weights.has_weights:

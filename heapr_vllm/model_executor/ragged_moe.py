@@ -2,8 +2,9 @@
 """The custom op `heapr::ragged_moe` and the choice of its kernel.
 
 The op is opaque to torch.compile and takes all tables as tensors, so a compiled graph holds no state of the process
-that traced it. Kernels: "triton" on GPUs, "amx" or "vec" for vLLM's native CPU op by instruction set, "reference" for
-plain torch. They differ in how they store weights (`stored_widths`, `pack`) and in the table they read.
+that traced it. Kernels: "triton" on GPUs, "ragged" for our compiled CPU op, "amx" or "vec" for vLLM's native CPU op by
+instruction set, "reference" for plain torch. They differ in how they store weights (`stored_widths`, `pack`) and in the
+table they read.
 """
 
 from __future__ import annotations
@@ -15,20 +16,32 @@ import torch
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from heapr_vllm.model_executor import cpu_moe
+from heapr_vllm.model_executor import cpu_moe, cpu_ragged_moe
 from heapr_vllm.model_executor.layout import TRITON_UNIT, RaggedLayout, round_up
 from heapr_vllm.model_executor.reference import ragged_moe_reference
 
-REFERENCE, TRITON = "reference", "triton"
+REFERENCE, TRITON, RAGGED = "reference", "triton", "ragged"
 SHARE_UNIT = 16
 
 
 def select_kernel(dtype: torch.dtype, hidden_size: int) -> str:
     """The fastest kernel that can run this layer here."""
     if current_platform.is_cpu():
+        if hidden_size % cpu_ragged_moe.COLUMNS == 0 and cpu_ragged_moe.is_used():
+            return RAGGED
         return cpu_moe.native_isa(dtype, hidden_size) or REFERENCE
     has_triton = current_platform.is_cuda_alike() and importlib.util.find_spec("triton") is not None
     return TRITON if has_triton and hidden_size % 16 == 0 else REFERENCE
+
+
+def cpu_choice() -> str | None:
+    """What the choice among CPU kernels depends on apart from the layer; None on other platforms.
+
+    Asked once in the front end, it has our op compiled before any worker starts.
+    """
+    if not current_platform.is_cpu():
+        return None
+    return RAGGED if cpu_ragged_moe.is_used() else f"native, buckets {cpu_moe.buckets_override()}"
 
 
 def share_unit(kernel: str) -> int:
@@ -40,8 +53,9 @@ def stored_widths(kernel: str, widths: list[int], top_k: int, hidden_size: int, 
     """Stored width per local expert, at least the kept width."""
     if kernel == REFERENCE:
         return widths
-    if kernel == TRITON:
-        return [round_up(width, TRITON_UNIT) for width in widths]
+    if kernel in (TRITON, RAGGED):
+        unit = TRITON_UNIT if kernel == TRITON else cpu_ragged_moe.WIDTH_UNIT
+        return [round_up(width, unit) for width in widths]
     return cpu_moe.stored_widths(widths, top_k, hidden_size, element_size)
 
 
@@ -51,13 +65,15 @@ def pack(kernel: str, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout)
         from heapr_vllm.model_executor.triton_moe import pack_down
 
         pack_down(w2)
+    elif kernel == RAGGED:
+        cpu_ragged_moe.pack(w13, w2, layout)
     elif kernel != REFERENCE:
         cpu_moe.prepack(w13, w2, layout, kernel)
 
 
 def table(kernel: str, layout: RaggedLayout) -> torch.Tensor:
     """int32 [num_slots, 2], first row and stored width by slot; for the native CPU op `layout.bucket_table()`."""
-    per_expert = kernel in (REFERENCE, TRITON)
+    per_expert = kernel in (REFERENCE, TRITON, RAGGED)
     rows = layout.expert_table() if per_expert else layout.bucket_table()
     return torch.tensor(rows, dtype=torch.int32).view(-1, 2 if per_expert else 4)
 
@@ -75,6 +91,8 @@ def ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Ten
         from heapr_vllm.model_executor.triton_moe import triton_ragged_moe
 
         triton_ragged_moe(output, hidden_states, w13, w2, topk_weights, topk_ids, slots, table, max_width)
+    elif kernel == RAGGED:
+        torch.ops.heapr.cpu_ragged_moe(output, hidden_states, w13, w2, topk_weights, topk_ids, slots, table)
     elif kernel == REFERENCE:
         output.copy_(ragged_moe_reference(hidden_states, w13, w2, topk_weights, topk_ids, slots, table))
     else:

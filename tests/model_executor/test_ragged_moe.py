@@ -1,6 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The torch reference and the native CPU kernel against a dense fp64 loop, over a table of edge cases."""
+"""The torch reference and the CPU kernels against a dense fp64 loop, over a table of edge cases.
 
+For other instruction sets than this CPU's best set ATEN_CPU_CAPABILITY to avx2 or default. With AddressSanitizer:
+
+    LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libstdc++.so)" PYTHONMALLOC=malloc \\
+        ASAN_OPTIONS=detect_leaks=0 HEAPR_CPU_CFLAGS="-fsanitize=address -g" \\
+        python -m pytest -s tests/model_executor/test_ragged_moe.py -k "fp64 or Compiled"
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +21,21 @@ import torch.nn.functional as F
 pytest.importorskip("vllm")
 from vllm.platforms import current_platform
 
-from heapr_vllm.model_executor import cpu_moe
+from heapr_vllm.model_executor import cpu_extension, cpu_moe
 from heapr_vllm.model_executor.cpu_moe import WIDTH_UNIT, native_isa
 from heapr_vllm.model_executor.experts import HeaprExperts
 from heapr_vllm.model_executor.layout import RaggedLayout, bucketed
-from heapr_vllm.model_executor.ragged_moe import REFERENCE, TRITON, pack, register_op, stored_widths, table
+from heapr_vllm.model_executor.ragged_moe import (
+    RAGGED,
+    REFERENCE,
+    TRITON,
+    cpu_choice,
+    pack,
+    register_op,
+    select_kernel,
+    stored_widths,
+    table,
+)
 
 current_platform.import_kernels()
 register_op()
@@ -31,6 +52,8 @@ CASES = [
     (4, [64, 64], 1, 32, 2, (0,)),  # some tokens have no local expert
     (17, [0, 0, 0, 40], 2, 64, 3, ()),  # nearly dead layer
     (3, [0, 0], 1, 32, 2, ()),  # dead layer
+    (40, [0, 0, 17], 3, 32, 2, (2,)),  # nothing is stored here
+    (1100, [24, 8], 2, 32, 2, ()),  # more tokens than the compiled op takes at once, and no divisor of its tiles
 ]
 TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (3e-2, 3e-2), torch.float16: (3e-3, 3e-3)}
 
@@ -41,7 +64,7 @@ def layer(case: tuple, dtype: torch.dtype, kernel: str) -> tuple:
     generator = torch.Generator().manual_seed(len(widths) * tokens)
     local = [e for e in range(len(widths)) if e not in remote]
     local_widths = [widths[e] for e in local]
-    stored = (bucketed(local_widths, WIDTH_UNIT, max_buckets) if kernel not in (REFERENCE, TRITON) else
+    stored = (bucketed(local_widths, WIDTH_UNIT, max_buckets) if kernel not in (REFERENCE, TRITON, RAGGED) else
               stored_widths(kernel, local_widths, top_k, hidden, dtype.itemsize))
     layout = RaggedLayout.build(local_widths, stored)
     w13 = torch.full((2 * layout.num_rows, hidden), torch.nan, dtype=dtype)
@@ -67,7 +90,8 @@ def layer(case: tuple, dtype: torch.dtype, kernel: str) -> tuple:
 
 
 def kernels(dtype: torch.dtype) -> list[str]:
-    return [REFERENCE, native] if (native := native_isa(dtype, 32)) else [REFERENCE]
+    native = native_isa(dtype, 32)
+    return [REFERENCE, *[native] * (native is not None), *[RAGGED] * cpu_extension.load()]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -79,6 +103,7 @@ def test_against_dense_fp64(case: tuple, dtype: torch.dtype) -> None:
         output = torch.full_like(arguments[0], torch.nan)
         torch.ops.heapr.ragged_moe(output, *arguments)
         torch.testing.assert_close(output.double(), expected, rtol=rtol, atol=atol * expected.abs().max().item())
+        assert (output - expected).norm() <= min(rtol, 1e-2) * expected.norm()
         again = torch.full_like(output, torch.nan)
         torch.ops.heapr.ragged_moe(again, *arguments)
         assert torch.equal(output, again), "not repeatable"
@@ -95,6 +120,79 @@ def test_ids_of_nobody_add_nothing(kernel: str) -> None:
         torch.ops.heapr.ragged_moe(output, *arguments[:3], weights, ids, *arguments[5:])
         outputs.append(output)
     torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.skipif(not cpu_extension.load(), reason="no C++ compiler")
+class TestCompiledOp:
+    def test_does_not_depend_on_the_number_of_threads(self) -> None:
+        arguments, _ = layer((50, [64, 48, 96], 2, 64, 3, ()), torch.bfloat16, RAGGED)
+        outputs, threads = [], torch.get_num_threads()
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                output = torch.empty_like(arguments[0])
+                torch.ops.heapr.cpu_ragged_moe(output, *arguments[:7])
+                outputs.append(output)
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+    def test_ids_beyond_all_experts_add_nothing(self) -> None:
+        arguments, _ = layer((9, [64, 32, 96], 2, 64, 3, ()), torch.float32, RAGGED)
+        x, w13, w2, weights, _, slots, tables, *_ = arguments
+        output = torch.full_like(x, torch.nan)
+        ids = torch.tensor([3, 2**31 - 1, -(2**31)] * 6, dtype=torch.int32).view(9, 2)
+        torch.ops.heapr.cpu_ragged_moe(output, x, w13, w2, weights, ids, slots, tables)
+        assert torch.equal(output, torch.zeros_like(output))
+
+    def test_shapes_that_do_not_fit_are_refused(self) -> None:
+        arguments, _ = layer((9, [64, 32, 96], 2, 64, 3, ()), torch.float32, RAGGED)
+        x, w13, w2, *others = arguments[:7]
+        for wrong in ((x.half(), w13, w2), (x, w13[1:], w2), (x[:, :48], w13, w2), (x[1:], w13, w2)):
+            with pytest.raises(RuntimeError, match="cpu_ragged_moe"):
+                torch.ops.heapr.cpu_ragged_moe(torch.empty_like(x), *wrong, *others)
+
+    def test_no_tokens(self) -> None:
+        arguments, _ = layer((0, [64, 32], 2, 64, 3, ()), torch.bfloat16, RAGGED)
+        torch.ops.heapr.cpu_ragged_moe(torch.empty_like(arguments[0]), *arguments[:7])
+
+    def test_choice_can_be_overridden(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HEAPR_CPU_KERNEL", "ragged")
+        assert select_kernel(torch.bfloat16, 64) == RAGGED
+        assert select_kernel(torch.bfloat16, 48) == REFERENCE, "panels are 32 columns wide"
+        monkeypatch.setenv("HEAPR_CPU_KERNEL", "native")
+        assert select_kernel(torch.bfloat16, 64) == native_isa(torch.bfloat16, 64)
+
+    def test_compiled_graphs_are_not_shared_between_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`cpu_choice` is a part of the key of vLLM's cache."""
+        choices = set()
+        for kernel, buckets in (("ragged", ""), ("native", ""), ("native", "always"), ("native", "never")):
+            monkeypatch.setenv("HEAPR_CPU_KERNEL", kernel)
+            monkeypatch.setenv("HEAPR_CPU_BUCKETS", buckets)
+            choices.add(cpu_choice())
+        assert len(choices) == 4
+
+
+@pytest.mark.parametrize("obstacle", ["compiler", "folder"])
+def test_without_a_compiler_the_native_op_is_used(obstacle: str, tmp_path: Path) -> None:
+    """One line says so; nothing fails."""
+    if obstacle == "folder":
+        (tmp_path / "heapr").write_text("in the way")
+    code = """if True:
+        import logging
+        import torch
+        from vllm.platforms import current_platform
+        from heapr_vllm.model_executor.ragged_moe import select_kernel
+        logging.basicConfig(level=logging.INFO)
+        current_platform.import_kernels()
+        print("kernel", select_kernel(torch.float32, 64), select_kernel(torch.float32, 64))
+    """
+    environment = {**os.environ, "CXX": "no-such-compiler", "VLLM_CACHE_ROOT": str(tmp_path),
+                   "HEAPR_CPU_KERNEL": "ragged"}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    printed = process.stdout + process.stderr
+    assert "kernel vec vec" in printed and printed.count("kernel cannot be compiled") == 1, printed
+    assert "Traceback" not in printed
 
 
 def test_native_kernel_is_used_where_it_fits() -> None:
@@ -118,14 +216,17 @@ def test_native_op_never_sees_ids_out_of_range(monkeypatch: pytest.MonkeyPatch) 
     assert all(lowest >= 0 and highest < count for lowest, highest, count in calls)
 
 
-def test_op_is_registered_once_and_opaque() -> None:
+@pytest.mark.parametrize("kernel", kernels(torch.float32))
+def test_ops_are_registered_once_and_opaque(kernel: str) -> None:
     register_op()
-    assert torch.ops.heapr.ragged_moe.default._schema.arguments[0].alias_info.is_write
-    arguments, expected = layer(CASES[2], torch.float32, REFERENCE)
+    arguments, expected = layer(CASES[2], torch.float32, kernel)
+    op, arguments = ((torch.ops.heapr.cpu_ragged_moe, arguments[:7]) if kernel == RAGGED else
+                     (torch.ops.heapr.ragged_moe, arguments))
+    assert op.default._schema.arguments[0].alias_info.is_write
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(output: torch.Tensor) -> torch.Tensor:
-        torch.ops.heapr.ragged_moe(output, *arguments)
+        op(output, *arguments)
         return output * 2
 
     torch.testing.assert_close(compiled(torch.empty_like(arguments[0])).double(), 2 * expected, rtol=1e-4, atol=1e-4)
@@ -137,9 +238,10 @@ def test_small_layers_get_one_bucket_and_large_ones_several() -> None:
     assert len(set(large) - {0}) > 2 and sum(large) < 128 * 704
 
 
-def test_router_weight_on_input_is_not_applied_twice() -> None:
+@pytest.mark.parametrize("kernel", kernels(torch.float32))
+def test_router_weight_on_input_is_not_applied_twice(kernel: str) -> None:
     """With it (top-k 1) vLLM has multiplied the hidden states already."""
-    arguments, _ = layer((6, [32, 64], 1, 64, 2, ()), torch.float32, REFERENCE)
+    arguments, _ = layer((6, [32, 64], 1, 64, 2, ()), torch.float32, kernel)
     x, w13, w2, weights, ids, slots, tables, _, kernel = arguments
     experts = HeaprExperts.__new__(HeaprExperts)
     experts.layer = SimpleNamespace(heapr_slots=slots, heapr_table=tables)

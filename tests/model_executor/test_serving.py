@@ -18,8 +18,9 @@ from tests.conftest import awkward
 from tests.model_executor import engine
 
 pytestmark = pytest.mark.vllm
-RAGGED = {"HEAPR_CPU_BUCKETS": "always"}  # by itself the plugin pads layers as small as these to one width
-UNIFORM = {"HEAPR_CPU_BUCKETS": "never"}
+RAGGED = {"HEAPR_CPU_KERNEL": "ragged"}  # our op, where it compiles
+BUCKETS = {"HEAPR_CPU_KERNEL": "native", "HEAPR_CPU_BUCKETS": "always"}  # by itself it pads layers as small as these
+UNIFORM = {"HEAPR_CPU_KERNEL": "native", "HEAPR_CPU_BUCKETS": "never"}
 TWO_RANKS = RAGGED | {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
@@ -48,7 +49,7 @@ def override(masks_repository: Path) -> dict:
     return {"quantization_config": {"quant_method": "heapr", "masks": str(masks_repository)}}
 
 
-@pytest.mark.parametrize("storage", [RAGGED, UNIFORM], ids=["ragged", "uniform"])
+@pytest.mark.parametrize("storage", [RAGGED, BUCKETS, UNIFORM], ids=["ragged", "buckets", "uniform"])
 def test_compact_also_after_reload(storage: dict, compact: Path, stock: dict) -> None:
     found = engine.results(engine.run(compact, steps=("generate", "reload", "generate"), env=storage))
     assert_same(found[0], stock)
@@ -122,11 +123,14 @@ def test_shared_experts(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_dummy_weights_and_memory(compact: Path, awkward_masks: NeuronMasks) -> None:
-    """Random weights load; experts take the bytes of their kept neurons, rounded to the op's unit of 32."""
+    """Random weights load; experts take the bytes of their kept neurons, rounded to the op's unit."""
+    from heapr_vllm.model_executor import cpu_extension, cpu_moe, cpu_ragged_moe
+
     process = engine.run(compact, load_format="dummy", steps=("generate", "expert_tensors"),
-                         env=RAGGED | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
+                         env=RAGGED | {"HEAPR_CPU_BUCKETS": "always", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
     _, tensors = engine.results(process)
-    rows = sum(-(-width // 32) * 32 for widths in awkward_masks.widths.values() for width in widths.tolist())
+    unit = cpu_ragged_moe.WIDTH_UNIT if cpu_extension.load() else cpu_moe.WIDTH_UNIT
+    rows = sum(-(-width // unit) * unit for widths in awkward_masks.widths.values() for width in widths.tolist())
     dense_rows = 3 * 8 * 64
     assert tensors["parameter_bytes"] == rows * 3 * 64 * 4 < dense_rows * 3 * 64 * 4
     assert tensors["tables_in_state_dict"] == 0, "reload and sharded savers would take them for weights"

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Variable-width experts on the compiled op `heapr::cpu_ragged_moe`: when it is used, how its weights are packed."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from heapr_vllm.model_executor import cpu_extension
+from heapr_vllm.model_executor.layout import RaggedLayout
+
+WIDTH_UNIT = 16  # neurons of a panel, half of the columns of the op's micro-kernel
+COLUMNS = 32  # outputs of a panel; hidden sizes are multiples of it
+
+
+def is_used() -> bool:
+    """Whether CPU layers run on the op: AVX-512 without AMX, and it compiles.
+
+    On other CPUs vLLM's op is the default, because ours was never timed against it there. HEAPR_CPU_KERNEL=ragged or
+    native overrides the choice.
+    """
+    override = os.environ.get("HEAPR_CPU_KERNEL")
+    if override == "native":
+        return False
+    is_measured = cpu_extension.isa().startswith("avx512") and not torch.cpu._is_amx_tile_supported()
+    return (is_measured or override == "ragged") and cpu_extension.load()
+
+
+def pack(w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout) -> None:
+    """Brings both flat parameters into panels, in place; `csrc/cpu_ragged_moe.cpp` describes them."""
+    pair = 2 if w13.dtype == torch.bfloat16 else 1
+    hidden = w2.shape[1]
+    for row, width in layout.expert_table():
+        gate_up, down = w13[2 * row : 2 * (row + width)], w2[row : row + width]
+        panels = gate_up.view(2, width // WIDTH_UNIT, WIDTH_UNIT, hidden // pair, pair).permute(1, 3, 0, 2, 4)
+        gate_up.copy_(panels.clone(memory_format=torch.contiguous_format).view(gate_up.shape))
+        panels = down.view(width // pair, pair, hidden // COLUMNS, COLUMNS).permute(2, 0, 3, 1)
+        down.copy_(panels.clone(memory_format=torch.contiguous_format).view(down.shape))

@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: Apache-2.0
+// heapr::cpu_ragged_moe: a mixture of experts whose experts have widths of their own, on a CPU.
+//
+// Weights are stored as panels of two times 16 columns, so that one micro-kernel serves both products (`pack` in
+// cpu_ragged_moe.py). P neighbours along K lie together: 2 in bfloat16, where one instruction multiplies pairs, else 1.
+//   gate/up of an expert [width / 16][hidden / P][gate, up][16 neurons][P]
+//   down of an expert    [hidden / 32][width / P][32 outputs][P]
+// Per chunk of tokens there are two parallel loops. The first takes tasks (expert, rows, 16-neuron panels) and leaves
+// silu(gate) * up; the second takes tasks of output columns, runs over all experts in slot order and sums in fp32. No
+// sum crosses a task, so results do not depend on the number of threads nor on who takes which task.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/vec.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t kLanes = 16;  // columns of one vector register
+constexpr int64_t kPanel = 2 * kLanes;
+constexpr int64_t kRows = 12;        // rows of the micro-kernel: 12 x 2 accumulators of the 32 registers
+constexpr int64_t kRowBlock = 96;    // rows of a gate/up task: its activations stay in the L2 cache
+constexpr int64_t kChunk = 1024;     // tokens sorted and computed together; bounds the scratch
+constexpr int64_t kPrefetch = 8192;  // bytes ahead in the stream of weights; 2048 and 32768 were slower
+
+typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(64), aligned(4), may_alias));
+
+Vec& at16(float* p) { return *reinterpret_cast<Vec*>(p); }
+
+// acc += a * b for one step along K: P values of a row, and 16 columns times P of a panel. `Row` is the type that
+// activations have here: float for half precision, so that each is converted once.
+template <typename T>
+struct Step;
+
+template <>
+struct Step<float> {
+  using Row = float;
+  static constexpr int64_t kPairs = 1;
+  static void fma(Vec& acc, const float* a, const float* b) { acc += *a * *reinterpret_cast<const Vec*>(b); }
+};
+
+template <>
+struct Step<at::Half> {
+  using Row = float;
+  static constexpr int64_t kPairs = 1;
+  static void fma(Vec& acc, const float* a, const at::Half* b) {
+#ifdef __AVX512F__
+    const Vec wide = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+#else
+    Vec wide;
+    for (int i = 0; i < kLanes; ++i) wide[i] = static_cast<float>(b[i]);
+#endif
+    acc += *a * wide;
+  }
+};
+
+template <>
+struct Step<at::BFloat16> {
+  using Row = at::BFloat16;
+  static constexpr int64_t kPairs = 2;
+  static void fma(Vec& acc, const at::BFloat16* a, const at::BFloat16* b) {
+#ifdef __AVX512BF16__
+    int32_t pair;
+    std::memcpy(&pair, a, sizeof(pair));
+    acc = _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)),
+                           reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)));
+#else
+    const Bits bits = *reinterpret_cast<const Bits*>(b);
+    acc += static_cast<float>(a[0]) * reinterpret_cast<Vec>(bits << 16);
+    acc += static_cast<float>(a[1]) * reinterpret_cast<Vec>(bits & 0xffff0000u);
+#endif
+  }
+};
+
+// out[r][32] = rows[r][0 : depth] times a panel, for `Rows` rows.
+template <typename T, int Rows>
+void multiply(const typename Step<T>::Row* const* rows, int64_t depth, const T* panel, float* out) {
+  constexpr int64_t pairs = Step<T>::kPairs;
+  Vec acc[Rows][2] = {};
+  for (int64_t k = 0; k < depth; k += pairs, panel += kPanel * pairs) {
+    __builtin_prefetch(reinterpret_cast<const char*>(panel) + kPrefetch);
+    __builtin_prefetch(reinterpret_cast<const char*>(panel + kLanes * pairs) + kPrefetch);
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r) {
+      Step<T>::fma(acc[r][0], rows[r] + k, panel);
+      Step<T>::fma(acc[r][1], rows[r] + k, panel + kLanes * pairs);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < Rows; ++r) {
+    at16(out + r * kPanel) = acc[r][0];
+    at16(out + r * kPanel + kLanes) = acc[r][1];
+  }
+}
+
+template <typename T, int Rows = kRows>
+void multiply(int64_t count, const typename Step<T>::Row* const* rows, int64_t depth, const T* panel, float* out) {
+  if constexpr (Rows > 0) {
+    if (count == Rows) return multiply<T, Rows>(rows, depth, panel, out);
+    multiply<T, Rows - 1>(count, rows, depth, panel, out);
+  }
+}
+
+// Calls f(first, count) for runs of at most kRows that cover [begin, end) and differ by one row at most.
+template <typename F>
+void for_tiles(int64_t begin, int64_t end, const F& f) {
+  for (int64_t tiles = at::divup(end - begin, kRows); tiles > 0; --tiles) {
+    const int64_t count = at::divup(end - begin, tiles);
+    f(begin, count);
+    begin += count;
+  }
+}
+
+// h[i] = silu(gate[i]) * up[i] for 16 neurons.
+template <typename Row>
+void silu_and_mul(const float* gate_up, Row* h) {
+  using V = at::vec::Vectorized<float>;
+  float result[kLanes];
+  for (int64_t i = 0; i < kLanes; i += V::size()) {
+    const V gate = V::loadu(gate_up + i);
+    (gate * V::loadu(gate_up + kLanes + i) / (V(1.f) + gate.neg().exp())).store(result + i);
+  }
+  for (int64_t i = 0; i < kLanes; ++i) h[i] = static_cast<Row>(result[i]);
+}
+
+// Runs f(task) for all tasks; threads take the next one as they get free.
+template <typename F>
+void for_tasks(int64_t tasks, const F& f) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
+  });
+}
+
+// Routes of one expert: [begin, end) of the sorted list; `row` and `width` say where its weights lie; `h` where the
+// rows of its hidden activations start.
+struct Expert {
+  int64_t row, width, begin, end, h;
+};
+
+template <typename T>
+struct Layer {
+  using Row = typename Step<T>::Row;
+  const Row* x;
+  const T* w13;
+  const T* w2;
+  const float* weights;
+  const int32_t* ids;
+  const int32_t* slots;
+  const int32_t* table;
+  T* output;
+  int64_t hidden, top_k, num_experts, num_slots;
+
+  // Output rows of tokens [begin, end).
+  void run(int64_t begin, int64_t end) const {
+    static thread_local std::vector<int32_t> routes;
+    static thread_local std::vector<Expert> experts;
+    static thread_local std::vector<Row> h;  // kept from call to call, like the others
+    h.resize(std::max<size_t>(h.size(), sort(begin, end, routes, experts)));
+    gate_up(routes.data(), experts, h.data());
+    down(begin, end, routes.data(), experts, h.data());
+  }
+
+  // Sorts the routes of these tokens by slot, then by token; returns the elements of h. Routes of experts that are not
+  // stored here, and ids out of range, are dropped.
+  int64_t sort(int64_t begin, int64_t end, std::vector<int32_t>& routes, std::vector<Expert>& experts) const {
+    const auto slot_of = [&](int64_t route) {
+      const int32_t id = ids[route];
+      return id < 0 || id >= num_experts ? num_slots : static_cast<int64_t>(slots[id]);
+    };
+    static thread_local std::vector<int64_t> next;  // by slot: first the number of routes, then the next one's place
+    next.assign(num_slots + 1, 0);
+    for (int64_t route = begin * top_k; route < end * top_k; ++route) ++next[slot_of(route)];
+    experts.clear();
+    int64_t first = 0, elements = 0;
+    for (int64_t slot = 0; slot < num_slots; ++slot) {
+      const int64_t count = next[slot], row = table[2 * slot], width = table[2 * slot + 1];
+      next[slot] = first;
+      if (count) experts.push_back({row, width, first, first + count, elements});
+      first += count;
+      elements += count * width;
+    }
+    routes.resize(first);
+    for (int64_t route = begin * top_k; route < end * top_k; ++route) {
+      const int64_t slot = slot_of(route);
+      if (slot < num_slots) routes[next[slot]++] = route;
+    }
+    return elements;
+  }
+
+  void gate_up(const int32_t* routes, const std::vector<Expert>& experts, Row* h) const {
+    struct Task {
+      const Expert* expert;
+      int64_t begin, end, first, last;  // routes, panels
+    };
+    static thread_local std::vector<Task> tasks;
+    tasks.clear();
+    int64_t panels = 0;
+    for (const Expert& e : experts) panels += e.width / kLanes * at::divup(e.end - e.begin, kRowBlock);
+    const int64_t group = std::clamp<int64_t>(panels / (8 * at::get_num_threads()), 1, 8);
+    for (const Expert& e : experts)
+      for (int64_t begin = e.begin; begin < e.end; begin += kRowBlock)
+        for (int64_t first = 0; first < e.width / kLanes; first += group)
+          tasks.push_back({&e, begin, std::min(begin + kRowBlock, e.end), first,
+                           std::min(first + group, e.width / kLanes)});
+    const std::vector<Task>& all = tasks;
+    for_tasks(all.size(), [&](int64_t number) {
+      const Task& task = all[number];
+      const Expert& e = *task.expert;
+      const Row* rows[kRows];
+      float out[kRows * kPanel];
+      for (int64_t panel = task.first; panel < task.last; ++panel) {
+        const T* weight = w13 + 2 * (e.row + panel * kLanes) * hidden;
+        for_tiles(task.begin, task.end, [&](int64_t first, int64_t count) {
+          for (int64_t r = 0; r < count; ++r) rows[r] = x + routes[first + r] / top_k * hidden;
+          multiply<T>(count, rows, hidden, weight, out);
+          for (int64_t r = 0; r < count; ++r)
+            silu_and_mul(out + r * kPanel, h + e.h + (first - e.begin + r) * e.width + panel * kLanes);
+        });
+      }
+    });
+  }
+
+  void down(int64_t begin, int64_t end, const int32_t* routes, const std::vector<Expert>& experts,
+            const Row* h) const {
+    const int64_t panels = hidden / kPanel;
+    const int64_t group = std::clamp<int64_t>(panels / (8 * at::get_num_threads()), 1, 2);
+    for_tasks(at::divup(panels, group), [&](int64_t task) {
+      static thread_local std::vector<float> sums;
+      const int64_t first_panel = task * group, last_panel = std::min(first_panel + group, panels);
+      const int64_t columns = (last_panel - first_panel) * kPanel;
+      sums.assign((end - begin) * columns, 0.f);
+      const Row* rows[kRows];
+      float out[kRows * kPanel];
+      for (const Expert& e : experts)
+        for_tiles(e.begin, e.end, [&](int64_t first, int64_t count) {
+          for (int64_t r = 0; r < count; ++r) rows[r] = h + e.h + (first - e.begin + r) * e.width;
+          for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+            multiply<T>(count, rows, e.width, w2 + e.row * hidden + panel * kPanel * e.width, out);
+            for (int64_t r = 0; r < count; ++r) {
+              const int64_t route = routes[first + r];
+              float* sum = sums.data() + (route / top_k - begin) * columns + (panel - first_panel) * kPanel;
+              at16(sum) += weights[route] * at16(out + r * kPanel);
+              at16(sum + kLanes) += weights[route] * at16(out + r * kPanel + kLanes);
+            }
+          }
+        });
+      for (int64_t token = begin; token < end; ++token)
+        for (int64_t i = 0; i < columns; ++i)
+          output[token * hidden + first_panel * kPanel + i] = static_cast<T>(sums[(token - begin) * columns + i]);
+    });
+  }
+};
+
+template <typename T>
+void run(at::Tensor& output, const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
+         const at::Tensor& weights, const at::Tensor& ids, const at::Tensor& slots, const at::Tensor& table) {
+  const int64_t tokens = x.size(0);
+  const at::Tensor rows = x.contiguous().to(c10::CppTypeToScalarType<typename Step<T>::Row>::value);
+  const Layer<T> layer{rows.const_data_ptr<typename Step<T>::Row>(), w13.const_data_ptr<T>(), w2.const_data_ptr<T>(),
+                       weights.const_data_ptr<float>(), ids.const_data_ptr<int32_t>(),
+                       slots.const_data_ptr<int32_t>(), table.const_data_ptr<int32_t>(),
+                       output.mutable_data_ptr<T>(), x.size(1), ids.size(1), slots.size(0) - 1, table.size(0)};
+  const int64_t chunks = at::divup(tokens, kChunk);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+    layer.run(tokens * chunk / chunks, tokens * (chunk + 1) / chunks);
+}
+
+// Writes the MoE output [T, H]. x [T, H]; w13 [2 * rows, H] and w2 [rows, H] packed as above; weights float32 and ids
+// int32 [T, k]; slots int32 [num_experts + 1]; table int32 [num_slots, 2], first row and width, a multiple of 16.
+void cpu_ragged_moe(at::Tensor& output, const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
+                    const at::Tensor& weights, const at::Tensor& ids, const at::Tensor& slots,
+                    const at::Tensor& table) {
+  TORCH_CHECK(x.dim() == 2, "cpu_ragged_moe: activations [tokens, hidden size]");
+  for (const at::Tensor* tensor : {static_cast<const at::Tensor*>(&output), &w13, &w2})
+    TORCH_CHECK(tensor->is_contiguous() && tensor->dim() == 2 && tensor->size(1) == x.size(1) &&
+                    tensor->scalar_type() == x.scalar_type(),
+                "cpu_ragged_moe: output and weights are contiguous, of the activations' dtype and hidden size");
+  TORCH_CHECK(x.size(1) % kPanel == 0 && w13.size(0) == 2 * w2.size(0) && output.sizes() == x.sizes(),
+              "cpu_ragged_moe: hidden size is a multiple of ", kPanel, ", w13 has twice the rows of w2");
+  TORCH_CHECK(ids.dim() == 2 && ids.size(0) == x.size(0) && weights.sizes() == ids.sizes() &&
+                  table.dim() == 2 && table.size(1) == 2 && table.is_contiguous() && slots.is_contiguous(),
+              "cpu_ragged_moe: weights and ids [tokens, k], table [slots, 2], contiguous");
+  const at::Tensor plain_weights = weights.to(at::kFloat).contiguous(), plain_ids = ids.to(at::kInt).contiguous();
+  switch (x.scalar_type()) {
+    case at::kFloat: return run<float>(output, x, w13, w2, plain_weights, plain_ids, slots, table);
+    case at::kHalf: return run<at::Half>(output, x, w13, w2, plain_weights, plain_ids, slots, table);
+    case at::kBFloat16: return run<at::BFloat16>(output, x, w13, w2, plain_weights, plain_ids, slots, table);
+    default: TORCH_CHECK(false, "cpu_ragged_moe: no kernel for ", x.scalar_type());
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(heapr, library) {
+  library.def(
+      "cpu_ragged_moe(Tensor(a!) output, Tensor hidden_states, Tensor w13, Tensor w2, Tensor topk_weights, "
+      "Tensor topk_ids, Tensor slots, Tensor table) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(heapr, CPU, library) { library.impl("cpu_ragged_moe", &cpu_ragged_moe); }
