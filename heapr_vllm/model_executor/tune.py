@@ -130,10 +130,10 @@ def batches_for(layer: SyntheticLayer, num_tokens: int) -> list[Batch]:
     return [random_batch(num_tokens, layer.moe, layer.w2[0].dtype, layer.table.device) for _ in range(count)]
 
 
-def median_seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int = 15) -> float:
+def median_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
     """Median seconds per call."""
     run = stopwatch(calls, device)
-    return statistics.median(run() for _ in range(repeats if device.type == "cuda" else 1))
+    return statistics.median(run() for _ in range(15 if device.type == "cuda" else 1))
 
 
 def block_sizes(shape: LayerShape, num_tokens: int) -> list[int]:

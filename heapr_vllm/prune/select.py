@@ -17,8 +17,6 @@ from heapr_vllm.prune.criteria import score
 from heapr_vllm.prune.moments import NeuronMoments
 from heapr_vllm.prune.protect import DEFAULT_PROTECTION, super_experts
 
-UNROUTED = ("keep", "prune", "error")
-
 
 class Selector:
     """One criterion's ranking of a model's neurons, sorted once; then masks for any budget in milliseconds."""
