@@ -20,7 +20,7 @@ import torch
 from vllm.platforms import current_platform
 
 from benchmarks.rows import append_csv
-from heapr_vllm.model_executor import cpu_extension
+from heapr_vllm.model_executor import cpu_build, cpu_extension
 from heapr_vllm.model_executor.cpu_moe import WIDTH_UNIT, cpu_uniform_moe, native_isa
 from heapr_vllm.model_executor.layout import RaggedLayout, bucketed
 from heapr_vllm.model_executor.ragged_moe import RAGGED, pack, ragged_moe, stored_widths, table
@@ -145,7 +145,7 @@ def main() -> None:
     torch.manual_seed(0)
     moe, dtype = MoEShape(args.experts, args.top_k, args.hidden, args.width), getattr(torch, args.dtype)
     shape = f"{args.experts} experts, top-{args.top_k}, hidden {args.hidden}, width {args.width}"
-    print(f"{shape}, {args.dtype}, vLLM's op: {native_isa(dtype, args.hidden)}, ours: {cpu_extension.isa()}")
+    print(f"{shape}, {args.dtype}, vLLM's op: {native_isa(dtype, args.hidden)}, ours: {cpu_build.isa()}")
 
     def show(row: dict) -> None:
         print(f"  {row['threads']} threads, {row['tokens']:>4} tokens  {row['arm']:<26}{row['microseconds']:>9.0f} us  "

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's models at full size without their weights: config, tokenizer, and masks drawn from a HEAPr-like profile.
+"""Full-size models without their weights: config, tokenizer, and masks drawn from a HEAPr-like profile.
 
 vLLM fills them with random weights on the device (`--load-format dummy`), so nothing is downloaded and nothing but a
-few MB is written. Sizes are those of the published config.json files.
+few MB is written. The paper's models have the sizes of their published config.json files; SMALL is one for CPUs.
 """
 
 import json
@@ -23,6 +23,7 @@ QWEN = {"hidden_act": "silu", "max_position_embeddings": 32768, "rms_norm_eps": 
         "tie_word_embeddings": False, "vocab_size": 151936, "decoder_sparse_step": 1, "torch_dtype": "bfloat16"}
 QWEN2 = {**QWEN, "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "norm_topk_prob": False}
 QWEN3 = {**QWEN, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "norm_topk_prob": True}
+SMALL = "Qwen3-MoE-1.7GB"
 CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3-30B-A3B": {**QWEN3, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
                       "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "num_experts": 128,
@@ -43,6 +44,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
                         "scoring_func": "softmax", "hidden_act": "silu", "max_position_embeddings": 4096,
                         "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
                         "torch_dtype": "bfloat16"},
+    SMALL: {**QWEN3, "vocab_size": 32768, "hidden_size": 1024, "num_hidden_layers": 10, "num_attention_heads": 8,
+            "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 3072, "num_experts": 32,
+            "num_experts_per_tok": 4, "moe_intermediate_size": 768},
     "tiny": {**QWEN3, "vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 256, "num_experts": 8,
              "num_experts_per_tok": 2, "moe_intermediate_size": 192},

@@ -3,9 +3,10 @@
 
     python -m benchmarks.serving --model Qwen3-30B-A3B --sparsity 0.25 --csv benchmarks/results/serving.csv
     python -m benchmarks.serving --model Qwen3-30B-A3B --offline --rounds 2
+    python -m benchmarks.serving --device cpu --sparsity 0.5 --rounds 5
     python -m benchmarks.serving --dense serving_examples/tiny_qwen3_moe --pruned build/demo/pruned --workload chat
 
-`--model` makes both from the published sizes with random weights. On a GPU each `vllm serve` has the device to itself
+`--model` makes both from the published sizes with random weights; on a CPU the default is one of 1.7 GB. On a GPU each `vllm serve` has the device to itself
 for its rounds of `vllm bench serve`; on a CPU, or with `--together`, both run at once and are asked in turn, so that a
 slow moment hits both. `--offline` runs `vllm bench throughput` alternately. CUDA graphs and every other engine setting
 stay at vLLM's defaults, equal on both sides, unless set after `--`.
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.random_models import CONFIGS, write_dense, write_pruned
+from benchmarks.random_models import CONFIGS, SMALL, write_dense, write_pruned
 from benchmarks.rows import append_csv
 from serving_examples.vllm_server import alternate, serve, throughput
 
@@ -40,7 +41,8 @@ WORKLOADS = {
     "decode": Workload(128, 1024, 64, 64),
     "prefill": Workload(4096, 8, 32, 64),
     "mixed": Workload(1024, 128, 64, 128),
-    "single": Workload(32, 512, 1, 2),
+    "single": Workload(32, 256, 1, 2),
+    "batch": Workload(32, 128, 16, 32),
     "chat": Workload(64, 256, 8, 32),
     "smoke": Workload(8, 8, 2, 4),
 }
@@ -106,20 +108,26 @@ def table(label: str, workloads: dict[str, Workload], speeds: dict[str, dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="what vLLM is built for; decides the defaults below")
     parser.add_argument("--model", choices=CONFIGS, help="random weights at this model's size")
     parser.add_argument("--sparsity", type=float, default=0.25, help="with --model")
     parser.add_argument("--dense", type=Path, help="a checkpoint instead")
     parser.add_argument("--pruned", type=Path, help="its pruned version")
-    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=["decode", "prefill"])
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS,
+                        help="default: decode prefill, on a CPU single batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--offline", action="store_true", help="vllm bench throughput instead of vllm serve")
-    parser.add_argument("--together", action=argparse.BooleanOptionalAction, default=not torch.cuda.is_available(),
-                        help="both servers at once")
+    parser.add_argument("--together", action=argparse.BooleanOptionalAction,
+                        help="both servers at once, the default on a CPU")
     parser.add_argument("--csv", type=Path, help="append the rows here")
     parser.add_argument("--work", type=Path, default=Path("build/serving"), help="models and logs")
     parser.add_argument("options", nargs="*", help="further vLLM options for both, after --")
     args = parser.parse_args()
     options = args.options
+    on_cpu = args.device == "cpu"
+    if on_cpu and not args.dense:
+        args.model = args.model or SMALL
     if args.model:
         args.dense, args.pruned = (write_dense(args.model, args.work),
                                    write_pruned(args.model, args.sparsity, args.work))
@@ -128,11 +136,13 @@ def main() -> None:
         parser.error("name a --model, or --dense and --pruned")
     stock = None if args.model == "DeepSeekMoE-16B" else ""  # vLLM alone does not know model_type deepseek
     arms = {"dense": Arm(args.dense, stock), "pruned": Arm(args.pruned, None)}
-    workloads = {name: WORKLOADS[name] for name in args.workload}
+    workloads = {name: WORKLOADS[name] 
+                 for name in args.workload or (["single", "batch"] if on_cpu else ["decode", "prefill"])}
     if args.offline:
         speeds = measure_offline(arms, workloads, args.rounds, options, args.work)
     else:
-        speeds = measure_served(arms, workloads, args.rounds, options, args.work, args.together)
+        speeds = measure_served(arms, workloads, args.rounds, options, args.work,
+                                on_cpu if args.together is None else args.together)
     rows = table(f"{args.model} {args.sparsity:.0%}" if args.model else args.pruned.name, workloads, speeds, args.work)
     for row in rows:
         print(f"{row['model']}, {row['workload']} ({row['input_len']} in, {row['output_len']} out, "

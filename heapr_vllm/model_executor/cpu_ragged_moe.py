@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from heapr_vllm.model_executor import cpu_extension
+from heapr_vllm.model_executor import cpu_build, cpu_extension
 from heapr_vllm.model_executor.layout import RaggedLayout
 
 WIDTH_UNIT = 16  # neurons of a panel, half of the columns of the op's micro-kernel
@@ -17,13 +17,13 @@ COLUMNS = 32  # outputs of a panel; hidden sizes are multiples of it
 def is_used() -> bool:
     """Whether CPU layers run on the op: AVX-512 without AMX, and it compiles.
 
-    On other CPUs vLLM's op is the default, because ours was never timed against it there. HEAPR_CPU_KERNEL=ragged or
-    native overrides the choice.
+    On other CPUs, with AMX (there it uses PyTorch's brgemm) or below AVX-512, vLLM's op is the default, because ours was
+    never timed against it there. HEAPR_CPU_KERNEL=ragged or native overrides the choice.
     """
     override = os.environ.get("HEAPR_CPU_KERNEL")
     if override == "native":
         return False
-    is_measured = cpu_extension.isa().startswith("avx512") and not torch.cpu._is_amx_tile_supported()
+    is_measured = cpu_build.isa() in ("avx512", "avx512_bf16")
     return (is_measured or override == "ragged") and cpu_extension.load()
 
 

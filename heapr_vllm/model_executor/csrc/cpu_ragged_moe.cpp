@@ -12,6 +12,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -28,6 +29,9 @@ constexpr int64_t kLanes = 16;  // columns of one vector register
 constexpr int64_t kPanel = 2 * kLanes;
 constexpr int64_t kRows = 12;        // rows of the micro-kernel: 12 x 2 accumulators of the 32 registers
 constexpr int64_t kRowBlock = 96;    // rows of a gate/up task: its activations stay in the L2 cache
+constexpr int64_t kAmxRows = 32;     // rows of a product on AMX tiles, two by two of them
+constexpr int64_t kAmxUnit = 16;     // rows of a tile; what is missing is computed and thrown away
+constexpr int64_t kFewRows = 5;      // fewer rows are as fast as their weights come from memory, tiles or not
 constexpr int64_t kChunk = 1024;     // tokens sorted and computed together; bounds the scratch
 constexpr int64_t kPrefetch = 8192;  // bytes ahead in the stream of weights; 2048 and 32768 were slower
 
@@ -110,11 +114,34 @@ void multiply(int64_t count, const typename Step<T>::Row* const* rows, int64_t d
   }
 }
 
-// Calls f(first, count) for runs of at most kRows that cover [begin, end) and differ by one row at most.
+// Whether `count` rows go to AMX tiles, through PyTorch's brgemm, which reads the same panels. HEAPR_AMX is defined
+// where the CPU has them; elsewhere brgemm gives the same bits as `multiply`, for tests.
+template <typename T>
+bool on_tiles(int64_t count) {
+#ifdef HEAPR_AMX
+  return std::is_same_v<T, at::BFloat16> && count >= kFewRows;
+#else
+  return false;
+#endif
+}
+
+// out[r][32] = rows[r][0 : depth] times a panel. With `tiled` the rows lie one after the other, and so many more can be
+// read that kAmxUnit divides their number: brgemm compiles a kernel for every shape, so there are few.
+template <typename T>
+void multiply(int64_t count, const typename Step<T>::Row* const* rows, int64_t depth, bool tiled, const T* panel,
+              float* out) {
+  if constexpr (std::is_same_v<T, at::BFloat16>)
+    if (tiled)
+      return at::native::cpublas::brgemm(at::divup(count, kAmxUnit) * kAmxUnit, kPanel, depth, depth, kPanel, kPanel,
+                                         false, rows[0], panel, out);
+  multiply<T>(count, rows, depth, panel, out);
+}
+
+// Calls f(first, count) for runs of rows that cover [begin, end): whole tiles, or at most kRows, even to one row.
 template <typename F>
-void for_tiles(int64_t begin, int64_t end, const F& f) {
-  for (int64_t tiles = at::divup(end - begin, kRows); tiles > 0; --tiles) {
-    const int64_t count = at::divup(end - begin, tiles);
+void for_runs(int64_t begin, int64_t end, bool tiled, const F& f) {
+  for (int64_t runs = at::divup(end - begin, tiled ? kAmxRows : kRows); runs > 0; --runs) {
+    const int64_t count = tiled ? std::min(kAmxRows, end - begin) : at::divup(end - begin, runs);
     f(begin, count);
     begin += count;
   }
@@ -132,12 +159,16 @@ void silu_and_mul(const float* gate_up, Row* h) {
   for (int64_t i = 0; i < kLanes; ++i) h[i] = static_cast<Row>(result[i]);
 }
 
-// Runs f(task) for all tasks; threads take the next one as they get free.
+// Every thread makes a worker and calls it with one task after another; they take the next one as they get free.
 template <typename F>
-void for_tasks(int64_t tasks, const F& f) {
+void for_tasks(int64_t tasks, const F& make_worker) {
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
+    auto worker = make_worker();
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) worker(task);
+#ifdef HEAPR_AMX
+    at::native::cpublas::brgemm_release();
+#endif
   });
 }
 
@@ -181,20 +212,21 @@ struct Layer {
     next.assign(num_slots + 1, 0);
     for (int64_t route = begin * top_k; route < end * top_k; ++route) ++next[slot_of(route)];
     experts.clear();
-    int64_t first = 0, elements = 0;
+    int64_t first = 0, elements = 0, widest = 0;
     for (int64_t slot = 0; slot < num_slots; ++slot) {
       const int64_t count = next[slot], row = table[2 * slot], width = table[2 * slot + 1];
       next[slot] = first;
-      if (count) experts.push_back({row, width, first, first + count, elements});
+      if (count && width) experts.push_back({row, width, first, first + count, elements});
       first += count;
       elements += count * width;
+      widest = std::max(widest, width);
     }
     routes.resize(first);
     for (int64_t route = begin * top_k; route < end * top_k; ++route) {
       const int64_t slot = slot_of(route);
       if (slot < num_slots) routes[next[slot]++] = route;
     }
-    return elements;
+    return elements + kAmxUnit * widest;  // tiles read beyond the last row
   }
 
   void gate_up(const int32_t* routes, const std::vector<Expert>& experts, Row* h) const {
@@ -213,20 +245,33 @@ struct Layer {
           tasks.push_back({&e, begin, std::min(begin + kRowBlock, e.end), first,
                            std::min(first + group, e.width / kLanes)});
     const std::vector<Task>& all = tasks;
-    for_tasks(all.size(), [&](int64_t number) {
-      const Task& task = all[number];
-      const Expert& e = *task.expert;
-      const Row* rows[kRows];
-      float out[kRows * kPanel];
-      for (int64_t panel = task.first; panel < task.last; ++panel) {
-        const T* weight = w13 + 2 * (e.row + panel * kLanes) * hidden;
-        for_tiles(task.begin, task.end, [&](int64_t first, int64_t count) {
-          for (int64_t r = 0; r < count; ++r) rows[r] = x + routes[first + r] / top_k * hidden;
-          multiply<T>(count, rows, hidden, weight, out);
-          for (int64_t r = 0; r < count; ++r)
-            silu_and_mul(out + r * kPanel, h + e.h + (first - e.begin + r) * e.width + panel * kLanes);
-        });
-      }
+    for_tasks(all.size(), [&] {
+      return [&, gathered = int64_t{-1}](int64_t number) mutable {
+        static thread_local std::vector<Row> block;
+        const Task& task = all[number];
+        const Expert& e = *task.expert;
+        const Row* rows[kRowBlock];
+        float out[kAmxRows * kPanel];
+        for (int64_t i = task.begin; i < task.end; ++i) rows[i - task.begin] = x + routes[i] / top_k * hidden;
+        const bool tiled = on_tiles<T>(task.end - task.begin);
+        if (tiled) {
+          block.resize(kRowBlock * hidden);
+          for (int64_t i = 0; i < task.end - task.begin; ++i) {
+            Row* row = block.data() + i * hidden;
+            if (gathered != task.begin) std::copy_n(rows[i], hidden, row);
+            rows[i] = row;
+          }
+          gathered = task.begin;
+        }
+        for (int64_t panel = task.first; panel < task.last; ++panel) {
+          const T* weight = w13 + 2 * (e.row + panel * kLanes) * hidden;
+          for_runs(task.begin, task.end, tiled, [&](int64_t first, int64_t count) {
+            multiply<T>(count, rows + first - task.begin, hidden, tiled, weight, out);
+            for (int64_t r = 0; r < count; ++r)
+              silu_and_mul(out + r * kPanel, h + e.h + (first - e.begin + r) * e.width + panel * kLanes);
+          });
+        }
+      };
     });
   }
 
@@ -234,18 +279,19 @@ struct Layer {
             const Row* h) const {
     const int64_t panels = hidden / kPanel;
     const int64_t group = std::clamp<int64_t>(panels / (8 * at::get_num_threads()), 1, 2);
-    for_tasks(at::divup(panels, group), [&](int64_t task) {
+    const auto work = [&](int64_t task) {
       static thread_local std::vector<float> sums;
       const int64_t first_panel = task * group, last_panel = std::min(first_panel + group, panels);
       const int64_t columns = (last_panel - first_panel) * kPanel;
       sums.assign((end - begin) * columns, 0.f);
-      const Row* rows[kRows];
-      float out[kRows * kPanel];
-      for (const Expert& e : experts)
-        for_tiles(e.begin, e.end, [&](int64_t first, int64_t count) {
+      const Row* rows[kAmxRows];
+      float out[kAmxRows * kPanel];
+      for (const Expert& e : experts) {
+        const bool tiled = on_tiles<T>(e.end - e.begin);
+        for_runs(e.begin, e.end, tiled, [&](int64_t first, int64_t count) {
           for (int64_t r = 0; r < count; ++r) rows[r] = h + e.h + (first - e.begin + r) * e.width;
           for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-            multiply<T>(count, rows, e.width, w2 + e.row * hidden + panel * kPanel * e.width, out);
+            multiply<T>(count, rows, e.width, tiled, w2 + e.row * hidden + panel * kPanel * e.width, out);
             for (int64_t r = 0; r < count; ++r) {
               const int64_t route = routes[first + r];
               float* sum = sums.data() + (route / top_k - begin) * columns + (panel - first_panel) * kPanel;
@@ -254,10 +300,12 @@ struct Layer {
             }
           }
         });
+      }
       for (int64_t token = begin; token < end; ++token)
         for (int64_t i = 0; i < columns; ++i)
           output[token * hidden + first_panel * kPanel + i] = static_cast<T>(sums[(token - begin) * columns + i]);
-    });
+    };
+    for_tasks(at::divup(panels, group), [&] { return work; });
   }
 };
 
