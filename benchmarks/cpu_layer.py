@@ -12,7 +12,7 @@ medians, and the load of the machine: above the number of threads the figures me
 import argparse
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,7 +127,7 @@ def timings(arms: dict[str, Arm], moe: MoEShape, dtype: torch.dtype, tokens: lis
     return rows
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--top-k", type=int, default=4)
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--csv", type=Path, help="append the rows here")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     current_platform.import_kernels()
     torch.manual_seed(0)
     moe, dtype = MoEShape(args.experts, args.top_k, args.hidden, args.width), getattr(torch, args.dtype)

@@ -8,7 +8,7 @@ Arms, interleaved in one process: vLLM's Triton MoE as shipped and tuned, FlashI
 and on ragged weights, and tuned vLLM on a model of uniformly narrower experts of the same size. Both sides get the same
 tuning time per token count. Calls run as CUDA graphs over several weight copies and freshly routed batches, so weights
 come from memory and not from L2. Arms that cannot run here are left out with the reason: PyTorch and Triton are enough
-for ours. On a CPU see `benchmarks.cpu_layer`; for a look at this one without a GPU:
+for ours. `--device cpu` is `benchmarks.cpu_layer` and takes its options; for a look at this one without a GPU:
 
     TRITON_INTERPRET=1 python -m benchmarks.moe_layer --shape tiny --tokens 1 8 --tune-seconds 0
 """
@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import os
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,6 +171,10 @@ def show(shape: str, rows: list[dict]) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:3] == ["--device", "cpu"]:
+        from benchmarks import cpu_layer  # needs vLLM
+
+        return cpu_layer.main(sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=PAPER_SHAPES,
                         default=[name for name in PAPER_SHAPES if name != "tiny"])

@@ -6,10 +6,11 @@
     python -m benchmarks.serving --device cpu --sparsity 0.5 --rounds 5
     python -m benchmarks.serving --dense serving_examples/tiny_qwen3_moe --pruned build/demo/pruned --workload chat
 
-`--model` makes both from the published sizes with random weights; on a CPU the default is one of 1.7 GB. On a GPU each `vllm serve` has the device to itself
-for its rounds of `vllm bench serve`; on a CPU, or with `--together`, both run at once and are asked in turn, so that a
-slow moment hits both. `--offline` runs `vllm bench throughput` alternately. CUDA graphs and every other engine setting
-stay at vLLM's defaults, equal on both sides, unless set after `--`.
+`--model` makes both from the published sizes with random weights; on a CPU the default is a model of 1.7 GB. On a GPU
+each `vllm serve` has the device to itself for its rounds of `vllm bench serve`; on a CPU, or with `--together`, both
+run at once and are asked in turn, so that a slow moment hits both. `--offline` runs `vllm bench throughput`
+alternately. CUDA graphs and every other engine setting stay at vLLM's defaults, equal on both sides, unless set after
+`--`.
 """
 
 import argparse
@@ -136,8 +137,8 @@ def main() -> None:
         parser.error("name a --model, or --dense and --pruned")
     stock = None if args.model == "DeepSeekMoE-16B" else ""  # vLLM alone does not know model_type deepseek
     arms = {"dense": Arm(args.dense, stock), "pruned": Arm(args.pruned, None)}
-    workloads = {name: WORKLOADS[name] 
-                 for name in args.workload or (["single", "batch"] if on_cpu else ["decode", "prefill"])}
+    chosen = args.workload or (["single", "batch"] if on_cpu else ["decode", "prefill"])
+    workloads = {name: WORKLOADS[name] for name in chosen}
     if args.offline:
         speeds = measure_offline(arms, workloads, args.rounds, options, args.work)
     else:

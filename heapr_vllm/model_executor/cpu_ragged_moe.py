@@ -17,8 +17,8 @@ COLUMNS = 32  # outputs of a panel; hidden sizes are multiples of it
 def is_used() -> bool:
     """Whether CPU layers run on the op: AVX-512 without AMX, and it compiles.
 
-    On other CPUs, with AMX (there it uses PyTorch's brgemm) or below AVX-512, vLLM's op is the default, because ours was
-    never timed against it there. HEAPR_CPU_KERNEL=ragged or native overrides the choice.
+    With AMX (through PyTorch's brgemm) and below AVX-512 ours was never timed against vLLM's op, which is the default
+    there. HEAPR_CPU_KERNEL=ragged or native overrides the choice.
     """
     override = os.environ.get("HEAPR_CPU_KERNEL")
     if override == "native":
