@@ -4,7 +4,8 @@
     python -m benchmarks.decode --dense serving_examples/tiny_qwen3_moe --pruned build/demo/pruned
 
 Each engine is a process of its own that sleeps while the other works; a round is one `LLM.generate` of each, in
-alternating order. `benchmarks.serving` measures the same through `vllm serve`, with the front end's noise.
+alternating order. `benchmarks.serving` measures the same through `vllm serve`, with the front end's noise. `--busy 1`
+takes a part of the cores away, as on a machine that does something else too.
 """
 
 import argparse
@@ -37,6 +38,12 @@ def work(model: str) -> None:
         start = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
         print(time.perf_counter() - start, file=answers, flush=True)
+
+
+def occupy(stack: ExitStack) -> None:
+    """A process that wants a whole core."""
+    process = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+    stack.callback(process.kill)
 
 
 def start(stack: ExitStack, model: Path, plugins: str | None) -> subprocess.Popen:
@@ -78,17 +85,25 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--output-len", type=int, default=256)
+    parser.add_argument("--busy", type=int, default=0, help="processes that do nothing but keep a core busy")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return work(args.worker)
     if not args.dense or not args.pruned:
         parser.error("--dense and --pruned are both needed")
-    for row in compare(args.dense, args.pruned, args.batch, args.rounds, args.output_len):
-        ratios, quarter = row["ratios"], len(row["ratios"]) // 4
-        print(f"batch {row['batch']:>3}: dense {statistics.median(row['dense']):.0f} tokens/s, pruned "
-              f"{statistics.median(row['pruned']):.0f} tokens/s, ratio {statistics.median(ratios):.3f} (middle half of "
-              f"{len(ratios)} rounds {ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f})", flush=True)
+    with ExitStack() as stack:
+        for _ in range(args.busy):
+            occupy(stack)
+        for row in compare(args.dense, args.pruned, args.batch, args.rounds, args.output_len):
+            show(row)
+
+
+def show(row: dict) -> None:
+    ratios, quarter = row["ratios"], len(row["ratios"]) // 4
+    print(f"batch {row['batch']:>3}: dense {statistics.median(row['dense']):.0f} tokens/s, pruned "
+          f"{statistics.median(row['pruned']):.0f} tokens/s, ratio {statistics.median(ratios):.3f} (middle half of "
+          f"{len(ratios)} rounds {ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f})", flush=True)
 
 
 if __name__ == "__main__":
