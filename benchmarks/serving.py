@@ -15,7 +15,9 @@ alternately. CUDA graphs and every other engine setting stay at vLLM's defaults,
 
 import argparse
 import re
+import signal
 import statistics
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/serving"), help="models and logs")
     parser.add_argument("options", nargs="*", help="further vLLM options for both, after --")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the servers, which are in sessions of their own
     options = args.options
     on_cpu = args.device == "cpu"
     if on_cpu and not args.dense:
