@@ -34,6 +34,8 @@ OWN = {  # by name: model type, what differs from COMMON
     "deepseek_v3": ("deepseek_v3", {**SHARED, **MLA, "topk_method": "noaux_tc"}),
     "glm4_moe": ("glm4_moe", {**SHARED, "head_dim": 32, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
                               "routed_scaling_factor": 1.5, "partial_rotary_factor": 0.5}),
+    "mixtral": ("mixtral", {"intermediate_size": COMMON["moe_intermediate_size"], "num_local_experts":
+                            COMMON["num_experts"], "tie_word_embeddings": False}),
     "olmoe": ("olmoe", {"intermediate_size": COMMON["moe_intermediate_size"], "norm_topk_prob": False}),
     "ernie4_5_moe": ("ernie4_5_moe", {"moe_num_experts": COMMON["num_experts"], "moe_k": 2, "head_dim": 32,
                                       "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
