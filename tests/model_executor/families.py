@@ -3,7 +3,7 @@
 
     python -m tests.model_executor.families                          # all families and modes, as a Markdown table
     python -m tests.model_executor.families mixtral --modes TP=2     # a part of it
-    python -m tests.model_executor.families --record build/families.json   # killed, it continues where it was
+    python -m tests.model_executor.families --work build/families    # keeps what is done and continues there
 
 The oracle is stock vLLM, on one rank, on the checkpoint with the pruned neurons zeroed, in fp32 on the CPU. Where the
 plugin gives no output, stock vLLM is tried in the same mode: if it fails too, the cell says so.
@@ -52,9 +52,11 @@ MODES = {
 
 
 def prepare(family: str, folder: Path, corpus: Path) -> Path:
-    """Base model, calibration, masks with widths 0, 1, odd and full, and both checkpoints of `family`."""
-    base = tiny_models.save(family, folder / family / "base")
-    work = base.parent
+    """Base model, calibration, masks with widths 0, 1, odd and full, and both checkpoints of `family`, if not there."""
+    work = folder / family
+    if (work / "masked").is_dir():
+        return work
+    base = tiny_models.save(family, work / "base")
     calibrate(CalibrationSettings(str(base), str(corpus), num_calibration_samples=4, max_seq_length=64), work / "calib")
     write_masks_repository(awkward(NeuronMoments.from_pretrained(work / "calib")), work / "calib", work / "masks")
     export_checkpoint(work / "masks", work / "compact")
@@ -85,7 +87,7 @@ def same(found: Output, expected: Output) -> bool:
 
 
 def measure(folders: list[Path], modes: list[str], record: Path) -> dict[str, dict[str, Output]]:
-    """Outputs by mode and family; `record` keeps them as they come, and what it holds is not computed again."""
+    """Outputs by mode and family, written to `record` as they come; what it holds is not computed again."""
     found: dict[str, dict[str, Output]] = json.loads(record.read_text()) if record.is_file() else {}
 
     def add(name: str, run: Callable[[list[Path], Mode], Iterator[tuple[str, Output]]], mode: Mode,
@@ -121,16 +123,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.model_executor.families")
     parser.add_argument("families", nargs="*", default=list(tiny_models.OWN), help="by default all")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--record", type=Path, help="file that keeps outputs; what it holds is not computed again")
+    parser.add_argument("--work", type=Path, help="folder that keeps models and outputs, by default a temporary one")
     arguments = parser.parse_args()
     if unknown := set(arguments.families) - tiny_models.OWN.keys():
         parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(tiny_models.OWN)}")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        corpus = tiny_models.write_corpus(folder / "text.jsonl")
-        folders = [prepare(family, folder, corpus) for family in arguments.families]
+        work = arguments.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        corpus = tiny_models.write_corpus(work / "text.jsonl")
+        folders = [prepare(family, work, corpus) for family in arguments.families]
         outputs = measure([path for path in folders if path.name not in NOT_SERVED_HERE], arguments.modes,
-                          arguments.record or folder / "outputs.json")
+                          work / "outputs.json")
     print(table(arguments.families, arguments.modes, outputs))
 
 
