@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
@@ -41,6 +42,7 @@ OWN = {  # by name: model type, what differs from COMMON
                                       "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
                                       "moe_layer_end_index": 2, "moe_layer_interval": 1, "tie_word_embeddings": True}),
 }
+DRAFT = {"deepseek_v3": "model.layers.3.", "qwen3_next": "mtp.layers.0."}  # their layers for multi-token prediction
 
 
 def config(family: str) -> PreTrainedConfig:
@@ -57,8 +59,18 @@ def save(family: str, path: Path) -> Path:
         if name.endswith("e_score_correction_bias"):
             buffer.normal_(std=0.1)
     model.save_pretrained(path)
+    if family in DRAFT:
+        last = model.config.num_hidden_layers - 1
+        add_draft_layer(path / "model.safetensors", f"model.layers.{last}.", DRAFT[family])
     tokenizer().save_pretrained(path)
     return path
+
+
+def add_draft_layer(weights: Path, source: str, target: str) -> None:
+    """Gives a checkpoint a decoder layer named `target`, which only drafting needs, like its layer `source`."""
+    tensors = load_file(weights)
+    tensors |= {name.replace(source, target): tensor + 1 for name, tensor in tensors.items() if name.startswith(source)}
+    save_file(tensors, weights, metadata={"format": "pt"})
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

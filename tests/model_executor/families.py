@@ -11,6 +11,7 @@ plugin gives no output, stock vLLM is tried in the same mode: if it fails too, t
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -56,6 +57,7 @@ def prepare(family: str, folder: Path, corpus: Path) -> Path:
     work = folder / family
     if (work / "masked").is_dir():
         return work
+    shutil.rmtree(work, ignore_errors=True)  # what a killed run left
     base = tiny_models.save(family, work / "base")
     calibrate(CalibrationSettings(str(base), str(corpus), num_calibration_samples=4, max_seq_length=64), work / "calib")
     write_masks_repository(awkward(NeuronMoments.from_pretrained(work / "calib")), work / "calib", work / "masks")
