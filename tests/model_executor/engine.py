@@ -23,6 +23,7 @@ ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABL
                "VLLM_NO_USAGE_STATS": "1", "TRITON_INTERPRET": "0"}
 PROMPTS = [[5, 80, 33, 7], list(range(60, 90)), [17] * 3, [250, 3, 199, 42, 42, 8]]
 MARKER = "RESULT "
+NO_ANSWER = "no answer in time"
 ERROR = re.compile(r"(?<![\w.])\w*(Error|Exception)(: .*|$)")  # last line of a traceback, perhaps behind a prefix
 
 
@@ -35,10 +36,11 @@ def run(model: Path, *, steps: tuple[str, ...] = ("generate",), env: dict[str, s
                           capture_output=True, cwd=ROOT, env={**os.environ, **ENVIRONMENT, **(env or {})}, timeout=300)
 
 
-def generate_many(models: list[Path], *, env: dict[str, str], limit: float = 300,
+def generate_many(models: list[Path], *, env: dict[str, str], limit: float = 600,
                   **llm: Any) -> Iterator[dict[str, Any] | str]:
     """Output of one engine after another, in one process as long as it lives; the reason for an engine that fails.
 
+    Every model runs in the dtype it is stored in.
     An engine that needs more than `limit` seconds, or takes its process down, costs no more than its own output.
     """
     remaining = list(models)
@@ -50,7 +52,7 @@ def generate_many(models: list[Path], *, env: dict[str, str], limit: float = 300
 
 def _outputs(models: list[Path], env: dict[str, str], limit: float, llm: dict[str, Any]) -> Iterator[dict | str]:
     """Outputs of a process of its own, until it dies or an engine takes too long."""
-    spec = {"llm": {"dtype": "float32", "max_model_len": 128, "enforce_eager": True, **llm},
+    spec = {"llm": {"max_model_len": 128, "enforce_eager": True, **llm},
             "models": [str(model) for model in models]}
     with subprocess.Popen([sys.executable, "-m", "tests.model_executor.engine"], stdin=subprocess.PIPE, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, **env},
@@ -82,8 +84,8 @@ def _next_output(process: subprocess.Popen, limit: float) -> dict[str, Any] | st
                 error = match[0]
     finally:
         timer.cancel()
-    ending = f"exit status {process.wait()}" if time.monotonic() - started < limit else f"no answer in {limit:.0f} s"
-    return f"{error} {ending}".strip()
+    is_late = process.wait() == -signal.SIGKILL and time.monotonic() - started >= limit
+    return NO_ANSWER if is_late else f"{error} exit status {process.returncode}".strip()
 
 
 def kill_group(process: subprocess.Popen) -> None:
@@ -136,7 +138,8 @@ def attempt(model: str, arguments: dict[str, Any]) -> dict[str, Any] | str:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     try:
-        return generate(LLM(model, **arguments))
+        config = json.loads((Path(model) / "config.json").read_text())
+        return generate(LLM(model, dtype=config.get("text_config", config)["dtype"], **arguments))
     except Exception as error:  # any failure is a result here
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     finally:

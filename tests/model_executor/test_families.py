@@ -43,4 +43,4 @@ def test_output_equals_stock(mode: str, family: str, served: dict[str, dict[str,
     found, expected = served[mode][family], served["stock"][family]
     assert not isinstance(expected, str), f"stock vLLM: {expected}"
     assert not isinstance(found, str), found
-    assert families.same(found, expected)
+    assert families.same(family, found, expected)
