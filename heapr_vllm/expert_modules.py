@@ -15,10 +15,13 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     Transformers calls some modules otherwise than checkpoints do (Mixtral's `block_sparse_moe` is its `mlp`), and knows
     under which names to save them. So it is asked to save stand-ins, whose one value says which module they stand for.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
     found = [(name, module) for name, module in model.named_modules()
              if isinstance(getattr(module, "down_proj", None), nn.Parameter) and module.down_proj.dim() == 3]
     stand_ins = {f"{name}.down_proj": torch.full((1, 1, 1), index) for index, (name, _) in enumerate(found)}
-    prefixes = {int(stand_in): _prefix(name) for name, stand_in in _as_saved(model, stand_ins).items()}
+    saved = revert_weight_conversion(model, stand_ins)  # what `save_pretrained` writes
+    prefixes = {int(stand_in): _prefix(name) for name, stand_in in saved.items()}
     return {prefixes[index]: module for index, (_, module) in enumerate(found)}
 
 
@@ -26,13 +29,6 @@ def expert_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """(num_experts, moe_intermediate_size) of every module of `expert_modules`."""
     return {prefix: (module.down_proj.shape[0], module.down_proj.shape[2])
             for prefix, module in expert_modules(model).items()}
-
-
-def _as_saved(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `save_pretrained` would write for parameters of `model`."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return revert_weight_conversion(model, tensors)
 
 
 def _prefix(name: str) -> str:
