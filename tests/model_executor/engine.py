@@ -40,13 +40,13 @@ def generate_many(models: list[Path], *, env: dict[str, str], limit: float = 600
                   **llm: Any) -> Iterator[dict[str, Any] | str]:
     """Output of one engine after another, in one process as long as it lives; the reason for an engine that fails.
 
-    Every model runs in the dtype it is stored in.
-    An engine that needs more than `limit` seconds, or takes its process down, costs no more than its own output.
+    Every model runs in the dtype it is stored in. An engine that needs more than `limit` seconds (its output is then
+    NO_ANSWER), or takes its process down, costs no more than its own output.
     """
-    remaining = list(models)
-    while remaining:
-        for output in _outputs(remaining, ENVIRONMENT | env, limit, llm):
-            remaining.pop(0)
+    done = 0
+    while done < len(models):
+        for output in _outputs(models[done:], ENVIRONMENT | env, limit, llm):
+            done += 1
             yield output
 
 
