@@ -62,7 +62,7 @@ def _outputs(models: list[Path], env: dict[str, str], limit: float, llm: dict[st
             process.stdin.close()
             for _ in models:
                 yield _next_output(process, limit)
-                if process.poll() is not None:
+                if process.returncode is not None:  # known once its output has ended
                     return
         finally:
             with suppress(subprocess.TimeoutExpired):
