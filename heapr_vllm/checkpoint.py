@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -164,10 +163,7 @@ class Checkpoint:
         return shapes
 
     def _is_draft(self, prefix: str) -> bool:
-        """Whether a module lies in a layer after the model's own, where DeepSeek-V3 keeps its draft layer."""
-        layer = re.search(r"\blayers\.(\d+)\.", prefix)
-        text = self.config.get("text_config", self.config)
-        return layer is not None and int(layer[1]) >= text.get("num_hidden_layers", math.inf)
+        return is_draft_layer(prefix, self.config.get("text_config", self.config).get("num_hidden_layers"))
 
     def check_readable(self) -> None:
         """Raises HeaprError if a shard is missing, cut short, or lacks a tensor of the index. Reads headers only."""
@@ -231,6 +227,21 @@ class Checkpoint:
 
 _ITEM_SIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
               "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def layer_index(prefix: str) -> int:
+    """Number of the decoder layer in a module name; -1 if there is none."""
+    match = re.search(r"(?:^|\.)layers\.(\d+)\.", prefix)
+    return int(match[1]) if match else -1
+
+
+def is_draft_layer(prefix: str, num_layers: int | None) -> bool:
+    """Whether a module belongs to multi-token prediction, whose experts are never pruned.
+
+    Such layers are called mtp (Qwen3-Next), or are numbered after the model's own `num_layers` (DeepSeek-V3).
+    """
+    is_named = any(part.startswith("mtp") for part in prefix.split("."))
+    return is_named or (num_layers is not None and layer_index(prefix) >= num_layers)
 
 
 def natural_order(name: str) -> list[int | str]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from heapr_vllm.config import MASKS_FILE
 from heapr_vllm.errors import HeaprError, first_line
+from heapr_vllm.expert_modules import expert_modules, expert_shapes
 from heapr_vllm.tensorfile import load_tensors, save_tensors
 
 
@@ -133,11 +134,10 @@ class NeuronMasks:
         Zeroing a neuron's down_proj column removes it exactly. Works on any model with stacked experts (`down_proj`
         [E, H, I], Transformers 5). Raises HeaprError if the masks belong to another model.
         """
-        modules = {name: model.get_submodule(name) for name in expert_shapes(model)}
         self.check_fits(expert_shapes(model), type(model).__name__)
         saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         try:
-            for prefix, module in modules.items():
+            for prefix, module in expert_modules(model).items():
                 weight = module.down_proj.data
                 pruned = ~self.keep[prefix].to(weight.device)[:, None, :].expand_as(weight)
                 saved.append((weight, pruned, weight[pruned]))
@@ -146,12 +146,6 @@ class NeuronMasks:
         finally:
             for weight, pruned, values in saved:
                 weight[pruned] = values
-
-
-def expert_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(num_experts, moe_intermediate_size) of every stacked-experts module of a transformers model, by module name."""
-    return {name: (module.down_proj.shape[0], module.down_proj.shape[2]) for name, module in model.named_modules()
-            if isinstance(getattr(module, "down_proj", None), nn.Parameter) and module.down_proj.dim() == 3}
 
 
 def find_masks(name_or_path: str, revision: str | None = None) -> Path:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from heapr_vllm.checkpoint import Checkpoint
+from heapr_vllm.checkpoint import Checkpoint, is_draft_layer, layer_index
 from heapr_vllm.config import MASKS_FILE, QUANT_METHOD, PruningConfig
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.masks import NeuronMasks, check_masks_sha256, file_sha256, find_masks
@@ -122,11 +121,8 @@ class HeaprConfig(QuantizationConfig):
         return found[0]
 
     def is_draft_layer(self, prefix: str) -> bool:
-        """Whether `prefix` belongs to a multi-token-prediction module, whose experts are never pruned.
-
-        Such modules are called mtp, or are numbered after the model's own layers.
-        """
-        return "mtp" in prefix.split(".") or (self.num_layers is not None and layer_index(prefix) >= self.num_layers)
+        """Whether `prefix` belongs to a multi-token-prediction module, whose experts are never pruned."""
+        return is_draft_layer(prefix, self.num_layers)
 
 
 def check_base(base: Checkpoint, config: HeaprConfig) -> None:
@@ -138,9 +134,3 @@ def check_base(base: Checkpoint, config: HeaprConfig) -> None:
         raise HeaprError(f"masks do not belong to {base.path}: its fingerprint differs from that of the calibrated "
                          "model; serve the right base model, or, for a fine-tune of it, pass --hf-overrides "
                          '\'{"quantization_config": {"base_model": {"fingerprint": "any"}}}\'')
-
-
-def layer_index(prefix: str) -> int:
-    """Number of the decoder layer in a module name; -1 if there is none."""
-    match = re.search(r"(?:^|\.)layers\.(\d+)\.", prefix)
-    return int(match[1]) if match else -1

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.masks import expert_shapes
+from heapr_vllm.expert_modules import expert_modules
 from heapr_vllm.prune.moments import NORMS, OUTPUTS, SUMS, NeuronMoments
 
 EXPERTS_IMPLEMENTATION = "heapr_moments"
@@ -56,8 +56,8 @@ class MomentCollector:
         self.sums: dict[str, torch.Tensor] = {}
         self.outputs: dict[str, torch.Tensor] = {}
         self.norms: dict[str, torch.Tensor] = {}
-        for prefix, (num_experts, width) in expert_shapes(model).items():
-            module = model.get_submodule(prefix)
+        for prefix, module in expert_modules(model).items():
+            num_experts, _, width = module.down_proj.shape
             if not getattr(module, "has_gate", False) or module.has_bias or module.is_transposed:
                 raise HeaprError(f"{prefix} ({type(module).__name__}) is not a bias-free gated expert module behind "
                                  "Transformers' experts interface; this family is not supported")

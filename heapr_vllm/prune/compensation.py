@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.expert_modules import expert_modules
 from heapr_vllm.masks import NeuronMasks
 from heapr_vllm.prune.second_moments import SecondMoment, SecondMoments
 
@@ -82,7 +83,7 @@ def compensations(moments: SecondMoments, masks: NeuronMasks, prior: float = PRI
 @contextmanager
 def repaired(model: PreTrainedModel, masks: NeuronMasks, found: Compensations) -> Iterator[PreTrainedModel]:
     """Like `masks.applied(model)`, with the kept columns refitted; the model's weights are restored on exit."""
-    weights = {prefix: model.get_submodule(prefix).down_proj.data for prefix in found}
+    weights = {prefix: module.down_proj.data for prefix, module in expert_modules(model).items() if prefix in found}
     originals = {prefix: weight.clone() for prefix, weight in weights.items()}
     try:
         for prefix, experts in found.items():

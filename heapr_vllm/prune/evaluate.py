@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from heapr_vllm.masks import expert_shapes
+from heapr_vllm.expert_modules import expert_modules
 
 
 @torch.no_grad()
@@ -28,7 +28,8 @@ def perplexity(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 8
 @contextmanager
 def counted_routes(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
     """Yields prefix to int64 [E]: tokens routed to each expert by the forward passes inside the block."""
-    tokens = {prefix: torch.zeros(experts, dtype=torch.int64) for prefix, (experts, _) in expert_shapes(model).items()}
+    modules = expert_modules(model)
+    tokens = {prefix: torch.zeros(len(module.down_proj), dtype=torch.int64) for prefix, module in modules.items()}
 
     def counter(prefix: str):
         def count(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -37,7 +38,7 @@ def counted_routes(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
 
         return count
 
-    hooks = [model.get_submodule(prefix).register_forward_pre_hook(counter(prefix)) for prefix in tokens]
+    hooks = [module.register_forward_pre_hook(counter(prefix)) for prefix, module in modules.items()]
     try:
         yield tokens
     finally:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from heapr_vllm.checkpoint import Checkpoint
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.masks import expert_shapes
+from heapr_vllm.expert_modules import expert_modules
 from heapr_vllm.prune.activations import ActivationStore
 from heapr_vllm.prune.weights import ModuleWeights, empty_model
 
@@ -49,14 +49,18 @@ class LayeredModel:
         large = tuple(f"{name}." for name in (*self.layer_names, self.embedding_name, self.head_name))
         for name in {name.rpartition(".")[0] for name in self.model.state_dict() if not name.startswith(large)}:
             self.weights.load(name)
+        self._experts = expert_modules(self.model)
         self._arguments: dict[torch.Size, list[dict[str, Any]]] = {}
 
     @property
     def first_moe_layer(self) -> int:
         """Index of the lowest layer with routed experts."""
-        experts = tuple(expert_shapes(self.model))
-        return next(index for index, name in enumerate(self.layer_names)
-                    if any(prefix.startswith(f"{name}.") for prefix in experts))
+        return next(index for index, layer in enumerate(self.layers) if self.experts_of(layer))
+
+    def experts_of(self, layer: nn.Module) -> dict[str, nn.Module]:
+        """The part of `expert_modules` that lies inside a decoder layer."""
+        inside = set(layer.modules())
+        return {prefix: module for prefix, module in self._experts.items() if module in inside}
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:

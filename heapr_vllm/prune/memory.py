@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from heapr_vllm.checkpoint import Checkpoint
-from heapr_vllm.masks import expert_shapes
 from heapr_vllm.prune.collector import ROW_MULTIPLE, MomentCollector
 from heapr_vllm.prune.layered import HEAD_TOKENS, LayeredModel
 
@@ -28,8 +27,7 @@ def streamed_plan(model: LayeredModel, num_samples: int, length: int, batch_size
     tokens, dtype = batch_size * length, next(model.model.parameters()).dtype
     config = model.model.config.get_text_config()
     hidden = tokens * config.hidden_size * dtype.itemsize
-    activations = max(_activation_bytes(model, layer, name, batch_size, length)
-                      for layer, name in zip(model.layers, model.layer_names, strict=True))
+    activations = max(_activation_bytes(model, layer, batch_size, length) for layer in model.layers)
     head_tokens = batch_size * min(max(1, HEAD_TOKENS // batch_size), length)
     logits = head_tokens * config.vocab_size * (2 * dtype.itemsize + 3 * 4)  # as computed, float32, softmax, gradients
     collector = MomentCollector(model.model, torch.device("meta"))
@@ -59,7 +57,7 @@ def _weight_bytes(model: LayeredModel, name: str) -> int:
     return sum(tensor.nbytes for tensor in model.model.get_submodule(name).state_dict().values())
 
 
-def _activation_bytes(model: LayeredModel, layer: nn.Module, name: str, batch: int, length: int) -> int:
+def _activation_bytes(model: LayeredModel, layer: nn.Module, batch: int, length: int) -> int:
     """What one layer keeps for its backward pass, and the largest temporaries of that pass."""
     size, tokens = next(layer.parameters()).dtype.itemsize, batch * length
     config = model.model.config.get_text_config()
@@ -67,11 +65,11 @@ def _activation_bytes(model: LayeredModel, layer: nn.Module, name: str, batch: i
     linear = sum(module.out_features for module in layer.modules() if isinstance(module, nn.Linear))
     total = tokens * (linear + 4 * config.hidden_size) * wide
     total += batch * config.num_attention_heads * length * length * (2 * 4 + size) * _keeps_attention(config)
-    for prefix, (experts, width) in expert_shapes(model.model).items():
-        if prefix.startswith(f"{name}."):
-            routes = tokens * getattr(config, "num_experts_per_tok", experts) + experts * (ROW_MULTIPLE - 1)
-            total += routes * (5 * width + 2 * config.hidden_size) * size  # gate, up, silu, h; output, weighted output
-            total += tokens * (3 * 8 * width + 3 * 4 * config.hidden_size)  # squares in float64, gradients of the input
+    for module in model.experts_of(layer).values():
+        experts, _, width = module.down_proj.shape
+        routes = tokens * getattr(config, "num_experts_per_tok", experts) + experts * (ROW_MULTIPLE - 1)
+        total += routes * (5 * width + 2 * config.hidden_size) * size  # gate, up, silu, h; output, weighted output
+        total += tokens * (3 * 8 * width + 3 * 4 * config.hidden_size)  # squares in float64, gradients of the input
     return total
 
 

@@ -54,8 +54,8 @@ def load_compact(checkpoint: Checkpoint, masks: NeuronMasks, dtype: str) -> PreT
     config = AutoConfig.from_pretrained(checkpoint.path)
     del config.quantization_config
     with torch.device("meta"):
-        family = type(AutoModelForCausalLM.from_config(config))
-    return family.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config)  # of a vision-language model the language model
+    return type(model).from_pretrained(None, config=model.config, state_dict=tensors, dtype=dtype)
 
 
 def _expand(name: str, tensor: torch.Tensor, masks: NeuronMasks) -> torch.Tensor:

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from heapr_vllm.atomic import atomic_file
 from heapr_vllm.checkpoint import Checkpoint, ExpertTensor, natural_order
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.expert_modules import expert_modules
 from heapr_vllm.masks import NeuronMasks
 from heapr_vllm.prune.activations import ActivationStore
 from heapr_vllm.prune.calibrate import CalibrationSettings, calibration_blocks
@@ -132,13 +133,14 @@ def _in_memory(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int, wa
                groups: list[list[str]]) -> Collected:
     """One forward pass of the whole model per group of layers in which any is wanted."""
     missing = [group for group in groups if wanted.keys() & set(group)]
+    modules = expert_modules(model)
     with tqdm(total=len(missing) * blocks.numel(), unit="tok", unit_scale=True, desc="repairing", disable=None) as bar:
         for group in missing:
             experts = {prefix: wanted[prefix] for prefix in group if prefix in wanted}
             moments = collect_second_moments(model, blocks, batch_size, experts=experts,
                                              after_batch=lambda samples: bar.update(samples * blocks.shape[1]))
             for prefix in experts:
-                yield prefix, moments.pop(prefix), model.get_submodule(prefix).down_proj
+                yield prefix, moments.pop(prefix), modules[prefix].down_proj
 
 
 def _streamed(model: LayeredModel, blocks: torch.Tensor, batch_size: int, wanted: dict[str, list[int]],

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from heapr_vllm.masks import expert_shapes
+from heapr_vllm.expert_modules import expert_modules, expert_shapes
 from heapr_vllm.prune.activations import ActivationStore
 from heapr_vllm.prune.collector import ROW_MULTIPLE
 from heapr_vllm.prune.layered import LayeredModel
@@ -45,7 +45,7 @@ class SecondMomentCollector:
     """
 
     def __init__(self, model: PreTrainedModel, experts: dict[str, list[int]]) -> None:
-        self.modules = {model.get_submodule(prefix): prefix for prefix in experts}
+        self.modules = {module: prefix for prefix, module in expert_modules(model).items() if prefix in experts}
         self.moments: SecondMoments = {}
         self.pending: set[nn.Module] = set()
         for module, prefix in self.modules.items():
@@ -120,8 +120,8 @@ def stream_second_moments(model: LayeredModel, blocks: torch.Tensor, store: Acti
         for number, ids in enumerate(batches):
             store.save("input", 0, number, model.embed(ids))
     remaining = dict(experts)
-    for index, name in enumerate(model.layer_names):
-        inside = {prefix: remaining.pop(prefix) for prefix in experts if prefix.startswith(f"{name}.")}
+    for index, modules in enumerate(map(model.experts_of, model.layers)):
+        inside = {prefix: remaining.pop(prefix) for prefix in modules if prefix in experts}
         with model.layer(index) as layer:
             collector = SecondMomentCollector(model.model, inside)
             with collector.attached():
@@ -130,7 +130,7 @@ def stream_second_moments(model: LayeredModel, blocks: torch.Tensor, store: Acti
                     if after_batch is not None:
                         after_batch(len(ids))
             for prefix, moments in collector.moments.items():
-                yield prefix, moments, model.model.get_submodule(prefix).down_proj
+                yield prefix, moments, modules[prefix].down_proj
         store.drop("input", index)
         if not remaining:
             return

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from heapr_vllm.checkpoint import Checkpoint, ExpertTensor
 from heapr_vllm.errors import HeaprError, first_line
@@ -56,6 +58,20 @@ def run_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     return getattr(torch, dtype)
 
 
+def model_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Name of a tensor in the checkpoint to the name of the parameter that it fills, or a part of which it fills.
+
+    What Transformers does while it loads; like there, `model` remembers it for `save_pretrained`.
+    """
+    conversions, parameters = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    found = {name: rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)[0]
+             for name in names}
+    model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
+    return found
+
+
 class ModuleWeights:
     """Reads the weights of one module of `model` at a time.
 
@@ -67,13 +83,9 @@ class ModuleWeights:
         """Raises HeaprError if the checkpoint lacks a weight of the model or has one of another shape."""
         self.checkpoint, self.model, self.device = checkpoint, model, torch.device(device)
         self.sources: dict[str, list[tuple[str, ExpertTensor | None]]] = defaultdict(list)
-        for name in checkpoint.weight_map:
+        for name, target in model_names(model, checkpoint.weight_map).items():
             where = ExpertTensor.parse(name)
-            if where is None or where.expert is None:
-                self.sources[name].append((name, None))
-            else:
-                stack = "down_proj" if where.shard == "w2" else "gate_up_proj"
-                self.sources[f"{where.prefix}.{stack}"].append((name, where))
+            self.sources[target].append((name, where if where and where.expert is not None else None))
         for name, tensor in model.state_dict().items():
             self._check(name, tensor)
 

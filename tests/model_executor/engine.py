@@ -7,9 +7,15 @@ The spec is JSON on standard input: `{"llm": {LLM arguments}, "steps": ["generat
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
@@ -17,6 +23,8 @@ ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABL
                "VLLM_NO_USAGE_STATS": "1", "TRITON_INTERPRET": "0"}
 PROMPTS = [[5, 80, 33, 7], list(range(60, 90)), [17] * 3, [250, 3, 199, 42, 42, 8]]
 MARKER = "RESULT "
+NO_ANSWER = "no answer in time"
+ERROR = re.compile(r"(?<![\w.])\w*(Error|Exception)(: .*|$)")  # last line of a traceback, perhaps behind a prefix
 
 
 def run(model: Path, *, steps: tuple[str, ...] = ("generate",), env: dict[str, str] | None = None,
@@ -28,15 +36,62 @@ def run(model: Path, *, steps: tuple[str, ...] = ("generate",), env: dict[str, s
                           capture_output=True, cwd=ROOT, env={**os.environ, **ENVIRONMENT, **(env or {})}, timeout=300)
 
 
-def generate_many(models: list[Path], *, env: dict[str, str], **llm: Any) -> list[dict[str, Any] | None]:
-    """One engine after another in a single process; None for a model that fails, with the reason on standard error."""
-    spec = {"llm": {"dtype": "float32", "max_model_len": 128, "enforce_eager": True, **llm},
+def generate_many(models: list[Path], *, env: dict[str, str], limit: float = 600,
+                  **llm: Any) -> Iterator[dict[str, Any] | str]:
+    """Output of one engine after another, in one process as long as it lives; the reason for an engine that fails.
+
+    Every model runs in the dtype it is stored in. An engine that needs more than `limit` seconds (its output is then
+    NO_ANSWER), or takes its process down, costs no more than its own output.
+    """
+    done = 0
+    while done < len(models):
+        for output in _outputs(models[done:], ENVIRONMENT | env, limit, llm):
+            done += 1
+            yield output
+
+
+def _outputs(models: list[Path], env: dict[str, str], limit: float, llm: dict[str, Any]) -> Iterator[dict | str]:
+    """Outputs of a process of its own, until it dies or an engine takes too long."""
+    spec = {"llm": {"max_model_len": 128, "enforce_eager": True, **llm},
             "models": [str(model) for model in models]}
-    process = subprocess.run([sys.executable, "-m", "tests.model_executor.engine"], input=json.dumps(spec), text=True,
-                             capture_output=True, cwd=ROOT, env={**os.environ, **ENVIRONMENT, **env},
-                             timeout=120 + 120 * len(models))
-    sys.stderr.write("".join(line + "\n" for line in process.stderr.splitlines() if "FAILED " in line))
-    return results(process)
+    with subprocess.Popen([sys.executable, "-m", "tests.model_executor.engine"], stdin=subprocess.PIPE, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, **env},
+                          start_new_session=True) as process:
+        try:
+            process.stdin.write(json.dumps(spec))
+            process.stdin.close()
+            for _ in models:
+                yield _next_output(process, limit)
+                if process.returncode is not None:  # known once its output has ended
+                    return
+        finally:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            kill_group(process)
+
+
+def _next_output(process: subprocess.Popen, limit: float) -> dict[str, Any] | str:
+    """Reads up to the next output. If none comes, the process is gone afterwards."""
+    timer, started = Timer(limit, kill_group, [process]), time.monotonic()
+    timer.start()
+    error = ""
+    try:
+        for line in process.stdout:
+            if line.startswith(MARKER):
+                output = json.loads(line.removeprefix(MARKER))
+                return f"{error} {output}".strip() if isinstance(output, str) else output
+            if not error and (match := ERROR.search(line)):
+                error = match[0]
+    finally:
+        timer.cancel()
+    is_late = process.wait() == -signal.SIGKILL and time.monotonic() - started >= limit
+    return NO_ANSWER if is_late else f"{error} exit status {process.returncode}".strip()
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """Ends a process and what it started, among them engine and workers."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def results(process: subprocess.CompletedProcess) -> list[dict[str, Any]]:
@@ -62,7 +117,8 @@ def main() -> None:
     from vllm import LLM
 
     if "models" in spec:
-        print(MARKER + json.dumps([attempt(model, spec["llm"]) for model in spec["models"]]))
+        for model in spec["models"]:
+            print("\n" + MARKER + json.dumps(attempt(model, spec["llm"])), flush=True)
         return
     llm = LLM(**spec["llm"])
     found = []
@@ -76,16 +132,16 @@ def main() -> None:
     print(MARKER + json.dumps(found))
 
 
-def attempt(model: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """Output of one engine, which is gone afterwards."""
+def attempt(model: str, arguments: dict[str, Any]) -> dict[str, Any] | str:
+    """Output of one engine, which is gone afterwards, or why there is none."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     try:
-        return generate(LLM(model, **arguments))
+        config = json.loads((Path(model) / "config.json").read_text())
+        return generate(LLM(model, dtype=config.get("text_config", config)["dtype"], **arguments))
     except Exception as error:  # any failure is a result here
-        print(f"FAILED {model}: {type(error).__name__}: {' '.join(str(error).split())[-600:]}", file=sys.stderr)
-        return None
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
     finally:
         cleanup_dist_env_and_memory()
 

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which families work how: every family's tiny model through every way of serving it, against stock vLLM.
 
-    python -m tests.model_executor.families          # all families and modes, as the README's table
-    python -m tests.model_executor.families mixtral  # one
+    python -m tests.model_executor.families                          # all families and modes, as a Markdown table
+    python -m tests.model_executor.families mixtral --modes TP=2     # a part of it
+    python -m tests.model_executor.families --work build/families    # keeps what is done and continues there
 
-The oracle is stock vLLM on the checkpoint with the pruned neurons zeroed, in fp32 on the CPU.
+The oracle is stock vLLM, on one rank, on the checkpoint with the pruned neurons zeroed, on the CPU. Where the
+plugin gives no output, stock vLLM is tried in the same mode: if it fails too, the cell says so.
 """
 
+import argparse
+import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +26,11 @@ from tests.model_executor import engine
 ENVIRONMENT = {"HEAPR_CPU_BUCKETS": "always", "VLLM_MLA_DISABLE": "1"}  # the CPU's MLA is half precision only
 TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 CONFIG_FROM_PLUGIN = ("deepseek",)  # vLLM has the model, but nobody has the config
-NOT_SERVED_HERE = {"qwen3_5_moe": "vLLM's model imports torchvision, which has no CPU build here"}
+NOT_SERVED_HERE = ("qwen3_5_moe", "qwen3_5_moe_vl")  # vLLM imports torchvision, PyPI has none for a CPU-only PyTorch
+TOLERANCE = 1e-4  # of prompt logprobs in fp32
+TOLERANCES = {"qwen3_next_linear": 1 / 16}  # bf16: the step between logits from 8 to 16, after one other rounding
+
+Output = dict[str, Any] | str  # tokens and logprobs, or why there are none
 
 
 class Mode(NamedTuple):
@@ -32,20 +41,26 @@ class Mode(NamedTuple):
     env: dict[str, str] = {}
 
 
+STOCK = Mode("masked", {})
 MODES = {
     "compact": Mode("compact", {}),
     "masks": Mode("masks", {"load_format": "heapr"}),
     "TP=2": Mode("compact", {"tensor_parallel_size": 2}, TWO),
-    "PP=2": Mode("compact", {"pipeline_parallel_size": 2}, TWO),
+    # vLLM's CPU workers allocate what a pipeline stage receives in their warm-up, which they skip without a compiler
+    "PP=2": Mode("compact", {"pipeline_parallel_size": 2, "enforce_eager": False,
+                             "compilation_config": {"mode": 2, "backend": "eager"}}, TWO),
     "EP=2": Mode("compact", {"tensor_parallel_size": 2, "enable_expert_parallel": True}, TWO),
     "compile": Mode("compact", {"enforce_eager": False}),
 }
 
 
 def prepare(family: str, folder: Path, corpus: Path) -> Path:
-    """Base model, calibration, masks with widths 0, 1, odd and full, and both checkpoints of `family`."""
-    base = tiny_models.save(family, folder / family / "base")
-    work = base.parent
+    """Base model, calibration, masks with widths 0, 1, odd and full, and both checkpoints of `family`, if not there."""
+    work = folder / family
+    if (work / "masked").is_dir():
+        return work
+    shutil.rmtree(work, ignore_errors=True)  # what a killed run left
+    base = tiny_models.save(family, work / "base")
     calibrate(CalibrationSettings(str(base), str(corpus), num_calibration_samples=4, max_seq_length=64), work / "calib")
     write_masks_repository(awkward(NeuronMoments.from_pretrained(work / "calib")), work / "calib", work / "masks")
     export_checkpoint(work / "masks", work / "compact")
@@ -53,48 +68,85 @@ def prepare(family: str, folder: Path, corpus: Path) -> Path:
     return work
 
 
-def serve(folders: list[Path], mode: Mode) -> list[dict | None]:
-    """Output of every model in one process; None for one that fails, with the reason on standard error."""
-    return engine.generate_many([folder / mode.folder for folder in folders], env=ENVIRONMENT | mode.env,
-                                **mode.arguments)
+def serve(folders: list[Path], mode: Mode) -> Iterator[tuple[str, Output]]:
+    """Family and output of every model."""
+    outputs = engine.generate_many([folder / mode.folder for folder in folders], env=ENVIRONMENT | mode.env,
+                                   **mode.arguments)
+    return zip((folder.name for folder in folders), outputs, strict=True)
 
 
-def stock(folders: list[Path]) -> list[dict | None]:
+def stock(folders: list[Path], mode: Mode = STOCK) -> Iterator[tuple[str, Output]]:
     """The same from vLLM's own experts on the zeroed checkpoints, without the plugin unless its config is needed."""
-    found: dict[Path, dict | None] = {}
-    for needed, env in ((False, {"VLLM_PLUGINS": ""}), (True, {})):
-        part = [folder for folder in folders if (folder.name in CONFIG_FROM_PLUGIN) == needed]
-        outputs = engine.generate_many([folder / "masked" for folder in part], env=ENVIRONMENT | env) if part else []
-        found |= dict(zip(part, outputs, strict=True))
-    return [found[folder] for folder in folders]
+    for needed, plugins in ((False, {"VLLM_PLUGINS": ""}), (True, {})):
+        if part := [folder for folder in folders if (folder.name in CONFIG_FROM_PLUGIN) == needed]:
+            yield from serve(part, mode._replace(folder=STOCK.folder, env=mode.env | plugins))
 
 
-def same(found: dict | None, expected: dict | None) -> bool:
-    """Whether greedy ids are equal and prompt logprobs within 1e-4."""
-    if not found or not expected or found["ids"] != expected["ids"]:
+def same(family: str, found: Output, expected: Output) -> bool:
+    """Whether there are outputs with equal greedy ids and prompt logprobs within the family's tolerance."""
+    if isinstance(found, str) or isinstance(expected, str) or found["ids"] != expected["ids"]:
         return False
-    return all(abs(a - b) < 1e-4 for logprobs, wanted in zip(found["logprobs"], expected["logprobs"], strict=True)
+    tolerance = TOLERANCES.get(family, TOLERANCE)
+    return all(abs(a - b) < tolerance for logprobs, wanted in zip(found["logprobs"], expected["logprobs"], strict=True)
                for a, b in zip(logprobs, wanted, strict=True))
 
 
+def measure(folders: list[Path], modes: list[str], record: Path) -> dict[str, dict[str, Output]]:
+    """Outputs by mode and family, written to `record` as they come; what it holds is not computed again.
+
+    Only what took too long is tried again: the machine may have been busy.
+    """
+    found: dict[str, dict[str, Output]] = json.loads(record.read_text()) if record.is_file() else {}
+
+    def add(name: str, run: Callable[[list[Path], Mode], Iterator[tuple[str, Output]]], mode: Mode,
+            wanted: list[Path]) -> None:
+        outputs = found.setdefault(name, {})
+        missing = [folder for folder in wanted if outputs.get(folder.name, engine.NO_ANSWER) == engine.NO_ANSWER]
+        for family, output in run(missing, mode):
+            outputs[family] = output
+            record.write_text(json.dumps(found))
+            print(f"{name} {family}: {output if isinstance(output, str) else 'served'}", file=sys.stderr)
+
+    add("stock", stock, STOCK, folders)
+    for name in modes:
+        add(name, serve, MODES[name], folders)
+        failed = [folder for folder in folders if isinstance(found[name][folder.name], str)
+                  and found[name][folder.name] != engine.NO_ANSWER]
+        add(f"stock {name}", stock, MODES[name], failed)
+    return found
+
+
+def cell(family: str, mode: str, outputs: dict[str, dict[str, Output]]) -> str:
+    """"yes" if served exactly, "vLLM" if stock vLLM fails too, else "no"; NO_ANSWER if an engine took too long."""
+    if family in NOT_SERVED_HERE or isinstance(outputs[f"stock {mode}"].get(family), str):
+        return "vLLM"
+    if engine.NO_ANSWER in (outputs[mode][family], outputs["stock"][family]):
+        return engine.NO_ANSWER
+    return "yes" if same(family, outputs[mode][family], outputs["stock"][family]) else "no"
+
+
+def table(families: list[str], modes: list[str], outputs: dict[str, dict[str, Output]]) -> str:
+    rows = [["family", "calibrate, export", *modes], ["---"] * (2 + len(modes))]
+    rows += [[family, "yes", *(cell(family, mode, outputs) for mode in modes)] for family in families]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def main() -> None:
-    families = sys.argv[1:] or list(tiny_models.OWN)
-    served = [family for family in families if family not in NOT_SERVED_HERE]
-    folder = Path(tempfile.mkdtemp())
-    try:
-        corpus = tiny_models.write_corpus(folder / "text.jsonl")
-        folders = {family: prepare(family, folder, corpus) for family in families}
-        expected = dict(zip(served, stock([folders[family] for family in served]), strict=True))
-        print(f"| family | calibrate, export | {' | '.join(MODES)} |\n|---|{'---|' * (1 + len(MODES))}")
-        cells = {family: ["yes"] for family in families}
-        for mode in MODES.values():
-            for family, found in zip(served, serve([folders[family] for family in served], mode), strict=True):
-                cells[family].append("yes" if same(found, expected[family]) else "no")
-        for family in families:
-            row = cells[family] if family in served else ["yes", *["-"] * len(MODES)]
-            print(f"| {family} | {' | '.join(row)} |")
-    finally:
-        shutil.rmtree(folder)
+    parser = argparse.ArgumentParser(prog="python -m tests.model_executor.families")
+    parser.add_argument("families", nargs="*", default=list(tiny_models.OWN), help="by default all")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--work", type=Path, help="folder that keeps models and outputs, by default a temporary one")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.families) - tiny_models.OWN.keys():
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(tiny_models.OWN)}")
+    with tempfile.TemporaryDirectory() as temporary:
+        work = arguments.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        corpus = tiny_models.write_corpus(work / "text.jsonl")
+        folders = [prepare(family, work, corpus) for family in arguments.families]
+        outputs = measure([path for path in folders if path.name not in NOT_SERVED_HERE], arguments.modes,
+                          work / "outputs.json")
+    print(table(arguments.families, arguments.modes, outputs))
 
 
 if __name__ == "__main__":

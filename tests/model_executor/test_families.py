@@ -4,6 +4,7 @@
 All modes, as a table: `python -m tests.model_executor.families`.
 """
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tests import tiny_models
 from tests.model_executor import families
 
+TWO_RANKS = ("qwen2_moe", "deepseek_v3")  # shared experts with and without a gate, a dense first layer
 FAMILIES = [family for family in tiny_models.OWN if family not in families.NOT_SERVED_HERE]
 
 
@@ -27,17 +29,18 @@ def test_every_family_is_calibrated_and_exported(folders: dict[str, Path]) -> No
 
 
 @pytest.fixture(scope="module")
-def served(folders: dict[str, Path]) -> dict[str, dict[str, dict | None]]:
+def served(folders: dict[str, Path]) -> dict[str, dict[str, families.Output]]:
     """Mode, or "stock", to family to output."""
     paths = [folders[family] for family in FAMILIES]
-    outputs = {mode: families.serve(paths, families.MODES[mode]) for mode in ("compact", "masks")}
-    outputs["stock"] = families.stock(paths)
-    return {mode: dict(zip(FAMILIES, found, strict=True)) for mode, found in outputs.items()}
+    outputs = {mode: dict(families.serve(paths, families.MODES[mode])) for mode in ("compact", "masks")}
+    outputs["TP=2"] = dict(families.serve([folders[family] for family in TWO_RANKS], families.MODES["TP=2"]))
+    return outputs | {"stock": dict(families.stock(paths))}
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("mode", ["compact", "masks"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_output_equals_stock(family: str, mode: str, served: dict[str, dict[str, dict | None]]) -> None:
-    assert served["stock"][family], "stock vLLM failed"
-    assert families.same(served[mode][family], served["stock"][family])
+@pytest.mark.parametrize(("mode", "family"), [*product(("compact", "masks"), FAMILIES), *product(("TP=2",), TWO_RANKS)])
+def test_output_equals_stock(mode: str, family: str, served: dict[str, dict[str, families.Output]]) -> None:
+    found, expected = served[mode][family], served["stock"][family]
+    assert not isinstance(expected, str), f"stock vLLM: {expected}"
+    assert not isinstance(found, str), found
+    assert families.same(family, found, expected)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 from vllm.config.load import LoadConfig
@@ -16,6 +17,7 @@ from vllm.model_executor.model_loader import get_model_loader
 
 import heapr_vllm
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.masks import NeuronMasks
 from heapr_vllm.model_executor.model_loader import HeaprModelLoader
 from heapr_vllm.model_executor.quantization import HeaprConfig
 
@@ -84,6 +86,21 @@ def test_layers_that_vllm_renames(masks_repository: Path) -> None:
     assert config.keep_of("language_model.model.layers.1.block_sparse_moe.experts") is keep
     with pytest.raises(HeaprError, match="they lack model.layers.3.mlp.experts"):
         config.keep_of("model.layers.3.mlp.experts")
+
+
+def test_vision_language_wrappers(tmp_path: Path) -> None:
+    """vLLM's wrappers share one renaming of the language model, which their checkpoints call model.language_model."""
+    from vllm.model_executor.models.paligemma import PaliGemmaForConditionalGeneration  # needs no torchvision
+
+    names = [f"model.language_model.layers.{layer}.mlp.experts" for layer in range(2)]
+    NeuronMasks({name: torch.rand(2, 8) < 0.5 for name in names}).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    config = HeaprConfig.from_config({})
+    config.maybe_update_config(str(tmp_path), SimpleNamespace(text_config=SimpleNamespace(num_hidden_layers=2)))
+    renamed = PaliGemmaForConditionalGeneration.hf_to_vllm_mapper.apply_list(names)
+    assert not set(renamed) & set(names)
+    assert all(config.keep_of(new) is config.masks.keep[name] for name, new in zip(names, renamed, strict=True))
+    assert config.is_draft_layer("mtp.layers.0.mlp.experts") and not config.is_draft_layer(renamed[0])
 
 
 def test_other_layers_stay_unquantized() -> None:

@@ -110,22 +110,21 @@ def test_another_base_model_is_refused(masks_repository: Path, qwen3: Path, tmp_
 
 
 @pytest.mark.parametrize("layout", ["compact", "masked"])
-def test_draft_layer_is_copied(layout: str, corpus: Path, tmp_path: Path) -> None:
-    """DeepSeek-V3 stores a layer for multi-token prediction after its own layers; it has experts, and keeps them."""
-    base = tiny_models.save("deepseek_v3", tmp_path / "base")
+@pytest.mark.parametrize(("family", "layers"), [("deepseek_v3", (1, 2)), ("qwen3_next", (0, 1))])
+def test_draft_layer_is_copied(family: str, layers: tuple[int, ...], layout: str, corpus: Path, tmp_path: Path) -> None:
+    """Some checkpoints hold a layer for multi-token prediction; it has experts, and keeps them."""
+    base = tiny_models.save(family, tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
-    draft = {name.replace("layers.2.", "layers.3."): tensor + 1 for name, tensor in tensors.items()
-             if "layers.2." in name}
-    save_file(tensors | draft, base / "model.safetensors", metadata={"format": "pt"})
+    draft = {name: tensor for name, tensor in tensors.items() if name.startswith(tiny_models.DRAFT[family])}
     moments = [calibrate(CalibrationSettings(str(base), str(corpus), 2, 32, stream=stream), tmp_path / f"calib{stream}")
                for stream in (False, True)]
-    assert all(set(part.tokens) == {f"model.layers.{layer}.mlp.experts" for layer in (1, 2)} for part in moments)
+    assert all(set(part.tokens) == {f"model.layers.{layer}.mlp.experts" for layer in layers} for part in moments)
     write_masks_repository(select(moments[0], sparsity=0.5), tmp_path / "calibTrue", tmp_path / "masks")
     export_checkpoint(tmp_path / "masks", tmp_path / "out", model=str(base), layout=layout)
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert draft and all(torch.equal(written[name], tensor) for name, tensor in draft.items())
-    own = sum(tensor.nbytes for name, tensor in tensors.items() if ".experts." in name)
+    own = sum(tensor.nbytes for name, tensor in tensors.items() if ".experts." in name and name not in draft)
     assert moments[0].metadata["routed_bytes"] == own, "the draft layer's experts cannot be pruned"
     if layout == "compact":
         with opened(Checkpoint(tmp_path / "out"), "float32", "cpu") as (model, masks):
-            assert masks.sparsity == pytest.approx(0.5, abs=0.02) and model.config.num_hidden_layers == 3
+            assert masks.sparsity == pytest.approx(0.5, abs=0.02) and model.config.num_hidden_layers == layers[-1] + 1

@@ -43,7 +43,8 @@ def streamed(checkpoint: Path, blocks: torch.Tensor, folder: Path, batch_size: i
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "deepseek_v3", "dense_between"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "deepseek_v3", "dense_between", "mixtral",
+                                    "ernie4_5_moe", "qwen3_5_moe_vl"])
 def test_moments_equal_those_of_the_whole_model(family: str, dtype: str, tmp_path: Path) -> None:
     base = tiny_models.save(family, tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
