@@ -5,8 +5,8 @@
     python -m tests.model_executor.families mixtral --modes TP=2     # a part of it
     python -m tests.model_executor.families --work build/families    # keeps what is done and continues there
 
-The oracle is stock vLLM, on one rank, on the checkpoint with the pruned neurons zeroed, on the CPU. Where the
-plugin gives no output, stock vLLM is tried in the same mode: if it fails too, the cell says so.
+The oracle is stock vLLM, eager and on one rank, on the checkpoint with the pruned neurons zeroed, on the CPU. Where the
+plugin's output is another or none, stock vLLM is tried in the same mode: it may differ from itself, or fail too.
 """
 
 import argparse
@@ -110,19 +110,27 @@ def measure(folders: list[Path], modes: list[str], record: Path) -> dict[str, di
     add("stock", stock, STOCK, folders)
     for name in modes:
         add(name, serve, MODES[name], folders)
-        failed = [folder for folder in folders if isinstance(found[name][folder.name], str)
-                  and found[name][folder.name] != engine.NO_ANSWER]
-        add(f"stock {name}", stock, MODES[name], failed)
+        add(f"stock {name}", stock, MODES[name],
+            [folder for folder in folders if found[name][folder.name] != engine.NO_ANSWER
+             and not same(folder.name, found[name][folder.name], found["stock"][folder.name])])
     return found
 
 
 def cell(family: str, mode: str, outputs: dict[str, dict[str, Output]]) -> str:
-    """"yes" if served exactly, "vLLM" if stock vLLM fails too, else "no"; NO_ANSWER if an engine took too long."""
-    if family in NOT_SERVED_HERE or isinstance(outputs[f"stock {mode}"].get(family), str):
+    """"yes" if equal to the oracle, "as stock" if only to stock vLLM in the same mode, "vLLM" if that fails too.
+
+    Otherwise "no", or NO_ANSWER if an engine took too long.
+    """
+    if family in NOT_SERVED_HERE:
         return "vLLM"
-    if engine.NO_ANSWER in (outputs[mode][family], outputs["stock"][family]):
+    found, alike = outputs[mode][family], outputs[f"stock {mode}"].get(family)
+    if engine.NO_ANSWER in (found, alike, outputs["stock"][family]):
         return engine.NO_ANSWER
-    return "yes" if same(family, outputs[mode][family], outputs["stock"][family]) else "no"
+    if same(family, found, outputs["stock"][family]):
+        return "yes"
+    if isinstance(alike, str):
+        return "vLLM"
+    return "as stock" if same(family, found, alike) else "no"
 
 
 def table(families: list[str], modes: list[str], outputs: dict[str, dict[str, Output]]) -> str:
