@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense checkpoints with zero neurons added, for stock engines that run some expert widths only."""
+
+import json
+from pathlib import Path
+
+import torch
+import vllm
+from packaging.version import Version
+from safetensors.torch import save_file
+
+from heapr_vllm.checkpoint import TOKENIZER_FILES, Checkpoint, ExpertTensor
+
+UNIT = 32  # of the CPU op; vLLM pads to it by itself from 0.28 on
+NEEDED = Version(vllm.__version__) < Version("0.28")
+
+
+def padded(model: Path, output: Path) -> Path:
+    """`model` as it is if its experts are pruned or of a width the op runs, else a copy of equal outputs in `output`."""
+    checkpoint = Checkpoint(model)
+    if "quantization_config" in checkpoint.config or not checkpoint.has_weights:
+        return model
+    width = next(iter(checkpoint.expert_shapes().values()))[1]
+    missing = -width % UNIT
+    if not missing:
+        return model
+    output.mkdir()
+    for name in TOKENIZER_FILES:
+        if (model / name).is_file():
+            (output / name).write_bytes((model / name).read_bytes())
+    key = "moe_intermediate_size" if "moe_intermediate_size" in checkpoint.config else "intermediate_size"
+    config = checkpoint.config | {key: width + missing}
+    (output / "config.json").write_text(json.dumps(config))
+    tensors = {}
+    for shard, names in checkpoint.shards.items():
+        with checkpoint.open(shard) as file:
+            tensors |= {name: _pad(name, file.get_tensor(name), missing) for name in names}
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    return output
+
+
+def _pad(name: str, tensor: torch.Tensor, missing: int) -> torch.Tensor:
+    """An expert's matrix with `missing` more zero neurons, other tensors as they are."""
+    found = ExpertTensor.parse(name)
+    if found is None:
+        return tensor
+    return torch.nn.functional.pad(tensor, (0, missing) if found.shard == "w2" else (0, 0, 0, missing)).contiguous()
