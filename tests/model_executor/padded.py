@@ -16,7 +16,7 @@ NEEDED = Version(vllm.__version__) < Version("0.28")
 
 
 def padded(model: Path, output: Path) -> Path:
-    """`model` as it is if its experts are pruned or of a width the op runs, else a copy of equal outputs in `output`."""
+    """A copy of equal outputs in `output`, or `model` itself if it is pruned or of a width the op runs."""
     checkpoint = Checkpoint(model)
     if "quantization_config" in checkpoint.config or not checkpoint.has_weights:
         return model
