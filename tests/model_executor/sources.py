@@ -64,6 +64,7 @@ class Class:
     module: str
     node: ast.ClassDef
 
+    @cache  # noqa: B019
     def methods(self) -> dict[str, FunctionNode]:
         return {item.name: item for item in self.node.body if isinstance(item, FunctionNode)}
 
@@ -71,6 +72,7 @@ class Class:
         return {name for name, node in self.methods().items()
                 if any("abstractmethod" in ast.unparse(d) for d in node.decorator_list)}
 
+    @cache  # noqa: B019
     def members(self) -> dict[str, ast.expr | FunctionNode | None]:
         """Attributes by name: a method, or the annotation if there is one."""
         found: dict[str, ast.expr | FunctionNode | None] = {}
@@ -115,8 +117,26 @@ class Sources:
         """None if there is no such module."""
         for path in (module.replace(".", "/") + ".py", module.replace(".", "/") + "/__init__.py"):
             if (text := self.read(path)) is not None:
-                return ast.parse(text)
+                return parse(text)
         return None
+
+    @cache  # noqa: B019
+    def names(self, module: str) -> dict[str, ast.AST | tuple[str, str]]:
+        """What a module defines, by name: a statement, or (module, name) of an import. Definitions win."""
+        tree, found = self.tree(module), {}
+        is_package = self.is_package(module)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                source = absolute(module, node, is_package)
+                found |= {alias.asname or alias.name: (source, alias.name) for alias in node.names}
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                found[node.target.id] = node  # anywhere: modules with __getattr__ declare their names so
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef | FunctionNode):
+                found[node.name] = node
+            elif isinstance(node, ast.Assign):
+                found |= {target.id: node for target in node.targets if isinstance(target, ast.Name)}
+        return found
 
     @cache  # noqa: B019
     def scope(self, module: str) -> Scope:
@@ -130,24 +150,14 @@ class Sources:
     @cache  # noqa: B019
     def find(self, module: str, name: str) -> tuple[str, ast.AST] | str | None:
         """Where `name` of `module` is defined: (module, definition), a module's name, or None if nowhere."""
-        tree = self.tree(module)
-        if tree is None:
+        if self.tree(module) is None:
             return None
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.ClassDef, *FunctionNode.__args__)) and node.name == name and node in tree.body:
-                return module, node
-            if isinstance(node, ast.Assign | ast.AnnAssign) and (node in tree.body or isinstance(node, ast.AnnAssign)):
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                if any(isinstance(t, ast.Name) and t.id == name for t in targets):
-                    return module, node
-            if isinstance(node, ast.ImportFrom):
-                source = absolute(module, node, self.is_package(module))
-                for alias in node.names:
-                    if (alias.asname or alias.name) == name and (source, alias.name) != (module, name):
-                        return self.find(source, alias.name)
-        if self.tree(f"{module}.{name}") is not None:
-            return f"{module}.{name}"
-        return None
+        found = self.names(module).get(name)
+        if isinstance(found, tuple) and found != (module, name):
+            return self.find(*found)
+        if isinstance(found, ast.AST):
+            return module, found
+        return f"{module}.{name}" if self.tree(f"{module}.{name}") is not None else None
 
     def has(self, cls: Class, name: str) -> bool:
         """Whether the class has this attribute, from a base in another library too."""
@@ -170,6 +180,7 @@ class Sources:
     def is_package(self, module: str) -> bool:
         return self.tree(f"{module}.__init__") is not None
 
+    @cache  # noqa: B019
     def ancestors(self, cls: Class) -> list[Class]:
         """`cls` and the bases whose sources are known, nearest first."""
         found = [cls]
@@ -177,6 +188,11 @@ class Sources:
             if isinstance(resolved := self.scope(cls.module).annotated(base), Class):
                 found += [c for c in self.ancestors(resolved) if c not in found]
         return found
+
+
+@cache
+def parse(text: str) -> ast.Module:
+    return ast.parse(text)
 
 
 def absolute(module: str, node: ast.ImportFrom, is_package: bool) -> str:
