@@ -15,7 +15,8 @@ import ast
 import sys
 from pathlib import Path
 
-from tests.model_executor.sources import ROOT, Class, Function, Scope, Sources
+from tests.model_executor.definitions import Class, Function
+from tests.model_executor.sources import ROOT, Scope, Sources
 
 OWN_ATTRIBUTES = {"w13_weight", "w2_weight", "heapr_slots", "heapr_table"}  # registered on vLLM's layer by the plugin
 
