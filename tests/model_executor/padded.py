@@ -34,14 +34,18 @@ def padded(model: Path, output: Path) -> Path:
     tensors = {}
     for shard, names in checkpoint.shards.items():
         with checkpoint.open(shard) as file:
-            tensors |= {name: _pad(name, file.get_tensor(name), missing) for name in names}
+            tensors |= {name: _pad(name, file.get_tensor(name), width, missing) for name in names}
     save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
     return output
 
 
-def _pad(name: str, tensor: torch.Tensor, missing: int) -> torch.Tensor:
-    """An expert's matrix with `missing` more zero neurons, other tensors as they are."""
-    found = ExpertTensor.parse(name)
-    if found is None:
+def _pad(name: str, tensor: torch.Tensor, width: int, missing: int) -> torch.Tensor:
+    """An expert's matrix with `missing` more zero neurons, other tensors as they are.
+
+    Models size their shared experts in multiples of a routed one.
+    """
+    if ExpertTensor.parse(name) is None and ".shared_experts." not in name:
         return tensor
-    return torch.nn.functional.pad(tensor, (0, missing) if found.shard == "w2" else (0, 0, 0, missing)).contiguous()
+    is_down = name.endswith((".down_proj.weight", ".w2.weight"))
+    more = tensor.shape[1 if is_down else 0] // width * missing
+    return torch.nn.functional.pad(tensor, (0, more) if is_down else (0, 0, 0, more))
