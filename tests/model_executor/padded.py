@@ -24,7 +24,7 @@ def padded(model: Path, output: Path) -> Path:
     missing = -width % UNIT
     if not missing:
         return model
-    output.mkdir()
+    output.mkdir(exist_ok=True)
     for name in TOKENIZER_FILES:
         if (model / name).is_file():
             (output / name).write_bytes((model / name).read_bytes())
