@@ -1,14 +1,15 @@
 # For contributors. Users on a GPU machine: pip install heapr-vllm[vllm]
 PYTHON ?= python3
 SPARSITY ?= 0.25
+VLLM ?= 0.26.0
 BIN := .venv/bin
 ENGINE := VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
 
-.PHONY: help setup demo test test-gpu mutants lint
+.PHONY: help setup demo test test-window test-gpu mutants lint
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.ready  ## create .venv with everything for development, a CPU build of vLLM included
 
@@ -26,6 +27,9 @@ demo: setup  ## prune the bundled model, serve it, compare it with the dense one
 
 test: setup  ## run all tests that need no GPU
 	$(ENGINE) $(BIN)/python -m pytest
+
+test-window: setup  ## run the engine tests on another version: make test-window VLLM=0.26.0
+	$(ENGINE) $(BIN)/python -m tests.window $(VLLM)
 
 # On a GPU machine with PyTorch, Triton, transformers, pytest and hypothesis; vLLM is optional. Uses $(PYTHON) as it is.
 test-gpu:  ## run the kernel tests on this machine's GPU

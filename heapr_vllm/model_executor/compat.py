@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vLLM versions this plugin is tested with."""
+"""The vLLM versions this plugin is tested with, and where they differ."""
 
 import warnings
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -18,3 +19,8 @@ def warn_if_unsupported(version: str) -> None:
     if not is_supported(version):
         warnings.warn(f"heapr-vllm is tested with vllm{SUPPORTED_VLLM}, this is {version}: if serving fails, install "
                       f'a supported version with pip install "vllm{SUPPORTED_VLLM}"', stacklevel=2)
+
+
+def online_quantization(quant_config: Any) -> Any | None:
+    """What vLLM is to quantize on top of a quantized checkpoint; it cannot before 0.30, which lacks the attribute."""
+    return getattr(quant_config, "online_quantization_config", None)

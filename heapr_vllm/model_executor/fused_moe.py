@@ -17,7 +17,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.utils import set_weight_attrs
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.model_executor import ragged_moe
+from heapr_vllm.model_executor import cpu_routing, ragged_moe
 from heapr_vllm.model_executor.experts import HeaprExperts
 from heapr_vllm.model_executor.layout import RaggedLayout, tensor_parallel_shares
 
@@ -163,6 +163,24 @@ class HeaprMoEMethod(FusedMoEMethodBase):
             hidden_states=x, w1=layer.w13_weight, w2=layer.w2_weight, topk_weights=topk_weights, topk_ids=topk_ids,
             activation=layer.activation, global_num_experts=layer.global_num_experts, expert_map=layer.expert_map,
             apply_router_weight_on_input=layer.apply_router_weight_on_input)
+
+    @property
+    def is_monolithic(self) -> bool:
+        """Whether vLLM leaves the routing to the method."""
+        return cpu_routing.is_needed()
+
+    def apply_monolithic(self, layer: RoutedExperts, x: torch.Tensor, router_logits: torch.Tensor,
+                         *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `apply`, from router logits [T, num_experts]; nothing is dispatched to other ranks."""
+        topk_weights, topk_ids = cpu_routing.select_experts(layer, x, router_logits)
+        if layer.apply_router_weight_on_input:
+            x = x * topk_weights.to(x.dtype)
+        output = torch.empty_like(x)
+        self.moe_kernel.fused_experts.apply(
+            output, x, layer.w13_weight, layer.w2_weight, topk_weights, topk_ids, layer.activation,
+            layer.global_num_experts, layer.expert_map, None, None, output, output, None,
+            layer.apply_router_weight_on_input)
+        return output
 
 
 HeaprMoEMethod.weight_loader.supports_moe_loading = True  # vLLM's Llama-4 loader asks for it

@@ -9,6 +9,7 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.model_executor import compat
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -29,7 +30,7 @@ def refuse_unsupported(layer: RoutedExperts, config: HeaprConfig) -> None:
     if lora is not None and (targets is None or EXPERT_MODULES & set(targets)):
         raise HeaprError("LoRA on pruned experts is not supported; restrict it to attention with "
                          "--lora-target-modules q_proj k_proj v_proj o_proj")
-    if config.online_quantization_config is not None:
+    if compat.online_quantization(config) is not None:
         raise HeaprError("online quantization of pruned experts is not supported; drop --quantization-config")
     if load_format in RUNTIME_FORMATS:
         raise HeaprError(f"--load-format {load_format} stores weights in a kernel's own layout, which pruned experts "
