@@ -38,7 +38,7 @@ from serving_examples.vllm_server import DEFAULT_ENVIRONMENT, serve
 MAX_MODEL_LEN = 512
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 SERVE_OPTIONS = ("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--chat-template", CHAT_TEMPLATE,
-                 "--num-gpu-blocks-override", "48",  # of 128 tokens: few, so that requests get preempted
+                 "--num-gpu-blocks-override", "32",  # of 128 tokens: few, so that requests get preempted
                  "--disable-uvicorn-access-log")
 MIN_GAP = 1e-3  # log-probability; logits of the same prompt in another batch differ by less than 1e-4
 KINDS = {"whole": 8, "streamed": 8, "hung up": 5, "too long": 1}  # how often

@@ -71,6 +71,8 @@ def main() -> None:
             found.append(generate(llm))
         elif step == "reload":
             llm.collective_rpc("reload_weights")
+        elif step == "loading":
+            found.append(llm.collective_rpc("loading"))
         elif step == "expert_tensors":
             found.append(llm.apply_model(expert_tensors)[0])
     print(MARKER + json.dumps(found))
