@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.platforms import current_platform
 
 from heapr_vllm.errors import HeaprError
 
@@ -34,6 +35,9 @@ def refuse_unsupported(layer: RoutedExperts, config: HeaprConfig) -> None:
     if load_format in RUNTIME_FORMATS:
         raise HeaprError(f"--load-format {load_format} stores weights in a kernel's own layout, which pruned experts "
                          "do not support; use auto, safetensors or heapr")
+    if load_format == "fastsafetensors" and not current_platform.is_cuda_alike():
+        raise HeaprError("--load-format fastsafetensors reads files into a GPU's memory; use auto, safetensors or "
+                         "runai_streamer here")
     if layer.activation != MoEActivation.SILU or layer.moe_config.has_bias or layer.swiglu_limit is not None:
         raise HeaprError(f"pruned experts compute SiLU-gated experts without bias; {layer.layer_name} has activation "
                          f"{layer.activation.value}, bias {layer.moe_config.has_bias}, limit {layer.swiglu_limit}")

@@ -10,6 +10,7 @@ The oracle is stock vLLM on the checkpoint with the pruned neurons zeroed, in fp
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,9 +43,10 @@ MODES = {
 }
 
 
-def prepare(family: str, folder: Path, corpus: Path) -> Path:
+def prepare(family: str, folder: Path, corpus: Path, edit_base: Callable[[Path], None] = lambda base: None) -> Path:
     """Base model, calibration, masks with widths 0, 1, odd and full, and both checkpoints of `family`."""
     base = tiny_models.save(family, folder / family / "base")
+    edit_base(base)
     work = base.parent
     calibrate(CalibrationSettings(str(base), str(corpus), num_calibration_samples=4, max_seq_length=64), work / "calib")
     write_masks_repository(awkward(NeuronMoments.from_pretrained(work / "calib")), work / "calib", work / "masks")

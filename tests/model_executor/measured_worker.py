@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A CPU worker that says what loading the model cost: `LLM(worker_cls="tests.model_executor.measured_worker.Worker")`."""
+"""A CPU worker that says what loading the model cost: `worker_cls="tests.model_executor.measured_worker.Worker"`."""
 
 from pathlib import Path
 

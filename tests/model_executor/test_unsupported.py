@@ -18,6 +18,7 @@ def refuse(monkeypatch, *, eplb=False, lora=None, load_format="auto", activation
     vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(enable_eplb=eplb), lora_config=lora,
                                   load_config=SimpleNamespace(load_format=load_format))
     monkeypatch.setattr(unsupported, "get_current_vllm_config", lambda: vllm_config)
+    monkeypatch.setattr(unsupported, "current_platform", SimpleNamespace(is_cuda_alike=lambda: False))
     layer = SimpleNamespace(activation=activation, moe_config=SimpleNamespace(has_bias=has_bias),
                             swiglu_limit=swiglu_limit, layer_name="model.layers.0.mlp.experts")
     config = HeaprConfig()
@@ -31,6 +32,7 @@ def refuse(monkeypatch, *, eplb=False, lora=None, load_format="auto", activation
     ({"lora": SimpleNamespace(target_modules=["q_proj", "experts"])}, "--lora-target-modules q_proj"),
     ({"online": object()}, "drop --quantization-config"),
     ({"load_format": "sharded_state"}, "use auto, safetensors or heapr"),
+    ({"load_format": "fastsafetensors"}, "reads files into a GPU's memory; use auto"),
     ({"activation": MoEActivation.GELU}, "has activation gelu"),
     ({"has_bias": True}, "bias True"),
     ({"swiglu_limit": 7.0}, "limit 7.0"),
