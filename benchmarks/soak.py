@@ -203,7 +203,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("build/demo/pruned"))
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--warm-up", type=float, help="minutes until memory must stay flat (default: a tenth)")
+    parser.add_argument("--warm-up", type=float, help="minutes until memory must stay flat (default: a third)")
     parser.add_argument("--max-growth", type=float, default=3, help="percent of resident memory")
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=64, help="different prompts")
@@ -223,7 +223,7 @@ def main() -> int:
         asyncio.run(soak.run(60 * args.minutes, args.concurrency, args.seed))
         seconds = time.monotonic() - start
         left, counts = left_behind(url), metrics(url)
-    warm_up = 60 * (args.minutes / 10 if args.warm_up is None else args.warm_up)
+    warm_up = 60 * (args.minutes / 3 if args.warm_up is None else args.warm_up)
     report = {"model": str(args.model), "minutes": round(seconds / 60, 2), "concurrency": args.concurrency,
               "prompts": len(answers), "requests": dict(sorted(soak.requests.items())),
               "errors": len(soak.errors), "mismatches": len(soak.mismatches), "left_behind": left,
