@@ -27,6 +27,9 @@ def refuse_unsupported(layer: RoutedExperts, config: HeaprConfig) -> None:
     targets = getattr(lora, "target_modules", None)
     if vllm_config.parallel_config.enable_eplb:
         raise HeaprError("EPLB moves experts of equal size and pruned experts differ; drop --enable-eplb")
+    if current_platform.is_cpu() and vllm_config.parallel_config.data_parallel_size > 1:
+        raise HeaprError("vLLM cannot gather the tokens of data-parallel ranks on CPUs, for any MoE model; use "
+                         "--tensor-parallel-size instead of --data-parallel-size")
     if lora is not None and (targets is None or EXPERT_MODULES & set(targets)):
         raise HeaprError("LoRA on pruned experts is not supported; restrict it to attention with "
                          "--lora-target-modules q_proj k_proj v_proj o_proj")
