@@ -19,7 +19,8 @@ def refuse(monkeypatch, *, eplb=False, lora=None, load_format="auto", activation
     vllm_config = SimpleNamespace(parallel_config=parallel, lora_config=lora,
                                   load_config=SimpleNamespace(load_format=load_format))
     monkeypatch.setattr(unsupported, "get_current_vllm_config", lambda: vllm_config)
-    monkeypatch.setattr(unsupported, "current_platform", SimpleNamespace(is_cuda_alike=lambda: False, is_cpu=lambda: True))
+    cpu = SimpleNamespace(is_cuda_alike=lambda: False, is_cpu=lambda: True)
+    monkeypatch.setattr(unsupported, "current_platform", cpu)
     layer = SimpleNamespace(activation=activation, moe_config=SimpleNamespace(has_bias=has_bias),
                             swiglu_limit=swiglu_limit, layer_name="model.layers.0.mlp.experts")
     config = HeaprConfig()

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from heapr_vllm.checkpoint import Checkpoint
 from heapr_vllm.masks import NeuronMasks
 from heapr_vllm.prune import (
     CalibrationSettings,
@@ -45,17 +44,17 @@ def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("parallel", ["", "TP=2", "EP=2"])
 @pytest.mark.parametrize(("name", "load_format"), [("compact", "auto"), ("masks", "heapr")])
-def test_loading(name: str, load_format: str, ranks: int, folder: Path) -> None:
+def test_loading(name: str, load_format: str, parallel: str, folder: Path) -> None:
     """Resident memory counts mapped pages of checkpoint shards too, although the kernel may drop them."""
+    ranks = 2 if parallel else 1
     process = engine.run(folder / name, steps=("loading",), dtype="bfloat16", load_format=load_format,
-                         tensor_parallel_size=ranks, worker_cls="tests.model_executor.measured_worker.Worker",
-                         env=TWO_RANKS if ranks == 2 else None)
+                         tensor_parallel_size=ranks, enable_expert_parallel=parallel == "EP=2",
+                         worker_cls="tests.model_executor.measured_worker.Worker", env=TWO_RANKS if ranks == 2 else None)
     masks = NeuronMasks.from_pretrained(folder / "masks")
     kept = masks.num_kept * 3 * HIDDEN * torch.bfloat16.itemsize / ranks
-    base = Checkpoint(folder / "base").path
-    shard = max(file.stat().st_size for file in base.glob("*.safetensors"))
+    shard = max(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
     found, = engine.results(process)
     assert len(found) == ranks
     for rank in found:
