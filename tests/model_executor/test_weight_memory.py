@@ -51,7 +51,7 @@ def test_loading(name: str, load_format: str, parallel: str, folder: Path) -> No
     ranks = 2 if parallel else 1
     process = engine.run(folder / name, steps=("loading",), dtype="bfloat16", load_format=load_format,
                          tensor_parallel_size=ranks, enable_expert_parallel=parallel == "EP=2",
-                         worker_cls="tests.model_executor.measured_worker.Worker", env=TWO_RANKS if ranks == 2 else None)
+                         worker_cls="tests.model_executor.measured_worker.Worker", env=TWO_RANKS if parallel else None)
     masks = NeuronMasks.from_pretrained(folder / "masks")
     kept = masks.num_kept * 3 * HIDDEN * torch.bfloat16.itemsize / ranks
     shard = max(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
