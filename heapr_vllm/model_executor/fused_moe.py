@@ -19,7 +19,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.model_executor import cpu_routing, ragged_moe
 from heapr_vllm.model_executor.experts import HeaprExperts
-from heapr_vllm.model_executor.layout import RaggedLayout, tensor_parallel_shares
+from heapr_vllm.model_executor.layout import RaggedLayout, expert_parallel_ranks, tensor_parallel_shares
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers below its own name only
 
@@ -50,9 +50,8 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         if extra_weight_attrs.get("unpadded_hidden_size", hidden_size) != hidden_size:
             raise HeaprError("this all-to-all backend pads the hidden size, which pruned experts do not support; "
                              "choose another with --all2all-backend")
-        self.local_ids = {e: local for e in range(layer.global_num_experts)
-                          if (local := layer._map_global_expert_id_to_local_expert_id(e)) >= 0}
-        experts = sorted(self.local_ids, key=self.local_ids.__getitem__)
+        experts = self._local_experts(layer)
+        self.local_ids = {expert: local for local, expert in enumerate(experts)}
         parallel = self.moe.moe_parallel_config
         kept = [int(self.keep[e].sum()) for e in experts]
         self.kernel = ragged_moe.select_kernel(params_dtype, hidden_size)
@@ -69,6 +68,20 @@ class HeaprMoEMethod(FusedMoEMethodBase):
             layer.register_parameter(name, weight)
             set_weight_attrs(weight, {**attributes, "weight_loader": self.weight_loader,
                                       "weight_loader_numel": rows_per_neuron * sum(widths) * hidden_size})
+
+    def _local_experts(self, layer: RoutedExperts) -> list[int]:
+        """Global ids of this rank's experts, by local id.
+
+        Where every rank sees all tokens, any placement is right, and ours balances bytes. Other all-to-all backends
+        send tokens by the engine's placement, and `--enable-ep-weight-filter` reads the weights of that one only.
+        """
+        parallel = self.moe.moe_parallel_config
+        sees_all_tokens = not parallel.use_all2all_kernels or parallel.all2all_backend == "allgather_reducescatter"
+        if sees_all_tokens and not get_current_vllm_config().parallel_config.enable_ep_weight_filter:
+            ranks = expert_parallel_ranks(self.keep.sum(-1).tolist(), parallel.ep_size)
+            return [expert for expert, rank in enumerate(ranks) if rank == parallel.ep_rank]
+        local_ids = [layer._map_global_expert_id_to_local_expert_id(e) for e in range(layer.global_num_experts)]
+        return sorted((e for e, local in enumerate(local_ids) if local >= 0), key=local_ids.__getitem__)
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str,
                       expert_id: int, return_success: bool = False) -> bool | None:

@@ -8,6 +8,7 @@ Experts of equal stored width form a bucket, a contiguous stretch that a uniform
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -127,6 +128,20 @@ def tensor_parallel_shares(widths: Sequence[int], tp_size: int, tp_rank: int, un
         shares.append((min(start * unit, width), min((start + counts[tp_rank]) * unit, width)))
         dealt += units
     return shares
+
+
+def expert_parallel_ranks(widths: Sequence[int], ep_size: int) -> list[int]:
+    """Rank that holds each expert, so that ranks hold about equally many neurons.
+
+    Experts are dealt widest first, each to the rank with the fewest neurons so far, then with the fewest experts. All
+    ranks come to the same result.
+    """
+    ranks, held = [0] * len(widths), [(0, 0, rank) for rank in range(ep_size)]
+    for expert in sorted(range(len(widths)), key=lambda e: -widths[e]):
+        neurons, experts, rank = heapq.heappop(held)
+        ranks[expert] = rank
+        heapq.heappush(held, (neurons + widths[expert], experts + 1, rank))
+    return ranks
 
 
 def round_up(value: int, unit: int) -> int:

@@ -17,7 +17,7 @@ from vllm.config import ModelConfig, get_current_vllm_config
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from heapr_vllm.checkpoint import Checkpoint
+from heapr_vllm.checkpoint import Checkpoint, ExpertTensor
 from heapr_vllm.config import PruningConfig
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.model_executor.quantization import check_base
@@ -64,4 +64,6 @@ class HeaprModelLoader(DefaultModelLoader):
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         source = self.base_model_config(model_config)
         check_base(Checkpoint.resolve(source.model), get_current_vllm_config().quant_config)
-        yield from super().get_all_weights(source, model)
+        for name, tensor in super().get_all_weights(source, model):
+            # vLLM holds on to a tensor of the attention until the next layer's: a copy lets go of the mapped shard
+            yield name, tensor if ExpertTensor.parse(name) else tensor.clone()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.platforms import current_platform
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.model_executor import compat
@@ -27,6 +28,9 @@ def refuse_unsupported(layer: RoutedExperts, config: HeaprConfig) -> None:
     targets = getattr(lora, "target_modules", None)
     if vllm_config.parallel_config.enable_eplb:
         raise HeaprError("EPLB moves experts of equal size and pruned experts differ; drop --enable-eplb")
+    if current_platform.is_cpu() and vllm_config.parallel_config.data_parallel_size > 1:
+        raise HeaprError("vLLM cannot gather the tokens of data-parallel ranks on CPUs, for any MoE model; use "
+                         "--tensor-parallel-size instead of --data-parallel-size")
     if lora is not None and (targets is None or EXPERT_MODULES & set(targets)):
         raise HeaprError("LoRA on pruned experts is not supported; restrict it to attention with "
                          "--lora-target-modules q_proj k_proj v_proj o_proj")
@@ -35,6 +39,9 @@ def refuse_unsupported(layer: RoutedExperts, config: HeaprConfig) -> None:
     if load_format in RUNTIME_FORMATS:
         raise HeaprError(f"--load-format {load_format} stores weights in a kernel's own layout, which pruned experts "
                          "do not support; use auto, safetensors or heapr")
+    if load_format == "fastsafetensors" and not current_platform.is_cuda_alike():
+        raise HeaprError("--load-format fastsafetensors reads files into a GPU's memory; use auto, safetensors or "
+                         "runai_streamer here")
     if layer.activation != MoEActivation.SILU or layer.moe_config.has_bias or layer.swiglu_limit is not None:
         raise HeaprError(f"pruned experts compute SiLU-gated experts without bias; {layer.layer_name} has activation "
                          f"{layer.activation.value}, bias {layer.moe_config.has_bias}, limit {layer.swiglu_limit}")

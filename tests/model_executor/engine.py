@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM engines in a process of their own: `python -m tests.model_executor.engine` reads a spec, prints results.
 
-The spec is JSON on standard input: `{"llm": {LLM arguments}, "steps": ["generate", "reload", ...]}`, with
-`"models"` for several engines after another.
+The spec is JSON on standard input: `{"llm": {LLM arguments}, "steps": ["generate", "reload", ...]}`, or for
+several engines after another `{"ask": "generate", "engines": [{LLM arguments}, ...]}`.
 """
 
 import json
@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from threading import Timer
@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
                "VLLM_NO_USAGE_STATS": "1", "TRITON_INTERPRET": "0"}
 PROMPTS = [[5, 80, 33, 7], list(range(60, 90)), [17] * 3, [250, 3, 199, 42, 42, 8]]
+LONG_PROMPT = [5, 80, 33, 7] * 20  # several blocks, several chunks, and n-grams that repeat
 MARKER = "RESULT "
 NO_ANSWER = "no answer in time"
 ERROR = re.compile(r"(?<![\w.])\w*(Error|Exception)(: .*|$)")  # last line of a traceback, perhaps behind a prefix
@@ -38,29 +39,41 @@ def run(model: Path, *, steps: tuple[str, ...] = ("generate",), env: dict[str, s
 
 def generate_many(models: list[Path], *, env: dict[str, str], limit: float = 600,
                   **llm: Any) -> Iterator[dict[str, Any] | str]:
-    """Output of one engine after another, in one process as long as it lives; the reason for an engine that fails.
+    """What `generate` gets from an engine per model, or the reason for an engine that fails."""
+    return _ask_many("generate", [{"model": str(model), **llm} for model in models], env, limit)
+
+
+def answer_many(variants: dict[str, dict[str, Any]], *, env: dict[str, str] | None = None) -> dict[str, list | str]:
+    """What `answer_twice` gets from an engine per variant, or the reason for an engine that fails.
+
+    A variant is LLM arguments, and under "lora" the folder of an adapter to answer with.
+    """
+    engines = [{"disable_log_stats": False, **variant} for variant in variants.values()]
+    return dict(zip(variants, _ask_many("answer_twice", engines, env or {}, 600), strict=True))
+
+
+def _ask_many(ask: str, engines: list[dict[str, Any]], env: dict[str, str], limit: float) -> Iterator[Any]:
+    """Output of one engine after another, in one process as long as it lives.
 
     Every model runs in the dtype it is stored in. An engine that needs more than `limit` seconds (its output is then
     NO_ANSWER), or takes its process down, costs no more than its own output.
     """
     done = 0
-    while done < len(models):
-        for output in _outputs(models[done:], ENVIRONMENT | env, limit, llm):
+    while done < len(engines):
+        for output in _outputs(ask, engines[done:], ENVIRONMENT | env, limit):
             done += 1
             yield output
 
 
-def _outputs(models: list[Path], env: dict[str, str], limit: float, llm: dict[str, Any]) -> Iterator[dict | str]:
+def _outputs(ask: str, engines: list[dict[str, Any]], env: dict[str, str], limit: float) -> Iterator[Any]:
     """Outputs of a process of its own, until it dies or an engine takes too long."""
-    spec = {"llm": {"max_model_len": 128, "enforce_eager": True, **llm},
-            "models": [str(model) for model in models]}
     with subprocess.Popen([sys.executable, "-m", "tests.model_executor.engine"], stdin=subprocess.PIPE, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, **env},
                           start_new_session=True) as process:
         try:
-            process.stdin.write(json.dumps(spec))
+            process.stdin.write(json.dumps({"ask": ask, "engines": engines}))
             process.stdin.close()
-            for _ in models:
+            for _ in engines:
                 yield _next_output(process, limit)
                 if process.returncode is not None:  # known once its output has ended
                     return
@@ -112,13 +125,29 @@ def generate(llm: Any) -> dict[str, Any]:
                          for prompt, output in zip(PROMPTS, outputs, strict=True)]}
 
 
+def answer(llm: Any, lora: str | None = None) -> dict[str, Any]:
+    """Token ids and their logprobs; how many prompt tokens were cached, how many tokens were drafted so far."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in [*PROMPTS, LONG_PROMPT]],
+                           SamplingParams(temperature=0, max_tokens=16, logprobs=0, ignore_eos=True),
+                           lora_request=LoRARequest("adapter", 1, lora) if lora else None)
+    answers = [output.outputs[0] for output in outputs]
+    drafted = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:spec_decode_num_draft_tokens")
+    return {"ids": [list(answer.token_ids) for answer in answers],
+            "logprobs": [[step[token].logprob for token, step in zip(answer.token_ids, answer.logprobs, strict=True)]
+                         for answer in answers],
+            "cached": sum(output.num_cached_tokens for output in outputs), "drafted": drafted}
+
+
 def main() -> None:
     spec = json.load(sys.stdin)
     from vllm import LLM
 
-    if "models" in spec:
-        for model in spec["models"]:
-            print("\n" + MARKER + json.dumps(attempt(model, spec["llm"])), flush=True)
+    if "engines" in spec:
+        for arguments in spec["engines"]:
+            print("\n" + MARKER + json.dumps(attempt(globals()[spec["ask"]], **arguments)), flush=True)
         return
     llm = LLM(**spec["llm"] | {"model": servable(spec["llm"])})
     found = []
@@ -127,20 +156,27 @@ def main() -> None:
             found.append(generate(llm))
         elif step == "reload":
             llm.collective_rpc("reload_weights")
+        elif step == "loading":
+            found.append(llm.collective_rpc("loading"))
         elif step == "expert_tensors":
             found.append(llm.apply_model(expert_tensors)[0])
     print(MARKER + json.dumps(found))
 
 
-def attempt(model: str, arguments: dict[str, Any]) -> dict[str, Any] | str:
-    """Output of one engine, which is gone afterwards, or why there is none."""
+def answer_twice(llm: Any, lora: str | None = None) -> list[dict[str, Any]]:
+    return [answer(llm, lora), answer(llm, lora)]
+
+
+def attempt(ask: Callable[..., Any], lora: str | None = None, **arguments: Any) -> Any:
+    """What `ask` gets out of one engine, which is gone afterwards, or why it gets nothing."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     try:
-        config = json.loads((Path(model) / "config.json").read_text())
-        dtype = config.get("text_config", config)["dtype"]
-        return generate(LLM(**arguments | {"model": servable(arguments | {"model": model}), "dtype": dtype}))
+        config = json.loads((Path(arguments["model"]) / "config.json").read_text())
+        common = {"dtype": config.get("text_config", config)["dtype"], "max_model_len": 128, "enforce_eager": True}
+        llm = LLM(**common | arguments | {"model": servable(arguments)})
+        return ask(llm, lora) if lora else ask(llm)
     except Exception as error:  # any failure is a result here
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     finally:

@@ -6,7 +6,7 @@ from itertools import combinations_with_replacement
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heapr_vllm.model_executor.layout import RaggedLayout, bucketed, tensor_parallel_shares
+from heapr_vllm.model_executor.layout import RaggedLayout, bucketed, expert_parallel_ranks, tensor_parallel_shares
 
 WIDTHS = st.lists(st.integers(0, 130), min_size=1, max_size=12)
 
@@ -51,3 +51,16 @@ def test_shares_partition_every_expert_and_balance_the_ranks(widths: list[int], 
         assert all((stop - start) % unit == 0 or stop == width for start, stop in (rank[expert] for rank in ranks))
     totals = [sum(-(-(stop - start) // unit) for start, stop in rank) for rank in ranks]
     assert max(totals) - min(totals) <= 1
+
+
+@given(widths=WIDTHS, ep_size=st.integers(1, 8))
+def test_expert_placement_balances_neurons(widths: list[int], ep_size: int) -> None:
+    ranks = expert_parallel_ranks(widths, ep_size)
+    totals = [sum(width for width, rank in zip(widths, ranks, strict=True) if rank == r) for r in range(ep_size)]
+    assert sum(totals) == sum(widths), "every expert is on one of the ranks"
+    assert max(totals) - min(totals) <= max(widths)
+
+
+def test_expert_placement_of_equal_widths_is_even() -> None:
+    assert sorted(expert_parallel_ranks([7] * 8, 4)) == sorted([0, 1, 2, 3] * 2)
+    assert sorted(expert_parallel_ranks([0] * 4, 2)) == [0, 0, 1, 1]

@@ -14,10 +14,13 @@ from heapr_vllm.model_executor.quantization import HeaprConfig
 
 
 def refuse(monkeypatch, *, eplb=False, lora=None, load_format="auto", activation=MoEActivation.SILU, has_bias=False,
-           online=None, swiglu_limit=None) -> None:
-    vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(enable_eplb=eplb), lora_config=lora,
+           online=None, swiglu_limit=None, data_parallel_size=1) -> None:
+    parallel = SimpleNamespace(enable_eplb=eplb, data_parallel_size=data_parallel_size)
+    vllm_config = SimpleNamespace(parallel_config=parallel, lora_config=lora,
                                   load_config=SimpleNamespace(load_format=load_format))
     monkeypatch.setattr(unsupported, "get_current_vllm_config", lambda: vllm_config)
+    cpu = SimpleNamespace(is_cuda_alike=lambda: False, is_cpu=lambda: True)
+    monkeypatch.setattr(unsupported, "current_platform", cpu)
     layer = SimpleNamespace(activation=activation, moe_config=SimpleNamespace(has_bias=has_bias),
                             swiglu_limit=swiglu_limit, layer_name="model.layers.0.mlp.experts")
     config = HeaprConfig()
@@ -27,10 +30,12 @@ def refuse(monkeypatch, *, eplb=False, lora=None, load_format="auto", activation
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"eplb": True}, "drop --enable-eplb"),
+    ({"data_parallel_size": 2}, "use --tensor-parallel-size instead"),
     ({"lora": SimpleNamespace(target_modules=None)}, "--lora-target-modules q_proj"),
     ({"lora": SimpleNamespace(target_modules=["q_proj", "experts"])}, "--lora-target-modules q_proj"),
     ({"online": object()}, "drop --quantization-config"),
     ({"load_format": "sharded_state"}, "use auto, safetensors or heapr"),
+    ({"load_format": "fastsafetensors"}, "reads files into a GPU's memory; use auto"),
     ({"activation": MoEActivation.GELU}, "has activation gelu"),
     ({"has_bias": True}, "bias True"),
     ({"swiglu_limit": 7.0}, "limit 7.0"),

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hours of mixed traffic in minutes: is `vllm serve` on a pruned model right, and does its memory stay flat?
+
+    python -m benchmarks.soak --model build/demo/pruned --minutes 30 --json soak.json
+    python -m benchmarks.soak --model serving_examples/tiny_qwen3_moe --stock        # whose fault is it?
+
+Clients send completions and chats, streamed and whole, hang up in the middle of streams, and send prompts longer than
+the context. Every answer, also the part before a client hung up, must be the greedy answer that an engine gave offline
+to the same prompt alone in its batch. Weights are fp32, where batching changes logits by rounding only; prompts on
+whose answer the two best tokens are ever closer than MIN_GAP are not asked, because rounding may decide them. Fails
+(exit code 1) on an error, a wrong answer, a request left behind in the engine, or memory that grows.
+"""
+
+import argparse
+import asyncio
+import inspect
+import json
+import multiprocessing
+import os
+import random
+import sys
+import textwrap
+import time
+import urllib.request
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+from openai import AsyncOpenAI, BadRequestError
+from openai.types import CompletionChoice
+
+from serving_examples.vllm_server import DEFAULT_ENVIRONMENT, serve
+
+MAX_MODEL_LEN = 512
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+SERVE_OPTIONS = ("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--chat-template", CHAT_TEMPLATE,
+                 "--num-gpu-blocks-override", "32",  # of 128 tokens: few, so that requests get preempted
+                 "--disable-uvicorn-access-log")
+MIN_GAP = 1e-3  # log-probability; logits of the same prompt in another batch differ by less than 1e-4
+KINDS = {"whole": 8, "streamed": 8, "hung up": 5, "too long": 1}  # how often
+SAMPLE_SECONDS = 2
+
+
+class Task(NamedTuple):
+    """A prompt and the number of tokens to answer with."""
+
+    prompt: str
+    chat: bool
+    max_tokens: int
+
+
+def make_tasks(count: int, seed: int) -> list[Task]:
+    """Pieces of Python source of 20 to 800 characters, half of them asked as chats."""
+    rng, text = random.Random(seed), inspect.getsource(argparse) + inspect.getsource(textwrap)
+    tasks = []
+    for number in range(count):
+        start, length = rng.randrange(len(text) - 1000), int(20 * 40 ** rng.random())
+        tasks.append(Task(text[start : start + length], number % 2 == 1, rng.randint(8, 96)))
+    return tasks
+
+
+def offline_answers(model: str, stock: bool, tasks: list[Task]) -> dict[Task, str]:
+    """Greedy answers, one prompt at a time in eager mode; without the tasks that rounding may decide.
+
+    Wants a process of its own, whose environment it changes.
+    """
+    os.environ |= {**DEFAULT_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    if stock:
+        os.environ["VLLM_PLUGINS"] = ""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model, dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=1, enable_prefix_caching=False,
+              enforce_eager=True)
+    answers = {}
+    for task in tasks:
+        params = SamplingParams(temperature=0, max_tokens=task.max_tokens, ignore_eos=True, logprobs=2)
+        ask = partial(llm.chat, messages(task), chat_template=CHAT_TEMPLATE) if task.chat else partial(
+            llm.generate, task.prompt)
+        answer = ask(sampling_params=params, use_tqdm=False)[0].outputs[0]
+        best = [sorted((found.logprob for found in step.values()), reverse=True) for step in answer.logprobs]
+        if min(first - second for first, second, *_ in best) > MIN_GAP:
+            answers[task] = answer.text
+    return answers
+
+
+class Soak:
+    """What the clients of one server saw. `answers`: expected text by task."""
+
+    def __init__(self, url: str, model: str, answers: dict[Task, str]) -> None:
+        self.url, self.model, self.answers = url, model, answers
+        self.client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
+        self.requests: Counter[str] = Counter()
+        self.errors: list[str] = []
+        self.mismatches: list[str] = []
+        self.rss: list[tuple[float, dict[str, float]]] = []
+
+    async def run(self, seconds: float, concurrency: int, seed: int) -> None:
+        """Keeps `concurrency` clients busy and samples the memory meanwhile."""
+        start = time.monotonic()
+        sampling = asyncio.create_task(self._sample_memory(start))
+        clients = (self._client(random.Random(f"{seed} {i}"), start + seconds) for i in range(concurrency))
+        await asyncio.gather(*clients)
+        sampling.cancel()
+        await self.client.close()
+
+    async def _sample_memory(self, start: float) -> None:
+        while True:
+            self.rss.append((time.monotonic() - start, resident_mib()))
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    async def _client(self, rng: random.Random, deadline: float) -> None:
+        tasks = list(self.answers)
+        while time.monotonic() < deadline:
+            kind, = rng.choices(list(KINDS), list(KINDS.values()))
+            task = rng.choice(tasks)
+            try:
+                await self._ask(kind, task, hang_up_after=rng.randint(1, task.max_tokens // 2))
+            except Exception as error:  # whatever the server or the connection does wrong
+                self.errors.append(f"{kind} {type(error).__name__}: {error}"[:300])
+            self.requests[f"{'chat' if task.chat else 'completion'}, {kind}"] += 1
+
+    async def _ask(self, kind: str, task: Task, hang_up_after: int) -> None:
+        """One request of `kind`, its answer compared."""
+        if kind == "too long":
+            try:
+                await self._create(task._replace(prompt=task.prompt * MAX_MODEL_LEN), stream=False)
+            except BadRequestError:
+                return
+            raise ValueError("a prompt longer than the context was answered")
+        expected = self.answers[task]
+        if kind == "whole":
+            found = text_of((await self._create(task, stream=False)).choices[0])
+        else:
+            found, chunks = "", 0
+            async with await self._create(task, stream=True) as stream:
+                async for chunk in stream:
+                    found, chunks = found + text_of(chunk.choices[0]), chunks + 1
+                    if kind == "hung up" and chunks == hang_up_after:
+                        expected = expected[: len(found)]
+                        break
+        if found != expected:
+            self.mismatches.append(f"{kind} {task}: {found!r} instead of {expected!r}")
+
+    def _create(self, task: Task, stream: bool) -> Any:
+        options = {"model": self.model, "temperature": 0, "max_tokens": task.max_tokens, "stream": stream,
+                   "extra_body": {"ignore_eos": True}}
+        if task.chat:
+            return self.client.chat.completions.create(messages=messages(task), **options)
+        return self.client.completions.create(prompt=task.prompt, **options)
+
+
+def messages(task: Task) -> list[dict[str, str]]:
+    return [{"role": "user", "content": task.prompt}]
+
+
+def text_of(choice: Any) -> str:
+    """Text of a completion's or a chat's choice, streamed or whole."""
+    if isinstance(choice, CompletionChoice):
+        return choice.text
+    return (choice.delta if hasattr(choice, "delta") else choice.message).content or ""
+
+
+def resident_mib() -> dict[str, float]:
+    """Resident memory in MiB of this process's descendants, the server's processes, by name and number."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found[f"{process.name()} {process.pid}"] = round(process.memory_info().rss / 2**20, 1)
+    return found
+
+
+def metrics(url: str) -> dict[str, float]:
+    """The server's metrics that have one value, by name without `vllm:`."""
+    with urllib.request.urlopen(f"{url}/metrics") as response:
+        lines = [line for line in response.read().decode().splitlines() if line.startswith("vllm:")]
+    return {line.partition("{")[0].removeprefix("vllm:"): float(line.rsplit(" ", 1)[1]) for line in lines}
+
+
+def left_behind(url: str) -> dict[str, float]:
+    """Requests and share of cache blocks still in use when all clients are gone, after at most 10 s of grace."""
+    for _ in range(10):
+        found = metrics(url)
+        left = {name: found[name] for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")}
+        if not any(left.values()):
+            break
+        time.sleep(1)
+    return left
+
+
+def memory_growth(samples: list[tuple[float, dict[str, float]]], warm_up: float) -> dict[str, float]:
+    """MiB at the start, after `warm_up` seconds, at the end and at most; growth after the warm-up in percent."""
+    totals = [(second, sum(mib.values())) for second, mib in samples]
+    warm = [total for second, total in totals if second >= warm_up]
+    return {"start": round(totals[0][1], 1), "warm": round(warm[0], 1), "end": round(warm[-1], 1),
+            "max": round(max(warm), 1), "growth_percent": round(100 * (max(warm) / warm[0] - 1), 2)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("build/demo/pruned"))
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--warm-up", type=float, help="minutes until memory must stay flat (default: a third)")
+    parser.add_argument("--max-growth", type=float, default=3, help="percent of resident memory")
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=64, help="different prompts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stock", action="store_true", help="without plugins, for a model that is not pruned")
+    parser.add_argument("--json", type=Path, help="write the report here too")
+    parser.add_argument("--log", type=Path, default=Path("build/soak.log"), help="the server's output")
+    parser.add_argument("options", nargs="*", help="further options of vllm serve, after --")
+    args = parser.parse_args()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        tasks = make_tasks(args.prompts, args.seed)
+        answers = pool.submit(offline_answers, str(args.model), args.stock, tasks).result()
+    print(f"{len(answers)} of {len(tasks)} prompts have a clear greedy answer", file=sys.stderr, flush=True)
+    with serve(args.model, *SERVE_OPTIONS, *args.options, log=args.log, plugins="" if args.stock else None) as url:
+        soak = Soak(url, str(args.model), answers)
+        start = time.monotonic()
+        asyncio.run(soak.run(60 * args.minutes, args.concurrency, args.seed))
+        seconds = time.monotonic() - start
+        left, counts = left_behind(url), metrics(url)
+    warm_up = 60 * (args.minutes / 3 if args.warm_up is None else args.warm_up)
+    report = {"model": str(args.model), "minutes": round(seconds / 60, 2), "concurrency": args.concurrency,
+              "prompts": len(answers), "requests": dict(sorted(soak.requests.items())),
+              "errors": len(soak.errors), "mismatches": len(soak.mismatches), "left_behind": left,
+              "tokens_per_second": round(counts["generation_tokens_total"] / seconds, 1),
+              "preemptions": counts["num_preemptions_total"], "rss_mib": memory_growth(soak.rss, warm_up),
+              "examples": soak.errors[:5] + soak.mismatches[:5]}
+    print(json.dumps(report, indent=2))
+    if args.json:
+        args.json.write_text(json.dumps({**report, "rss_samples": soak.rss}) + "\n")
+    failed = (soak.errors or soak.mismatches or any(left.values())
+              or report["rss_mib"]["growth_percent"] > args.max_growth)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
