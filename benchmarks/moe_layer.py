@@ -17,7 +17,6 @@ import argparse
 import importlib.util
 import os
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +156,7 @@ def measure(arms: list[Arm], moe: MoEShape, batches: list[Batch], peaks: Peaks, 
                      "kept": round(sum(arm.widths) / moe.num_experts / moe.moe_intermediate_size, 3),
                      "kept_routed": round(todo.routed_width / moe.moe_intermediate_size, 3),
                      "experts_hit": round(todo.experts, 1), "floor_us": round(1e6 * todo.floor(peaks), 2),
-                     "roofline": round(todo.floor(peaks) / median, 3),
+                     "roofline": float(f"{todo.floor(peaks) / median:.3g}"),
                      "tflops": round(todo.flops / median / 1e12, 1), "rounds": rounds})
     return rows
 
@@ -171,11 +170,15 @@ def show(shape: str, rows: list[dict]) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:3] == ["--device", "cpu"]:
+    device_parser = argparse.ArgumentParser(add_help=False)
+    device_parser.add_argument("--device", choices=("cuda", "cpu"), help="cpu: as `benchmarks.cpu_layer`")
+    chosen, others = device_parser.parse_known_args()
+    if chosen.device == "cpu":
         from benchmarks import cpu_layer  # needs vLLM
 
-        return cpu_layer.main(sys.argv[3:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        return cpu_layer.main(others)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     parents=[device_parser])
     parser.add_argument("--shape", nargs="+", choices=PAPER_SHAPES,
                         default=[name for name in PAPER_SHAPES if name != "tiny"])
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)

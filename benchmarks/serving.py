@@ -130,7 +130,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the servers, which are in sessions of their own
     options = args.options
     on_cpu = args.device == "cpu"
-    if on_cpu and not args.dense:
+    if on_cpu and not (args.dense or args.pruned):
         args.model = args.model or SMALL
     if args.model:
         args.dense, args.pruned = (write_dense(args.model, args.work),

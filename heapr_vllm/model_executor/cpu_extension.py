@@ -19,20 +19,35 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers below its ow
 
 @cache
 def load() -> bool:
-    """Registers the op, compiling it first if that never happened here; False, with the reason logged, if impossible.
+    """Registers the op, compiling it first if that never happened here.
+
+    False, with the reason logged, if that is impossible.
     """
     try:
-        shipped = cpu_build.SOURCE.with_name(cpu_build.library_name())
-        if shipped.exists():
-            torch.ops.load_library(str(shipped))
-        else:
+        if not _load_shipped():
             _load_or_compile(Path(envs.VLLM_CACHE_ROOT) / "heapr")
     except (OSError, RuntimeError, ImportError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        logger.info("experts of variable width run in buckets, their kernel cannot be compiled: %s", reason)
+        logger.info("experts of variable width run in buckets, their kernel cannot be compiled: %s", _first_line(error))
         return False
     torch.library.register_fake("heapr::cpu_ragged_moe", _fake)
     return True
+
+
+def _load_shipped() -> bool:
+    """Whether this package holds a library for this machine, and it loads."""
+    library = cpu_build.SOURCE.with_name(cpu_build.library_name())
+    if not library.exists():
+        return False
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        logger.info("the CPU kernel of this wheel does not load here: %s", _first_line(error))
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _load_or_compile(folder: Path) -> None:

@@ -24,7 +24,11 @@ def is_used() -> bool:
     if override == "native":
         return False
     is_measured = cpu_build.isa() in ("avx512", "avx512_bf16")
-    return (is_measured or override == "ragged") and cpu_extension.load()
+    if not is_measured and override != "ragged":
+        return False
+    if cpu_build.isa() == "avx512_amx":
+        torch.cpu._init_amx()  # asks the kernel for the tile registers
+    return cpu_extension.load()
 
 
 def pack(w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout) -> None:

@@ -72,7 +72,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
     def _local_experts(self, layer: RoutedExperts) -> list[int]:
         """Global ids of this rank's experts, by local id.
 
-        Where every rank sees all tokens, any placement is right, and ours balances bytes. Other all-to-all backends
+        Where every rank sees all tokens, any placement is right, and ours balances neurons. Other all-to-all backends
         send tokens by the engine's placement, and `--enable-ep-weight-filter` reads the weights of that one only.
         """
         parallel = self.moe.moe_parallel_config

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from heapr_vllm.model_executor.quantization import HeaprConfig
 
 RUNTIME_FORMATS = ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
+SELF_DISPATCHING = ("passthrough", "moonep")  # expect kernels that send tokens to ranks, and sum over them, themselves
 EXPERT_MODULES = {"experts", "gate_proj", "up_proj", "down_proj", "gate_up_proj"}
 
 
@@ -31,6 +32,9 @@ def refuse_unsupported(layer: RoutedExperts, config: HeaprConfig) -> None:
     if current_platform.is_cpu() and vllm_config.parallel_config.data_parallel_size > 1:
         raise HeaprError("vLLM cannot gather the tokens of data-parallel ranks on CPUs, for any MoE model; use "
                          "--tensor-parallel-size instead of --data-parallel-size")
+    if (backend := vllm_config.parallel_config.all2all_backend) in SELF_DISPATCHING:
+        raise HeaprError(f"pruned experts do not gather tokens themselves, as the all-to-all backend {backend} wants; "
+                         "drop --moe-backend, or choose another --all2all-backend")
     if lora is not None and (targets is None or EXPERT_MODULES & set(targets)):
         raise HeaprError("LoRA on pruned experts is not supported; restrict it to attention with "
                          "--lora-target-modules q_proj k_proj v_proj o_proj")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("vllm")
-
+from heapr_vllm.model_executor import cpu_build
 from tests.model_executor.engine import ROOT
 
 SCRIPT = """if True:
@@ -34,6 +34,7 @@ SCRIPT = """if True:
 """
 
 
+@pytest.mark.skipif(not cpu_build.isa().startswith("avx512"), reason="PyTorch's brgemm wants AVX-512 for bfloat16")
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
 def test_a_wheel_can_hold_the_op(tmp_path: Path) -> None:
     environment = {**os.environ, "HEAPR_BUILD_CPU_OP": "1", "HEAPR_CPU_CFLAGS": "-DHEAPR_AMX"}

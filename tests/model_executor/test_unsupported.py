@@ -14,13 +14,15 @@ from heapr_vllm.model_executor.quantization import HeaprConfig
 
 
 def refuse(monkeypatch, *, eplb=False, lora=None, load_format="auto", activation=MoEActivation.SILU, has_bias=False,
-           online=None, swiglu_limit=None, data_parallel_size=1) -> None:
-    parallel = SimpleNamespace(enable_eplb=eplb, data_parallel_size=data_parallel_size)
+           online=None, swiglu_limit=None, data_parallel_size=1, all2all_backend="allgather_reducescatter",
+           on_cpu=True) -> None:
+    parallel = SimpleNamespace(enable_eplb=eplb, data_parallel_size=data_parallel_size,
+                               all2all_backend=all2all_backend)
     vllm_config = SimpleNamespace(parallel_config=parallel, lora_config=lora,
                                   load_config=SimpleNamespace(load_format=load_format))
     monkeypatch.setattr(unsupported, "get_current_vllm_config", lambda: vllm_config)
-    cpu = SimpleNamespace(is_cuda_alike=lambda: False, is_cpu=lambda: True)
-    monkeypatch.setattr(unsupported, "current_platform", cpu)
+    platform = SimpleNamespace(is_cuda_alike=lambda: not on_cpu, is_cpu=lambda: on_cpu)
+    monkeypatch.setattr(unsupported, "current_platform", platform)
     layer = SimpleNamespace(activation=activation, moe_config=SimpleNamespace(has_bias=has_bias),
                             swiglu_limit=swiglu_limit, layer_name="model.layers.0.mlp.experts")
     config = HeaprConfig()
@@ -31,6 +33,7 @@ def refuse(monkeypatch, *, eplb=False, lora=None, load_format="auto", activation
 @pytest.mark.parametrize(("options", "message"), [
     ({"eplb": True}, "drop --enable-eplb"),
     ({"data_parallel_size": 2}, "use --tensor-parallel-size instead"),
+    ({"all2all_backend": "passthrough"}, "drop --moe-backend"),
     ({"lora": SimpleNamespace(target_modules=None)}, "--lora-target-modules q_proj"),
     ({"lora": SimpleNamespace(target_modules=["q_proj", "experts"])}, "--lora-target-modules q_proj"),
     ({"online": object()}, "drop --quantization-config"),
@@ -48,3 +51,4 @@ def test_refused(monkeypatch, options: dict, message: str) -> None:
 def test_accepted(monkeypatch) -> None:
     refuse(monkeypatch)
     refuse(monkeypatch, lora=SimpleNamespace(target_modules=["q_proj", "o_proj"]), load_format="runai_streamer")
+    refuse(monkeypatch, on_cpu=False, data_parallel_size=2, load_format="fastsafetensors")

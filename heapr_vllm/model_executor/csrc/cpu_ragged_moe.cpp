@@ -31,7 +31,7 @@ constexpr int64_t kRows = 12;        // rows of the micro-kernel: 12 x 2 accumul
 constexpr int64_t kRowBlock = 96;    // rows of a gate/up task: its activations stay in the L2 cache
 constexpr int64_t kAmxRows = 32;     // rows of a product on AMX tiles, two by two of them
 constexpr int64_t kAmxUnit = 16;     // rows of a tile; what is missing is computed and thrown away
-constexpr int64_t kFewRows = 5;      // fewer rows are as fast as their weights come from memory, tiles or not
+constexpr int64_t kFewRows = 5;      // with fewer rows reading weights dominates; not timed on AMX
 constexpr int64_t kChunk = 1024;     // tokens sorted and computed together; bounds the scratch
 constexpr int64_t kPrefetch = 8192;  // bytes ahead in the stream of weights; 2048 and 32768 were slower
 
@@ -126,7 +126,7 @@ bool on_tiles(int64_t count) {
 }
 
 // out[r][32] = rows[r][0 : depth] times a panel. With `tiled` the rows lie one after the other, and so many more can be
-// read that kAmxUnit divides their number: brgemm compiles a kernel for every shape, so there are few.
+// read that kAmxUnit divides their number: brgemm compiles a kernel per shape and thread, so two per depth.
 template <typename T>
 void multiply(int64_t count, const typename Step<T>::Row* const* rows, int64_t depth, bool tiled, const T* panel,
               float* out) {

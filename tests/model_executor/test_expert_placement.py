@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which experts a rank holds: ours where every rank sees all tokens, the engine's where tokens go by its placement."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+from heapr_vllm.model_executor import fused_moe
+
+WIDTHS = (8, 1, 1, 6)
+ENGINE = ([0, 1], [2, 3])  # experts by rank
+BALANCED = ([0], [1, 2, 3])
+
+
+@pytest.mark.parametrize(("uses_all2all", "backend", "reads_own_weights_only", "expected"), [
+    (False, "allgather_reducescatter", False, BALANCED),  # expert parallel over tensor-parallel ranks
+    (True, "allgather_reducescatter", False, BALANCED),  # data parallel
+    (True, "deepep_high_throughput", False, ENGINE),
+    (False, "allgather_reducescatter", True, ENGINE),
+])
+def test_placement(uses_all2all: bool, backend: str, reads_own_weights_only: bool, expected: tuple[list[int], ...],
+                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_moe, "get_current_vllm_config", lambda: SimpleNamespace(
+        parallel_config=SimpleNamespace(enable_ep_weight_filter=reads_own_weights_only)))
+    for rank, experts in enumerate(expected):
+        method = fused_moe.HeaprMoEMethod.__new__(fused_moe.HeaprMoEMethod)
+        method.keep = torch.arange(8) < torch.tensor(WIDTHS)[:, None]
+        method.moe = SimpleNamespace(moe_parallel_config=SimpleNamespace(
+            use_all2all_kernels=uses_all2all, all2all_backend=backend, ep_size=2, ep_rank=rank))
+        local = {expert: index for index, expert in enumerate(ENGINE[rank])}
+        layer = SimpleNamespace(global_num_experts=len(WIDTHS),
+                                _map_global_expert_id_to_local_expert_id=lambda e, local=local: local.get(e, -1))
+        assert method._local_experts(layer) == experts
