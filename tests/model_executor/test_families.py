@@ -28,6 +28,28 @@ def test_every_family_is_calibrated_and_exported(folders: dict[str, Path]) -> No
         assert all((folder / name / "config.json").is_file() for name in ("masks", "compact", "masked")), family
 
 
+def output(logprob: float, token: int = 7) -> families.Output:
+    return {"ids": [[token]], "logprobs": [[logprob]]}
+
+
+@pytest.mark.parametrize(("family", "found", "alike", "cell"), [
+    ("qwen3_moe", output(-1.00001), None, "yes"),
+    ("qwen3_moe", output(-1.0, token=8), output(-1.0), "no"),
+    ("qwen3_moe", output(-1.01), output(-1.0), "no"),
+    ("qwen3_moe", output(-3.0), output(-3.00001), "as stock"),
+    ("qwen3_moe", output(-3.0), output(-3.1), "no"),
+    ("qwen3_moe", "ValueError: x", "ValueError: y", "vLLM"),
+    ("qwen3_moe", "ValueError: x", output(-1.0), "no"),
+    ("qwen3_moe", families.engine.NO_ANSWER, None, families.engine.NO_ANSWER),
+    ("qwen3_next_linear", output(-1.01), None, "yes"),
+    ("qwen3_next_linear", output(-1.2), output(-0.7), "as stock"),
+    ("qwen3_next_linear", output(-1.2), output(-0.9), "no"),
+])
+def test_cells(family: str, found: families.Output, alike: families.Output | None, cell: str) -> None:
+    outputs = {"stock": {family: output(-1.0)}, "m": {family: found}, "stock m": {family: alike} if alike else {}}
+    assert families.cell(family, "m", outputs) == cell
+
+
 @pytest.fixture(scope="module")
 def served(folders: dict[str, Path]) -> dict[str, dict[str, families.Output]]:
     """Mode, or "stock", to family to output."""
