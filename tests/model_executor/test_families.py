@@ -12,7 +12,7 @@ import pytest
 from tests import tiny_models
 from tests.model_executor import families
 
-TWO_RANKS = ("qwen2_moe", "deepseek_v3")  # shared experts with and without a gate, a dense first layer
+TWO_RANKS = ("qwen2_moe", "glm4_moe")  # shared experts with and without a gate, a dense first layer
 FAMILIES = [family for family in tiny_models.OWN if family not in families.NOT_SERVED_HERE]
 
 
