@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from heapr_vllm.masks import NeuronMasks
-from heapr_vllm.prune import CalibrationSettings, calibrate, write_masks_repository
+from heapr_vllm.prune import CalibrationSettings, calibrate, export_checkpoint, select, write_masks_repository
 from heapr_vllm.prune.moments import NeuronMoments
 from tests import tiny_models
 
@@ -69,6 +69,15 @@ def python_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if split != "train":
             corpus.write_jsonl(folder / f"{split}.jsonl", files.items())
     return folder
+
+
+def prune(base: Path, corpus: Path, folder: Path, sparsity: float, num_samples: int = 4) -> None:
+    """Writes `masks` and `compact` of a base model into `folder`."""
+    calibrate(CalibrationSettings(str(base), str(corpus), num_calibration_samples=num_samples, max_seq_length=64),
+              folder / "calib")
+    masks = select(NeuronMoments.from_pretrained(folder / "calib"), sparsity=sparsity)
+    write_masks_repository(masks, folder / "calib", folder / "masks")
+    export_checkpoint(folder / "masks", folder / "compact")
 
 
 def awkward(moments: NeuronMoments) -> NeuronMasks:

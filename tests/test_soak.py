@@ -9,28 +9,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks.soak import KINDS, memory_growth
-from heapr_vllm.prune import (
-    CalibrationSettings,
-    NeuronMoments,
-    calibrate,
-    export_checkpoint,
-    select,
-    write_masks_repository,
-)
-from tests.conftest import BUNDLED
+from tests.conftest import BUNDLED, prune
 
 
 @pytest.mark.vllm
 def test_mixed_requests_against_the_bundled_model(corpus: Path, tmp_path: Path) -> None:
-    calibrate(CalibrationSettings(str(BUNDLED), str(corpus), num_calibration_samples=4, max_seq_length=64),
-              tmp_path / "calib")
-    masks = select(NeuronMoments.from_pretrained(tmp_path / "calib"), sparsity=0.3)
-    write_masks_repository(masks, tmp_path / "calib", tmp_path / "masks")
-    export_checkpoint(tmp_path / "masks", tmp_path / "pruned")
+    prune(BUNDLED, corpus, tmp_path, sparsity=0.3)
     process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.soak", "--model", str(tmp_path / "pruned"), "--minutes", "0.15", "--prompts",
-         "8", "--max-growth", "100", "--json", str(tmp_path / "soak.json"), "--log", str(tmp_path / "soak.log"), "--",
-         "--enforce-eager"], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+        [sys.executable, "-m", "benchmarks.soak", "--model", str(tmp_path / "compact"), "--minutes", "0.15",
+         "--prompts", "8", "--max-growth", "100", "--json", str(tmp_path / "soak.json"),
+         "--log", str(tmp_path / "soak.log"), "--", "--enforce-eager"],
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     report = json.loads((tmp_path / "soak.json").read_text())
     assert {name.partition(", ")[2] for name in report["requests"]} == set(KINDS)

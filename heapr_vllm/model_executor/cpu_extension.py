@@ -12,6 +12,7 @@ import torch
 import vllm.envs as envs
 from vllm.logger import init_logger
 
+from heapr_vllm.errors import first_line
 from heapr_vllm.model_executor import cpu_build
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers below its own name only
@@ -27,7 +28,7 @@ def load() -> bool:
         if not _load_shipped():
             _load_or_compile(Path(envs.VLLM_CACHE_ROOT) / "heapr")
     except (OSError, RuntimeError, ImportError) as error:
-        logger.info("experts of variable width run in buckets, their kernel cannot be compiled: %s", _first_line(error))
+        logger.info("experts of variable width run in buckets, their kernel cannot be compiled: %s", first_line(error))
         return False
     torch.library.register_fake("heapr::cpu_ragged_moe", _fake)
     return True
@@ -41,13 +42,9 @@ def _load_shipped() -> bool:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        logger.info("the CPU kernel of this wheel does not load here: %s", _first_line(error))
+        logger.info("the CPU kernel of this wheel does not load here: %s", first_line(error))
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _load_or_compile(folder: Path) -> None:

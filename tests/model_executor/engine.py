@@ -21,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
                "VLLM_NO_USAGE_STATS": "1", "TRITON_INTERPRET": "0"}
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 PROMPTS = [[5, 80, 33, 7], list(range(60, 90)), [17] * 3, [250, 3, 199, 42, 42, 8]]
 LONG_PROMPT = [5, 80, 33, 7] * 20  # several blocks, several chunks, and n-grams that repeat
 MARKER = "RESULT "

@@ -25,7 +25,6 @@ from tests.conftest import awkward
 from tests.model_executor import engine
 
 ENVIRONMENT = {"HEAPR_CPU_BUCKETS": "always", "VLLM_MLA_DISABLE": "1"}  # the CPU's MLA is half precision only
-TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 CONFIG_FROM_PLUGIN = ("deepseek",)  # vLLM has the model, but nobody has the config
 NOT_SERVED_HERE = ("qwen3_5_moe", "qwen3_5_moe_vl")  # vLLM imports torchvision, PyPI has none for a CPU-only PyTorch
 TOLERANCE = 1e-4  # of prompt logprobs in fp32
@@ -46,11 +45,11 @@ STOCK = Mode("masked", {})
 MODES = {
     "compact": Mode("compact", {}),
     "masks": Mode("masks", {"load_format": "heapr"}),
-    "TP=2": Mode("compact", {"tensor_parallel_size": 2}, TWO),
+    "TP=2": Mode("compact", {"tensor_parallel_size": 2}, engine.TWO_RANKS),
     # vLLM's CPU workers allocate what a pipeline stage receives in their warm-up, which they skip without a compiler
     "PP=2": Mode("compact", {"pipeline_parallel_size": 2, "enforce_eager": False,
-                             "compilation_config": {"mode": 2, "backend": "eager"}}, TWO),
-    "EP=2": Mode("compact", {"tensor_parallel_size": 2, "enable_expert_parallel": True}, TWO),
+                             "compilation_config": {"mode": 2, "backend": "eager"}}, engine.TWO_RANKS),
+    "EP=2": Mode("compact", {"tensor_parallel_size": 2, "enable_expert_parallel": True}, engine.TWO_RANKS),
     "compile": Mode("compact", {"enforce_eager": False}),
 }
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.vllm
 RAGGED = {"HEAPR_CPU_KERNEL": "ragged"}  # our op, where it compiles
 BUCKETS = {"HEAPR_CPU_KERNEL": "native", "HEAPR_CPU_BUCKETS": "always"}  # by itself it pads layers as small as these
 UNIFORM = {"HEAPR_CPU_KERNEL": "native", "HEAPR_CPU_BUCKETS": "never"}
-TWO_RANKS = RAGGED | {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+TWO_RANKS = RAGGED | engine.TWO_RANKS
 
 
 @pytest.fixture(scope="module")

@@ -8,21 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from heapr_vllm.masks import NeuronMasks
-from heapr_vllm.prune import (
-    CalibrationSettings,
-    NeuronMoments,
-    calibrate,
-    export_checkpoint,
-    select,
-    write_masks_repository,
-)
 from tests import tiny_models
+from tests.conftest import prune
 from tests.model_executor import engine
 
 pytestmark = pytest.mark.vllm
 HIDDEN, EXPERTS, WIDTH, LAYERS = 512, 32, 768, 4  # 302 MB of experts in bfloat16, 0.6 MB of everything else
 OVERHEAD = 20e6  # what else stays resident: modules imported while loading, masks, a gathered tensor
-TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +28,7 @@ def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder / "base", max_shard_size="25MB")
     tiny_models.tokenizer().save_pretrained(folder / "base")
-    calibrate(CalibrationSettings(str(folder / "base"), str(corpus), num_calibration_samples=1, max_seq_length=64),
-              folder / "calib")
-    masks = select(NeuronMoments.from_pretrained(folder / "calib"), sparsity=0.5)
-    write_masks_repository(masks, folder / "calib", folder / "masks")
-    export_checkpoint(folder / "masks", folder / "compact")
+    prune(folder / "base", corpus, folder, sparsity=0.5, num_samples=1)
     return folder
 
 
@@ -51,7 +39,8 @@ def test_loading(name: str, load_format: str, parallel: str, folder: Path) -> No
     ranks = 2 if parallel else 1
     process = engine.run(folder / name, steps=("loading",), dtype="bfloat16", load_format=load_format,
                          tensor_parallel_size=ranks, enable_expert_parallel=parallel == "EP=2",
-                         worker_cls="tests.model_executor.measured_worker.Worker", env=TWO_RANKS if parallel else None)
+                         worker_cls="tests.model_executor.measured_worker.Worker",
+                         env=engine.TWO_RANKS if parallel else None)
     masks = NeuronMasks.from_pretrained(folder / "masks")
     kept = masks.num_kept * 3 * HIDDEN * torch.bfloat16.itemsize / ranks
     shard = max(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
