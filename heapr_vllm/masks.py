@@ -50,7 +50,8 @@ class NeuronMasks:
     """Masks of one model.
 
     `keep`: MoE module prefix as in the checkpoint (`model.layers.3.mlp.experts`) to bool [num_experts,
-    moe_intermediate_size], true where the neuron stays. `metadata`: how they were made, JSON values only.
+    moe_intermediate_size], true where the neuron stays. `metadata`: how they were made, JSON values only; under
+    "tokens", if there, prefix to how many calibration tokens each expert got.
     """
 
     keep: dict[str, torch.Tensor]
@@ -73,6 +74,10 @@ class NeuronMasks:
     def sparsity(self) -> float:
         """Fraction of routed neurons removed."""
         return 1 - self.num_kept / self.num_neurons
+
+    def tokens(self, prefix: str) -> list[int] | None:
+        """Calibration tokens that each expert of a module got; None if the masks do not say."""
+        return self.metadata.get("tokens", {}).get(prefix)
 
     def executed_reduction(self, tokens: dict[str, torch.Tensor]) -> float:
         """Fraction of executed routed-expert FLOPs removed.

@@ -91,6 +91,7 @@ def awkward(moments: NeuronMoments) -> NeuronMasks:
         rank = torch.rand(experts, width, generator=generator).argsort(-1).argsort(-1)
         keep[prefix] = rank < torch.tensor(counts)[:, None]
     metadata = {"criterion": "random", "scope": "expert", "align": 1, "min_width": 0, "sparsity": None,
+                "tokens": {prefix: tokens.tolist() for prefix, tokens in moments.tokens.items()},
                 "base_model": {"name_or_path": moments.metadata["model"], "revision": None,
                                "fingerprint": moments.metadata["base_fingerprint"]}}
     return NeuronMasks(keep, metadata)

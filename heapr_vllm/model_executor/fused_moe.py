@@ -26,12 +26,15 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers below its ow
 class HeaprMoEMethod(FusedMoEMethodBase):
     """Method of one layer. `keep`: bool [num_experts, moe_intermediate_size], all experts of the model's layer.
 
-    `weights_layout`: "compact" if checkpoint tensors hold the kept neurons only, "masks" if they are full-size.
+    `tokens`: tokens that calibration routed to each of them, if the masks say so. `weights_layout`: "compact" if
+    checkpoint tensors hold the kept neurons only, "masks" if they are full-size.
     """
 
-    def __init__(self, moe: FusedMoEConfig, keep: torch.Tensor, prefix: str, weights_layout: str) -> None:
+    def __init__(self, moe: FusedMoEConfig, keep: torch.Tensor, tokens: list[int] | None, prefix: str,
+                 weights_layout: str) -> None:
         super().__init__(moe)
         self.keep = keep
+        self.tokens = tokens
         self.prefix = prefix
         self.weights_layout = weights_layout
         self.loaded: set[tuple[int, str]] = set()
@@ -72,13 +75,13 @@ class HeaprMoEMethod(FusedMoEMethodBase):
     def _local_experts(self, layer: RoutedExperts) -> list[int]:
         """Global ids of this rank's experts, by local id.
 
-        Where every rank sees all tokens, any placement is right, and ours balances neurons. Other all-to-all backends
-        send tokens by the engine's placement, and `--enable-ep-weight-filter` reads the weights of that one only.
+        Where every rank sees all tokens, any placement is right, and ours balances. Other all-to-all backends send
+        tokens by the engine's placement, and `--enable-ep-weight-filter` reads the weights of that one only.
         """
         parallel = self.moe.moe_parallel_config
         sees_all_tokens = not parallel.use_all2all_kernels or parallel.all2all_backend == "allgather_reducescatter"
         if sees_all_tokens and not get_current_vllm_config().parallel_config.enable_ep_weight_filter:
-            ranks = expert_parallel_ranks(self.keep.sum(-1).tolist(), parallel.ep_size)
+            ranks = expert_parallel_ranks(self.keep.sum(-1).tolist(), self.tokens, parallel.ep_size)
             return [expert for expert, rank in enumerate(ranks) if rank == parallel.ep_rank]
         local_ids = [layer._map_global_expert_id_to_local_expert_id(e) for e in range(layer.global_num_experts)]
         return sorted((e for e, local in enumerate(local_ids) if local >= 0), key=local_ids.__getitem__)

@@ -8,7 +8,6 @@ Experts of equal stored width form a bucket, a contiguous stretch that a uniform
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -130,18 +129,25 @@ def tensor_parallel_shares(widths: Sequence[int], tp_size: int, tp_rank: int, un
     return shares
 
 
-def expert_parallel_ranks(widths: Sequence[int], ep_size: int) -> list[int]:
-    """Rank that holds each expert, so that ranks hold about equally many neurons.
+def expert_parallel_ranks(widths: Sequence[int], tokens: Sequence[int] | None, ep_size: int) -> list[int]:
+    """Rank that holds each expert, so that ranks hold about as many neurons and have about as much to do.
 
-    Experts are dealt widest first, each to the rank with the fewest neurons so far, then with the fewest experts. All
-    ranks come to the same result.
+    `tokens`: how often each expert was routed to while calibrating; None if unknown. An expert weighs two fractions of
+    its layer, of the neurons and of the work (tokens x neurons). Dealt heaviest first, each goes where it adds least to
+    the sum over ranks of both totals squared, then to the fewest experts. All ranks come to the same result.
     """
-    ranks, held = [0] * len(widths), [(0, 0, rank) for rank in range(ep_size)]
-    for expert in sorted(range(len(widths)), key=lambda e: -widths[e]):
-        neurons, experts, rank = heapq.heappop(held)
+    neurons = _fractions(widths)
+    work = _fractions([width * count for width, count in zip(widths, tokens or [0] * len(widths), strict=True)])
+    ranks, held = [0] * len(widths), [(0.0, 0.0, 0)] * ep_size
+    for expert in sorted(range(len(widths)), key=lambda e: -(neurons[e] ** 2 + work[e] ** 2)):
+        rank = min(range(ep_size), key=lambda r: (neurons[expert] * held[r][0] + work[expert] * held[r][1], held[r][2]))
         ranks[expert] = rank
-        heapq.heappush(held, (neurons + widths[expert], experts + 1, rank))
+        held[rank] = (held[rank][0] + neurons[expert], held[rank][1] + work[expert], held[rank][2] + 1)
     return ranks
+
+
+def _fractions(values: Sequence[int]) -> list[float]:
+    return [value / max(sum(values), 1) for value in values]
 
 
 def round_up(value: int, unit: int) -> int:

@@ -104,17 +104,19 @@ class HeaprConfig(QuantizationConfig):
         from heapr_vllm.model_executor.unsupported import refuse_unsupported
 
         refuse_unsupported(layer, self)
-        return HeaprMoEMethod(layer.moe_config, self.keep_of(prefix), prefix, self.pruning.layout)
+        name = self.name_in_masks(prefix)
+        return HeaprMoEMethod(layer.moe_config, self.masks.keep[name], self.masks.tokens(name), prefix,
+                              self.pruning.layout)
 
-    def keep_of(self, prefix: str) -> torch.Tensor:
-        """bool [num_experts, moe_intermediate_size] of the layer that vLLM calls `prefix`.
+    def name_in_masks(self, prefix: str) -> str:
+        """What the masks call the layer that vLLM calls `prefix`.
 
         vLLM renames modules of some families (language_model.model.layers.3 for model.language_model.layers.3), so a
         prefix that is not in the masks is found by its layer index. Raises HeaprError if the masks lack the layer.
         """
         if prefix in self.masks.keep:
-            return self.masks.keep[prefix]
-        found = [keep for name, keep in self.masks.keep.items() if layer_index(name) == layer_index(prefix)]
+            return prefix
+        found = [name for name in self.masks.keep if layer_index(name) == layer_index(prefix)]
         if len(found) != 1:
             raise HeaprError(f"masks do not belong to {self.model_name}: they lack {prefix}; use the model they were "
                              "made for")

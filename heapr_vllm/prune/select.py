@@ -43,6 +43,7 @@ class Selector:
         self.blocks = NeuronBlocks.build(saliency, align, floors, moments.tokens)
         self.metadata = {"criterion": criterion, "scope": scope, "align": align, "min_width": min_width,
                          "unrouted": unrouted, "protected": protected,
+                         "tokens": {prefix: tokens.tolist() for prefix, tokens in moments.tokens.items()},
                          "base_model": {"name_or_path": moments.metadata.get("model", ""),
                                         "revision": moments.metadata.get("revision"),
                                         "fingerprint": moments.metadata.get("base_fingerprint")}}

@@ -12,21 +12,25 @@ from heapr_vllm.model_executor import fused_moe
 WIDTHS = (8, 1, 1, 6)
 ENGINE = ([0, 1], [2, 3])  # experts by rank
 BALANCED = ([0], [1, 2, 3])
+TOKENS = [1, 60, 60, 1]
+BALANCED_WORK = ([0, 2], [1, 3])
 
 
-@pytest.mark.parametrize(("uses_all2all", "backend", "reads_own_weights_only", "expected"), [
-    (False, "allgather_reducescatter", False, BALANCED),  # expert parallel over tensor-parallel ranks
-    (True, "allgather_reducescatter", False, BALANCED),  # data parallel
-    (True, "deepep_high_throughput", False, ENGINE),
-    (False, "allgather_reducescatter", True, ENGINE),
+@pytest.mark.parametrize(("uses_all2all", "backend", "reads_own_weights_only", "tokens", "expected"), [
+    (False, "allgather_reducescatter", False, TOKENS, BALANCED_WORK),  # expert parallel over tensor-parallel ranks
+    (False, "allgather_reducescatter", False, None, BALANCED),  # masks that do not say how often experts run
+    (True, "allgather_reducescatter", False, TOKENS, BALANCED_WORK),  # data parallel
+    (True, "deepep_high_throughput", False, TOKENS, ENGINE),
+    (False, "allgather_reducescatter", True, TOKENS, ENGINE),
 ])
-def test_placement(uses_all2all: bool, backend: str, reads_own_weights_only: bool, expected: tuple[list[int], ...],
-                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_placement(uses_all2all: bool, backend: str, reads_own_weights_only: bool, tokens: list[int] | None,
+                   expected: tuple[list[int], ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_moe, "get_current_vllm_config", lambda: SimpleNamespace(
         parallel_config=SimpleNamespace(enable_ep_weight_filter=reads_own_weights_only)))
     for rank, experts in enumerate(expected):
         method = fused_moe.HeaprMoEMethod.__new__(fused_moe.HeaprMoEMethod)
         method.keep = torch.arange(8) < torch.tensor(WIDTHS)[:, None]
+        method.tokens = tokens
         method.moe = SimpleNamespace(moe_parallel_config=SimpleNamespace(
             use_all2all_kernels=uses_all2all, all2all_backend=backend, ep_size=2, ep_rank=rank))
         local = {expert: index for index, expert in enumerate(ENGINE[rank])}

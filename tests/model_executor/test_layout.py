@@ -2,6 +2,7 @@
 """The host-side schedule: stored widths, buckets, tensor-parallel shares."""
 
 from itertools import combinations_with_replacement
+from random import Random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,12 +56,29 @@ def test_shares_partition_every_expert_and_balance_the_ranks(widths: list[int], 
 
 @given(widths=WIDTHS, ep_size=st.integers(1, 8))
 def test_expert_placement_balances_neurons(widths: list[int], ep_size: int) -> None:
-    ranks = expert_parallel_ranks(widths, ep_size)
-    totals = [sum(width for width, rank in zip(widths, ranks, strict=True) if rank == r) for r in range(ep_size)]
-    assert sum(totals) == sum(widths), "every expert is on one of the ranks"
-    assert max(totals) - min(totals) <= max(widths)
+    for tokens in (None, [3] * len(widths)):
+        totals = _per_rank(widths, expert_parallel_ranks(widths, tokens, ep_size), ep_size)
+        assert sum(totals) == sum(widths), "every expert is on one of the ranks"
+        assert max(totals) - min(totals) <= max(widths)
 
 
 def test_expert_placement_of_equal_widths_is_even() -> None:
-    assert sorted(expert_parallel_ranks([7] * 8, 4)) == sorted([0, 1, 2, 3] * 2)
-    assert sorted(expert_parallel_ranks([0] * 4, 2)) == [0, 0, 1, 1]
+    assert sorted(expert_parallel_ranks([7] * 8, None, 4)) == sorted([0, 1, 2, 3] * 2)
+    assert sorted(expert_parallel_ranks([0] * 4, [5, 0, 1, 2], 2)) == [0, 0, 1, 1]
+
+
+def test_expert_placement_balances_neurons_and_work() -> None:
+    generator = Random(3)
+    widths = [16 * generator.randint(2, 48) for _ in range(128)]
+    tokens = [int(1e5 / (1 + expert) ** 0.3) for expert in range(128)]
+    generator.shuffle(tokens)
+    work = [width * count for width, count in zip(widths, tokens, strict=True)]
+    by_neurons = _per_rank(work, expert_parallel_ranks(widths, None, 8), 8)
+    ranks = expert_parallel_ranks(widths, tokens, 8)
+    assert max(by_neurons) > 1.2 * sum(work) / 8, "otherwise the work needs no balancing"
+    assert max(_per_rank(work, ranks, 8)) < 1.1 * sum(work) / 8
+    assert max(_per_rank(widths, ranks, 8)) < 1.02 * sum(widths) / 8
+
+
+def _per_rank(values: list[int], ranks: list[int], ep_size: int) -> list[int]:
+    return [sum(value for value, rank in zip(values, ranks, strict=True) if rank == r) for r in range(ep_size)]

@@ -81,11 +81,10 @@ def test_draft_layers_are_not_layer_zero(masks_repository: Path) -> None:
 def test_layers_that_vllm_renames(masks_repository: Path) -> None:
     config = HeaprConfig.from_config({})
     config.maybe_update_config(str(masks_repository), SimpleNamespace(num_hidden_layers=4))
-    keep = config.masks.keep["model.layers.1.mlp.experts"]
-    assert config.keep_of("model.layers.1.mlp.experts") is keep
-    assert config.keep_of("language_model.model.layers.1.block_sparse_moe.experts") is keep
+    for prefix in ("model.layers.1.mlp.experts", "language_model.model.layers.1.block_sparse_moe.experts"):
+        assert config.name_in_masks(prefix) == "model.layers.1.mlp.experts"
     with pytest.raises(HeaprError, match="they lack model.layers.3.mlp.experts"):
-        config.keep_of("model.layers.3.mlp.experts")
+        config.name_in_masks("model.layers.3.mlp.experts")
 
 
 def test_vision_language_wrappers(tmp_path: Path) -> None:
@@ -99,7 +98,7 @@ def test_vision_language_wrappers(tmp_path: Path) -> None:
     config.maybe_update_config(str(tmp_path), SimpleNamespace(text_config=SimpleNamespace(num_hidden_layers=2)))
     renamed = PaliGemmaForConditionalGeneration.hf_to_vllm_mapper.apply_list(names)
     assert not set(renamed) & set(names)
-    assert all(config.keep_of(new) is config.masks.keep[name] for name, new in zip(names, renamed, strict=True))
+    assert all(config.name_in_masks(new) == name for name, new in zip(names, renamed, strict=True))
     assert config.is_draft_layer("mtp.layers.0.mlp.experts") and not config.is_draft_layer(renamed[0])
 
 
