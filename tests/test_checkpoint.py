@@ -37,7 +37,7 @@ def copy(source: Path, target: Path, edit) -> Checkpoint:
 
 def test_shapes_and_fingerprint(qwen3: Path, tmp_path: Path) -> None:
     base = Checkpoint.resolve(qwen3)
-    assert base.expert_shapes() == {f"model.layers.{i}.mlp.experts": (8, 48) for i in range(3)}
+    assert base.expert_shapes() == {f"model.layers.{i}.mlp.experts": (8, 64) for i in range(3)}
     same = copy(qwen3, tmp_path / "tuned", lambda t: t["model.layers.0.mlp.experts.0.up_proj.weight"].mul_(2))
     assert same.fingerprint() == base.fingerprint(), "expert values are not part of it"
     other = copy(qwen3, tmp_path / "other", lambda t: t["model.layers.2.mlp.gate.weight"].mul_(2))

@@ -23,7 +23,7 @@ def test_whole_path(qwen3: Path, corpus: Path, tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
     assert main(["inspect", compact, "--json", "--plot", str(tmp_path / "widths.png")]) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary["kept"] == 576 and summary["neurons"] == 1152
+    assert summary["kept"] == 768 and summary["neurons"] == 1536
     assert 0 < summary["executed_reduction"] < 1
     assert all(width % 16 == 0 for widths in summary["widths"].values() for width in widths)
     assert (tmp_path / "widths.png").read_bytes().startswith(b"\x89PNG")

@@ -20,7 +20,7 @@ from heapr_vllm.prune.modeling_deepseek import register_deepseek_model
 
 VOCAB, END = 320, "<|endoftext|>"
 COMMON = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
-          "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+          "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
           "intermediate_size": 96, "max_position_embeddings": 512, "eos_token_id": 256, "pad_token_id": 256,
           "bos_token_id": None, "initializer_range": 0.2}
 SHARED = {"first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": COMMON["num_experts"]}

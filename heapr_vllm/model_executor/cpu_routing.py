@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.platforms import current_platform
@@ -19,21 +19,24 @@ MOE = "vllm.model_executor.layers.fused_moe"
 HOMES = (f"{MOE}.experts.cpu_moe", f"{MOE}.cpu_fused_moe")  # of select_experts: from 0.28 on, before
 
 
-@cache
-def is_needed() -> bool:
-    return current_platform.is_cpu() and find_spec(f"{MOE}.router.cpu_router") is None
+Router = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
-@cache
-def _home() -> ModuleType:
+def router() -> Router | None:
+    """Experts from (layer, tokens [T, H], router logits [T, E]) as `_route`; None if vLLM's routers run here.
+
+    To be asked for while a model is built: torch.compile cannot trace the search.
+    """
+    if not current_platform.is_cpu() or find_spec(f"{MOE}.router.cpu_router") is not None:
+        return None
     modules = (import_module(name) for name in HOMES if find_spec(name))
-    return next(module for module in modules if hasattr(module, "select_experts"))
+    return partial(_route, next(module.select_experts for module in modules if hasattr(module, "select_experts")))
 
 
-def select_experts(layer: RoutedExperts, x: torch.Tensor,
-                   router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _route(select_experts: Callable[..., Any], layer: RoutedExperts, x: torch.Tensor,
+           router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights float32 and ids int32, both [T, k], of the experts of tokens `x` [T, H]."""
-    weights, ids = _home().select_experts(
+    weights, ids = select_experts(
         hidden_states=x, router_logits=router_logits, top_k=layer.top_k, use_grouped_topk=layer.use_grouped_topk,
         renormalize=layer.renormalize, topk_group=layer.topk_group, num_expert_group=layer.num_expert_group,
         custom_routing_function=layer.custom_routing_function, scoring_func=layer.scoring_func,

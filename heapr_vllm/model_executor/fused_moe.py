@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
@@ -21,22 +21,27 @@ from heapr_vllm.model_executor import cpu_routing, ragged_moe
 from heapr_vllm.model_executor.experts import HeaprExperts
 from heapr_vllm.model_executor.layout import RaggedLayout, expert_parallel_ranks, tensor_parallel_shares
 
+if TYPE_CHECKING:
+    from heapr_vllm.model_executor.quantization import HeaprConfig
+
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers below its own name only
 
 class HeaprMoEMethod(FusedMoEMethodBase):
-    """Method of one layer. `keep`: bool [num_experts, moe_intermediate_size], all experts of the model's layer.
+    """Method of the layer that vLLM calls `prefix`, pruned as `config` says.
 
-    `tokens`: tokens that calibration routed to each of them, if the masks say so. `weights_layout`: "compact" if
-    checkpoint tensors hold the kept neurons only, "masks" if they are full-size.
+    `keep`: bool [num_experts, moe_intermediate_size], all experts of the model's layer. `tokens`: how many tokens
+    calibration routed to each of them, if the masks say so.
     """
 
-    def __init__(self, moe: FusedMoEConfig, keep: torch.Tensor, tokens: list[int] | None, prefix: str,
-                 weights_layout: str) -> None:
+    def __init__(self, moe: FusedMoEConfig, config: HeaprConfig, prefix: str) -> None:
         super().__init__(moe)
-        self.keep = keep
-        self.tokens = tokens
+        self.config = config
         self.prefix = prefix
-        self.weights_layout = weights_layout
+        name = config.name_in_masks(prefix)
+        self.keep = config.masks.keep[name]
+        self.tokens = config.masks.tokens(name)
+        self.weights_layout = config.pruning.layout
+        self.router = cpu_routing.router()
         self.loaded: set[tuple[int, str]] = set()
 
     def create_weights(self, layer: RoutedExperts, num_experts: int, hidden_size: int,
@@ -53,6 +58,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         if extra_weight_attrs.get("unpadded_hidden_size", hidden_size) != hidden_size:
             raise HeaprError("this all-to-all backend pads the hidden size, which pruned experts do not support; "
                              "choose another with --all2all-backend")
+        self.needs_weights = get_current_vllm_config().load_config.load_format != "dummy"
         experts = self._local_experts(layer)
         self.local_ids = {expert: local for local, expert in enumerate(experts)}
         parallel = self.moe.moe_parallel_config
@@ -127,7 +133,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         wanted = {(local, shard) for local, width in enumerate(self.layout.widths) if width
                   for shard in ("w1", "w2", "w3")}
         missing = sorted(wanted - self.loaded)
-        if missing and get_current_vllm_config().load_config.load_format != "dummy":
+        if missing and self.needs_weights:
             local, shard = missing[0]
             expert = next(e for e, i in self.local_ids.items() if i == local)
             raise HeaprError(f"the checkpoint lacks {len(missing)} expert tensors, first {shard} of {self.prefix}."
@@ -183,12 +189,12 @@ class HeaprMoEMethod(FusedMoEMethodBase):
     @property
     def is_monolithic(self) -> bool:
         """Whether vLLM leaves the routing to the method."""
-        return cpu_routing.is_needed()
+        return self.router is not None
 
     def apply_monolithic(self, layer: RoutedExperts, x: torch.Tensor, router_logits: torch.Tensor,
                          *args: Any, **kwargs: Any) -> torch.Tensor:
         """As `apply`, from router logits [T, num_experts]; nothing is dispatched to other ranks."""
-        topk_weights, topk_ids = cpu_routing.select_experts(layer, x, router_logits)
+        topk_weights, topk_ids = self.router(layer, x, router_logits)
         if layer.apply_router_weight_on_input:
             x = x * topk_weights.to(x.dtype)
         output = torch.empty_like(x)

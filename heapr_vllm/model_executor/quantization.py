@@ -104,9 +104,7 @@ class HeaprConfig(QuantizationConfig):
         from heapr_vllm.model_executor.unsupported import refuse_unsupported
 
         refuse_unsupported(layer, self)
-        name = self.name_in_masks(prefix)
-        return HeaprMoEMethod(layer.moe_config, self.masks.keep[name], self.masks.tokens(name), prefix,
-                              self.pruning.layout)
+        return HeaprMoEMethod(layer.moe_config, self, prefix)
 
     def name_in_masks(self, prefix: str) -> str:
         """What the masks call the layer that vLLM calls `prefix`.

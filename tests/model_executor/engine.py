@@ -150,7 +150,7 @@ def main() -> None:
         for arguments in spec["engines"]:
             print("\n" + MARKER + json.dumps(attempt(globals()[spec["ask"]], **arguments)), flush=True)
         return
-    llm = LLM(**spec["llm"] | {"model": servable(spec["llm"])})
+    llm = LLM(**spec["llm"])
     found = []
     for step in spec["steps"]:
         if step == "generate":
@@ -176,22 +176,12 @@ def attempt(ask: Callable[..., Any], lora: str | None = None, **arguments: Any) 
     try:
         config = json.loads((Path(arguments["model"]) / "config.json").read_text())
         common = {"dtype": config.get("text_config", config)["dtype"], "max_model_len": 128, "enforce_eager": True}
-        llm = LLM(**common | arguments | {"model": servable(arguments)})
+        llm = LLM(**common | arguments)
         return ask(llm, lora) if lora else ask(llm)
     except Exception as error:  # any failure is a result here
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     finally:
         cleanup_dist_env_and_memory()
-
-
-def servable(arguments: dict[str, Any]) -> str:
-    """The model, padded where the arguments describe a dense one that this version's own experts cannot run."""
-    from tests.model_executor import padded
-
-    model = arguments["model"]
-    if not padded.NEEDED or "hf_overrides" in arguments:
-        return model
-    return str(padded.padded(Path(model), Path(f"{model}-padded")))
 
 
 def expert_tensors(model: Any) -> dict[str, int]:

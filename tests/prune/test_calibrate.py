@@ -89,7 +89,7 @@ def test_provenance_is_recorded(calibration: Path) -> None:
     record = json.loads((calibration / CALIBRATION_FILE).read_text())
     assert record["calibration_tokens"] == 6 * 64 and record["seed"] == 0
     assert record["dataset_fingerprint"].startswith("sha256:") and record["base_fingerprint"].startswith("sha256:")
-    assert record["checkpoint_bytes"] > record["routed_bytes"] == 3 * 8 * 48 * 3 * 64 * 4
+    assert record["checkpoint_bytes"] > record["routed_bytes"] == 3 * 8 * 64 * 3 * 64 * 4
     assert record["versions"]["torch"] and record["wall_time_seconds"] >= 0
     moments = NeuronMoments.from_pretrained(calibration)
     assert record["tokens"] == {prefix: count.tolist() for prefix, count in moments.tokens.items()}
@@ -97,5 +97,5 @@ def test_provenance_is_recorded(calibration: Path) -> None:
 
 def test_dry_run_counts_by_formula(qwen3: Path, corpus: Path) -> None:
     sizes = plan(CalibrationSettings(str(qwen3), str(corpus), max_seq_length=64))
-    assert sizes["neurons"] == 3 * 8 * 48 and sizes["moe_layers"] == 3
+    assert sizes["neurons"] == 3 * 8 * 64 and sizes["moe_layers"] == 3
     assert sizes["weight_bytes"] == sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(qwen3).parameters())

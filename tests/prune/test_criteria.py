@@ -87,7 +87,7 @@ def test_random_is_seeded(moments: NeuronMoments) -> None:
 def test_reap_removes_whole_experts(moments: NeuronMoments) -> None:
     masks = select(moments, 0.25, criterion="reap", scope="layer")
     for prefix, widths in masks.widths.items():
-        assert sorted(widths.tolist()) == [0, 0, *[48] * 6]
+        assert sorted(widths.tolist()) == [0, 0, *[64] * 6]
         assert set((widths == 0).nonzero().flatten().tolist()) == set(
             (moments.routed_norm[prefix] / moments.tokens[prefix]).argsort()[:2].tolist())
 

@@ -73,7 +73,7 @@ def test_moments_survive_a_round_trip(calibration: Path, tmp_path: Path) -> None
     moments.save_pretrained(tmp_path)
     assert (tmp_path / MOMENTS_FILE).read_bytes() == (calibration / MOMENTS_FILE).read_bytes()
     prefix = "model.layers.2.mlp.experts"
-    assert moments.tokens[prefix].shape == (8,) and moments.fisher[prefix].shape == (8, 48)
+    assert moments.tokens[prefix].shape == (8,) and moments.fisher[prefix].shape == (8, 64)
     assert int(moments.tokens[prefix].sum()) == 6 * 64 * 2
 
 

@@ -32,7 +32,8 @@ from heapr_vllm.prune.repair import RepairSettings, check_tokens, layer_groups
 from heapr_vllm.prune.second_moments import collect_second_moments
 from tests.conftest import BUNDLED
 
-LAYER_BYTES = 8 * 8 * 48 * 48  # of one layer of the tiny model, all experts
+FEW_TOKENS = {f"model.layers.{layer}.mlp.experts": [6] * 8 for layer in range(3)}
+LAYER_BYTES = 8 * 8 * 64 * 64  # of one layer of the tiny model, all experts
 ONE_LAYER = RepairSettings(memory=LAYER_BYTES)
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts to repair see fewer tokens")
 
@@ -99,10 +100,10 @@ def test_memory_limit_does_not_change_the_result(masks_repository: Path, compact
 def test_layers_are_grouped_by_memory(awkward_masks: NeuronMasks) -> None:
     experts = repairable(awkward_masks)
     prefixes = list(experts)
-    sizes = [8 * len(chosen) * 48 * 48 for chosen in experts.values()]
+    sizes = [8 * len(chosen) * 64 * 64 for chosen in experts.values()]
     assert layer_groups(awkward_masks, experts, sum(sizes)) == [prefixes]
     assert layer_groups(awkward_masks, experts, max(sizes)) == [[prefix] for prefix in prefixes]
-    with pytest.raises(HeaprError, match=r"layers.0.mlp.experts take 0.1 MiB; pass --repair-memory 1MiB or more"):
+    with pytest.raises(HeaprError, match=r"layers.0.mlp.experts take 0.2 MiB; pass --repair-memory 1MiB or more"):
         layer_groups(awkward_masks, experts, 1000)
 
 
@@ -208,7 +209,7 @@ def moved(masks_repository: Path, folder: Path, **changes: object) -> Path:
     ({}, ["--repair-samples", "9"], "belong to --repair least-squares"),
     ({}, ["--repair", "least-squares", "--repair-memory", "1KiB"], "pass --repair-memory 1MiB or more"),
     ({}, ["--repair", "least-squares", "--repair-samples", "9999"], "has .* blocks of 64 tokens, 9999 are needed"),
-    ({}, ["--repair", "least-squares", "--repair-samples", "1"], "too little text for a repair: .* --repair-samples"),
+    ({"tokens": FEW_TOKENS}, ["--repair", "least-squares"], "too little text for a repair: .* --repair-samples"),
     ({"dataset": "gone.txt"}, ["--repair", "least-squares"],
      "needs the calibration text: dataset file gone.txt does not exist; or name another text with --repair-dataset"),
     ({"seed": 5}, ["--repair", "least-squares"], "not the text of the calibration any more .* --repair-dataset"),

@@ -31,7 +31,7 @@ def test_rows_equal_the_masks(moments: NeuronMoments) -> None:
 
 
 def test_fisher_has_the_lowest_predicted_loss(moments: NeuronMoments) -> None:
-    rows = sweep(moments, CRITERIA)
+    rows = sweep(moments, CRITERIA, align=4)  # small blocks: larger ones miss a budget by more
     for kind in ("sparsity", "flops"):
         for ratio in (0.1, 0.5):
             some = {row["criterion"]: row["loss_increase"] for row in rows if row[kind] == ratio}
