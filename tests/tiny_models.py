@@ -44,7 +44,7 @@ OWN = {  # by name: model type, what differs from COMMON
     "qwen3_5_moe_vl": ("qwen3_5_moe", {"text_config": {**COMMON, **FULL_ATTENTION}, "vision_config": VISION}),
     "deepseek": ("deepseek", {**SHARED, "n_shared_experts": 2}),
     "deepseek_v2": ("deepseek_v2", {**SHARED, **MLA, "q_lora_rank": None, "topk_method": "group_limited_greedy"}),
-    "deepseek_v3": ("deepseek_v3", {**SHARED, **MLA, "topk_method": "noaux_tc"}),
+    "deepseek_v3": ("deepseek_v3", {**SHARED, **MLA, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}),
     "glm4_moe": ("glm4_moe", {**SHARED, "head_dim": 32, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
                               "routed_scaling_factor": 1.5, "partial_rotary_factor": 0.5}),
     "mixtral": ("mixtral", {"intermediate_size": COMMON["moe_intermediate_size"], "num_local_experts":

@@ -19,7 +19,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from heapr_vllm.checkpoint import Checkpoint
 from heapr_vllm.prune import CalibrationSettings, NeuronMoments, calibrate, export_checkpoint, write_masks_repository
+from heapr_vllm.prune.loading import load_model
 from tests import tiny_models
 from tests.conftest import awkward
 from tests.model_executor import engine
@@ -27,7 +31,10 @@ from tests.model_executor import engine
 ENVIRONMENT = {"HEAPR_CPU_BUCKETS": "always", "VLLM_MLA_DISABLE": "1"}  # the CPU's MLA is half precision only
 CONFIG_FROM_PLUGIN = ("deepseek",)  # vLLM has the model, but nobody has the config
 NOT_SERVED_HERE = ("qwen3_5_moe", "qwen3_5_moe_vl")  # vLLM imports torchvision, PyPI has none for a CPU-only PyTorch
-ARGUMENTS = {"mamba_ssm_cache_dtype": "float32"}  # of linear attention's state; vLLM 0.26 takes no other on CPUs
+# vLLM's rotary op for CPUs misreads DeepSeek's queries, of which it turns a part per head (eager, on one rank)
+CUSTOM_OPS = {"custom_ops": ["-rotary_embedding"]}
+# the second: no other type for the state of linear attention on CPUs runs in vLLM 0.26
+ARGUMENTS = {"compilation_config": CUSTOM_OPS, "mamba_ssm_cache_dtype": "float32"}
 TOLERANCE = 1e-4  # of prompt logprobs in fp32
 TOLERANCES = {"qwen3_next_linear": 1 / 16}  # bf16: the step between logits from 8 to 16, after one other rounding
 
@@ -49,7 +56,7 @@ MODES = {
     "TP=2": Mode("compact", {"tensor_parallel_size": 2}, engine.TWO_RANKS),
     # vLLM's CPU workers allocate what a pipeline stage receives in their warm-up, which they skip without a compiler
     "PP=2": Mode("compact", {"pipeline_parallel_size": 2, "enforce_eager": False,
-                             "compilation_config": {"mode": 2, "backend": "eager"}}, engine.TWO_RANKS),
+                             "compilation_config": {**CUSTOM_OPS, "mode": 2, "backend": "eager"}}, engine.TWO_RANKS),
     "EP=2": Mode("compact", {"tensor_parallel_size": 2, "enable_expert_parallel": True}, engine.TWO_RANKS),
     "compile": Mode("compact", {"enforce_eager": False}),
 }
@@ -73,7 +80,7 @@ def prepare(family: str, folder: Path, corpus: Path, edit_base: Callable[[Path],
 def serve(folders: list[Path], mode: Mode) -> Iterator[tuple[str, Output]]:
     """Family and output of every model."""
     outputs = engine.generate_many([folder / mode.folder for folder in folders], env=ENVIRONMENT | mode.env,
-                                   **ARGUMENTS, **mode.arguments)
+                                   **ARGUMENTS | mode.arguments)
     return zip((folder.name for folder in folders), outputs, strict=True)
 
 
@@ -82,6 +89,15 @@ def stock(folders: list[Path], mode: Mode = STOCK) -> Iterator[tuple[str, Output
     for needed, plugins in ((False, {"VLLM_PLUGINS": ""}), (True, {})):
         if part := [folder for folder in folders if (folder.name in CONFIG_FROM_PLUGIN) == needed]:
             yield from serve(part, mode._replace(folder=STOCK.folder, env=mode.env | plugins))
+
+
+def in_transformers(folder: Path) -> Output:
+    """Prompt logprobs that transformers gives the model on the zeroed checkpoint, as calibration runs it."""
+    model = load_model(Checkpoint(folder / STOCK.folder), "auto", "cpu").eval()
+    with torch.no_grad():
+        logprobs = [model(torch.tensor([prompt])).logits[0].float().log_softmax(-1) for prompt in engine.PROMPTS]
+    return {"logprobs": [rows[range(len(prompt) - 1), prompt[1:]].tolist()
+                         for prompt, rows in zip(engine.PROMPTS, logprobs, strict=True)]}
 
 
 def same(family: str, found: Output, expected: Output) -> bool:

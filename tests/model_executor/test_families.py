@@ -66,3 +66,12 @@ def test_output_equals_stock(mode: str, family: str, served: dict[str, dict[str,
     assert not isinstance(expected, str), f"stock vLLM: {expected}"
     assert not isinstance(found, str), found
     assert families.same(family, found, expected)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in families.TOLERANCES])
+def test_stock_runs_what_was_calibrated(family: str, folders: dict[str, Path],
+                                        served: dict[str, dict[str, families.Output]]) -> None:
+    """vLLM and transformers read the same model out of the same config: rotary angles, routing, scales."""
+    found = families.in_transformers(folders[family])
+    assert families.distance(found, served["stock"][family]) < families.TOLERANCE
