@@ -106,6 +106,10 @@ class NeuronMasks:
         if masks.num_kept != kept:
             raise HeaprError(f"{path} is damaged: it keeps {masks.num_kept} neurons, its header says {kept}; "
                              "create or download it again")
+        for prefix, tokens in metadata.get("tokens", {}).items():
+            if len(tokens) != len(masks.keep.get(prefix, ())):
+                raise HeaprError(f"{path} is damaged: it counts the tokens of {len(tokens)} experts of {prefix}; "
+                                 "create or download it again")
         return masks
 
     def save_pretrained(self, directory: str | Path) -> None:

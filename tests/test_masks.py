@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from heapr_vllm.config import MASKS_FILE
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.masks import NeuronMasks, pack_bits, unpack_bits
+from heapr_vllm.prune import NeuronMoments, select
 
 PREFIX = "model.layers.0.mlp.experts"
 
@@ -47,6 +48,17 @@ def test_save_and_from_pretrained(awkward_masks: NeuronMasks, tmp_path: Path) ->
         again = NeuronMasks.from_pretrained(source)
         assert again.metadata == awkward_masks.metadata
         assert all(torch.equal(again.keep[prefix], keep) for prefix, keep in awkward_masks.keep.items())
+
+
+def test_calibration_tokens_travel_with_the_masks(calibration: Path, tmp_path: Path) -> None:
+    moments = NeuronMoments.from_pretrained(calibration)
+    select(moments, 0.5).save(tmp_path / "masks")
+    assert NeuronMasks.load(tmp_path / "masks").tokens(PREFIX) == moments.tokens[PREFIX].tolist()
+    NeuronMasks({PREFIX: torch.ones(2, 4, dtype=torch.bool)}).save(tmp_path / "unknown")
+    assert NeuronMasks.load(tmp_path / "unknown").tokens(PREFIX) is None
+    NeuronMasks({PREFIX: torch.ones(2, 4, dtype=torch.bool)}, {"tokens": {PREFIX: [1]}}).save(tmp_path / "short")
+    with pytest.raises(HeaprError, match="counts the tokens of 1 experts of"):
+        NeuronMasks.load(tmp_path / "short")
 
 
 def test_executed_reduction_weights_experts_by_tokens() -> None:

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.utils import set_weight_attrs
 
+from heapr_vllm.checkpoint import layer_index
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.model_executor import cpu_routing, ragged_moe
 from heapr_vllm.model_executor.experts import HeaprExperts
@@ -35,13 +36,13 @@ class HeaprMoEMethod(FusedMoEMethodBase):
 
     def __init__(self, moe: FusedMoEConfig, config: HeaprConfig, prefix: str) -> None:
         super().__init__(moe)
-        self.config = config
         self.prefix = prefix
         name = config.name_in_masks(prefix)
         self.keep = config.masks.keep[name]
         self.tokens = config.masks.tokens(name)
         self.weights_layout = config.pruning.layout
         self.router = cpu_routing.router()
+        self.needs_weights = True
         self.loaded: set[tuple[int, str]] = set()
 
     def create_weights(self, layer: RoutedExperts, num_experts: int, hidden_size: int,
@@ -81,14 +82,16 @@ class HeaprMoEMethod(FusedMoEMethodBase):
     def _local_experts(self, layer: RoutedExperts) -> list[int]:
         """Global ids of this rank's experts, by local id.
 
-        Where every rank sees all tokens, any placement is right, and ours balances. Other all-to-all backends send
-        tokens by the engine's placement, and `--enable-ep-weight-filter` reads the weights of that one only.
+        Where every rank sees all tokens, any placement is right, and ours balances; what one layer leaves uneven falls
+        on another rank in the next. Other all-to-all backends send tokens by the engine's placement, and
+        `--enable-ep-weight-filter` reads the weights of that one only.
         """
         parallel = self.moe.moe_parallel_config
         sees_all_tokens = not parallel.use_all2all_kernels or parallel.all2all_backend == "allgather_reducescatter"
         if sees_all_tokens and not get_current_vllm_config().parallel_config.enable_ep_weight_filter:
             ranks = expert_parallel_ranks(self.keep.sum(-1).tolist(), self.tokens, parallel.ep_size)
-            return [expert for expert, rank in enumerate(ranks) if rank == parallel.ep_rank]
+            turn = layer_index(self.prefix)
+            return [expert for expert, rank in enumerate(ranks) if (rank + turn) % parallel.ep_size == parallel.ep_rank]
         local_ids = [layer._map_global_expert_id_to_local_expert_id(e) for e in range(layer.global_num_experts)]
         return sorted((e for e, local in enumerate(local_ids) if local >= 0), key=local_ids.__getitem__)
 
@@ -132,13 +135,14 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         """
         wanted = {(local, shard) for local, width in enumerate(self.layout.widths) if width
                   for shard in ("w1", "w2", "w3")}
-        missing = sorted(wanted - self.loaded)
-        if missing and self.needs_weights:
+        missing = sorted(wanted - self.loaded) if self.needs_weights else []
+        self.needs_weights = True  # dummy weights are for the start only
+        self.loaded.clear()
+        if missing:
             local, shard = missing[0]
             expert = next(e for e, i in self.local_ids.items() if i == local)
             raise HeaprError(f"the checkpoint lacks {len(missing)} expert tensors, first {shard} of {self.prefix}."
                              f"{expert}; export or download it again")
-        self.loaded.clear()
         self._zero_padding(layer)
         ragged_moe.pack(self.kernel, layer.w13_weight.data, layer.w2_weight.data, self.layout)
         self._register_tables(layer)

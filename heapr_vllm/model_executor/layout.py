@@ -138,16 +138,22 @@ def expert_parallel_ranks(widths: Sequence[int], tokens: Sequence[int] | None, e
     """
     neurons = _fractions(widths)
     work = _fractions([width * count for width, count in zip(widths, tokens or [0] * len(widths), strict=True)])
-    ranks, held = [0] * len(widths), [(0.0, 0.0, 0)] * ep_size
+    neurons_held, work_held, experts_held = [0.0] * ep_size, [0.0] * ep_size, [0] * ep_size
+    ranks = [0] * len(widths)
     for expert in sorted(range(len(widths)), key=lambda e: -(neurons[e] ** 2 + work[e] ** 2)):
-        rank = min(range(ep_size), key=lambda r: (neurons[expert] * held[r][0] + work[expert] * held[r][1], held[r][2]))
+        added = [(neurons[expert] * neurons_held[r] + work[expert] * work_held[r], experts_held[r], r)
+                 for r in range(ep_size)]
+        _, _, rank = min(added)
         ranks[expert] = rank
-        held[rank] = (held[rank][0] + neurons[expert], held[rank][1] + work[expert], held[rank][2] + 1)
+        neurons_held[rank] += neurons[expert]
+        work_held[rank] += work[expert]
+        experts_held[rank] += 1
     return ranks
 
 
 def _fractions(values: Sequence[int]) -> list[float]:
-    return [value / max(sum(values), 1) for value in values]
+    total = max(sum(values), 1)
+    return [value / total for value in values]
 
 
 def round_up(value: int, unit: int) -> int:

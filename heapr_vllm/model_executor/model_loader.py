@@ -20,8 +20,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from heapr_vllm.checkpoint import Checkpoint, ExpertTensor
 from heapr_vllm.config import PruningConfig
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.model_executor.fused_moe import HeaprMoEMethod
-from heapr_vllm.model_executor.quantization import check_base
+from heapr_vllm.model_executor.quantization import HeaprConfig, check_base
 
 BASE_MODEL_KEY = "base_model"
 
@@ -64,10 +63,8 @@ class HeaprModelLoader(DefaultModelLoader):
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         source = self.base_model_config(model_config)
-        methods = (getattr(module, "quant_method", None) for module in model.modules())
-        pruned = next((method for method in methods if isinstance(method, HeaprMoEMethod)), None)
-        if pruned is not None:  # else a pipeline stage of dense layers
-            check_base(Checkpoint.resolve(source.model), pruned.config)
+        configs = (getattr(module, "quant_config", None) for module in model.modules())
+        check_base(Checkpoint.resolve(source.model), next(c for c in configs if isinstance(c, HeaprConfig)))
         for name, tensor in super().get_all_weights(source, model):
             # vLLM holds on to a tensor of the attention until the next layer's: a copy lets go of the mapped shard
             yield name, tensor if ExpertTensor.parse(name) else tensor.clone()

@@ -59,7 +59,7 @@ def summarize(masks: NeuronMasks, calibration: dict[str, Any]) -> dict[str, Any]
         "unrouted_experts": [f"{prefix}.{e}" for prefix in prefixes
                              for e, count in enumerate(tokens[prefix].tolist()) if not count],
         "widths": widths,
-        "metadata": masks.metadata,
+        "metadata": {key: value for key, value in masks.metadata.items() if key != "tokens"},
     }
 
 

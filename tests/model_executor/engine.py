@@ -157,6 +157,9 @@ def main() -> None:
             found.append(generate(llm))
         elif step == "reload":
             llm.collective_rpc("reload_weights")
+        elif step == "load for real":
+            llm.collective_rpc("update_config", args=({"load_config": {"load_format": "auto"}},))
+            llm.collective_rpc("reload_weights")
         elif step == "loading":
             found.append(llm.collective_rpc("loading"))
         elif step == "expert_tensors":

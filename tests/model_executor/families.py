@@ -5,9 +5,10 @@
     python -m tests.model_executor.families mixtral --modes TP=2     # a part of it
     python -m tests.model_executor.families --work build/families    # keeps what is done and continues there
 
-The oracle is stock vLLM, eager and on one rank, on the checkpoint with the pruned neurons zeroed, on the CPU. Where the
-plugin's output is another or none, stock vLLM is tried in the same mode: it may differ from itself, or fail too. Its
-expert parallelism always fails on CPUs, so tensor parallelism stands in for it.
+The oracle is stock vLLM, eager and on one rank, on the checkpoint with the pruned neurons zeroed, on the CPU, without
+vLLM's rotary op, which is wrong for DeepSeek there. Where the plugin's output is another or none, stock vLLM is tried
+in the same mode: it may differ from itself, or fail too. Its expert parallelism always fails on CPUs, so tensor
+parallelism stands in for it.
 """
 
 import argparse
@@ -91,7 +92,7 @@ def stock(folders: list[Path], mode: Mode = STOCK) -> Iterator[tuple[str, Output
             yield from serve(part, mode._replace(folder=STOCK.folder, env=mode.env | plugins))
 
 
-def in_transformers(folder: Path) -> Output:
+def in_transformers(folder: Path) -> dict[str, Any]:
     """Prompt logprobs that transformers gives the model on the zeroed checkpoint, as calibration runs it."""
     model = load_model(Checkpoint(folder / STOCK.folder), "auto", "cpu").eval()
     with torch.no_grad():

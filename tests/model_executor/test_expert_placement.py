@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which experts a rank holds: ours where every rank sees all tokens, the engine's where tokens go by its placement."""
+"""Which experts a rank holds: ours where every rank sees all tokens, the engine's where tokens go by its placement.
+
+Ours changes sides from layer to layer.
+"""
 
 from types import SimpleNamespace
 
@@ -7,6 +10,8 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
+from heapr_vllm.config import PruningConfig
+from heapr_vllm.masks import NeuronMasks
 from heapr_vllm.model_executor import fused_moe
 
 WIDTHS = (8, 1, 1, 6)
@@ -27,13 +32,19 @@ def test_placement(uses_all2all: bool, backend: str, reads_own_weights_only: boo
                    expected: tuple[list[int], ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_moe, "get_current_vllm_config", lambda: SimpleNamespace(
         parallel_config=SimpleNamespace(enable_ep_weight_filter=reads_own_weights_only)))
+    masks = NeuronMasks({name(layer): torch.arange(8) < torch.tensor(WIDTHS)[:, None] for layer in range(2)},
+                        {"tokens": {name(layer): tokens for layer in range(2)}} if tokens else {})
+    config = SimpleNamespace(name_in_masks=str, masks=masks, pruning=PruningConfig())
     for rank, experts in enumerate(expected):
-        method = fused_moe.HeaprMoEMethod.__new__(fused_moe.HeaprMoEMethod)
-        method.keep = torch.arange(8) < torch.tensor(WIDTHS)[:, None]
-        method.tokens = tokens
-        method.moe = SimpleNamespace(moe_parallel_config=SimpleNamespace(
+        moe = SimpleNamespace(moe_parallel_config=SimpleNamespace(
             use_all2all_kernels=uses_all2all, all2all_backend=backend, ep_size=2, ep_rank=rank))
         local = {expert: index for index, expert in enumerate(ENGINE[rank])}
         layer = SimpleNamespace(global_num_experts=len(WIDTHS),
                                 _map_global_expert_id_to_local_expert_id=lambda e, local=local: local.get(e, -1))
-        assert method._local_experts(layer) == experts
+        assert fused_moe.HeaprMoEMethod(moe, config, name(0))._local_experts(layer) == experts
+        next_layer = experts if expected is ENGINE else expected[1 - rank]
+        assert fused_moe.HeaprMoEMethod(moe, config, name(1))._local_experts(layer) == next_layer
+
+
+def name(layer: int) -> str:
+    return f"model.layers.{layer}.mlp.experts"

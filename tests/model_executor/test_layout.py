@@ -54,12 +54,24 @@ def test_shares_partition_every_expert_and_balance_the_ranks(widths: list[int], 
     assert max(totals) - min(totals) <= 1
 
 
+@given(widths=WIDTHS, ep_size=st.integers(1, 8), data=st.data())
+def test_expert_placement_is_at_least_as_even_as_chance(widths: list[int], ep_size: int, data: st.DataObject) -> None:
+    """Sum over ranks of squared neurons and work: a random placement's mean bounds what dealing one by one can do."""
+    tokens = data.draw(st.none() | st.lists(st.integers(0, 1000), min_size=len(widths), max_size=len(widths)))
+    ranks = expert_parallel_ranks(widths, tokens, ep_size)
+    assert len(ranks) == len(widths) and set(ranks) <= set(range(ep_size))
+    found = by_chance = 0.0
+    for values in (widths, [width * count for width, count in zip(widths, tokens or [0] * len(widths), strict=True)]):
+        total, squares = max(sum(values), 1), sum(value**2 for value in values)
+        found += sum(held**2 for held in _per_rank(values, ranks, ep_size)) / total**2
+        by_chance += (squares + (sum(values) ** 2 - squares) / ep_size) / total**2
+    assert found <= by_chance + 1e-9
+
+
 @given(widths=WIDTHS, ep_size=st.integers(1, 8))
 def test_expert_placement_balances_neurons(widths: list[int], ep_size: int) -> None:
-    for tokens in (None, [3] * len(widths)):
-        totals = _per_rank(widths, expert_parallel_ranks(widths, tokens, ep_size), ep_size)
-        assert sum(totals) == sum(widths), "every expert is on one of the ranks"
-        assert max(totals) - min(totals) <= max(widths)
+    totals = _per_rank(widths, expert_parallel_ranks(widths, None, ep_size), ep_size)
+    assert max(totals) - min(totals) <= max(widths)
 
 
 def test_expert_placement_of_equal_widths_is_even() -> None:

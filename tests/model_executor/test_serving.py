@@ -122,13 +122,15 @@ def test_shared_experts(corpus: Path, tmp_path: Path) -> None:
     assert_same(engine.results(engine.run(tmp_path / "compact", env=RAGGED))[0], expected)
 
 
-def test_dummy_weights_and_memory(compact: Path, awkward_masks: NeuronMasks) -> None:
-    """Random weights load; experts take the bytes of their kept neurons, rounded to the op's unit."""
+def test_dummy_weights_and_memory(compact: Path, awkward_masks: NeuronMasks, stock: dict) -> None:
+    """Random weights load, then real ones; experts take the bytes of their kept neurons, rounded to the op's unit."""
     from heapr_vllm.model_executor import cpu_extension, cpu_moe, cpu_ragged_moe
 
-    process = engine.run(compact, load_format="dummy", steps=("generate", "expert_tensors"),
+    steps = ("generate", "expert_tensors", "load for real", "generate")
+    process = engine.run(compact, load_format="dummy", steps=steps,
                          env=RAGGED | {"HEAPR_CPU_BUCKETS": "always", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
-    _, tensors = engine.results(process)
+    _, tensors, found = engine.results(process)
+    assert_same(found, stock)
     unit = cpu_ragged_moe.WIDTH_UNIT if cpu_extension.load() else cpu_moe.WIDTH_UNIT
     rows = sum(-(-width // unit) * unit for widths in awkward_masks.widths.values() for width in widths.tolist())
     dense_rows = 3 * 8 * 64
@@ -158,7 +160,9 @@ def refused(model: Path, message: str, **arguments) -> None:
 def test_missing_expert_tensor(compact: Path, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.experts.4.down_proj.weight"
     broken = corrupted(compact, tmp_path / "broken", lambda tensors: tensors.pop(name))
-    refused(broken, "the checkpoint lacks 1 expert tensors, first w2 of model.layers.1.mlp.experts.4; export")
+    message = "the checkpoint lacks 1 expert tensors, first w2 of model.layers.1.mlp.experts.4; export"
+    refused(broken, message)
+    refused(broken, message, load_format="dummy", steps=("load for real",))
 
 
 def test_weights_of_other_masks(compact: Path, tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def test_protected_experts_keep_a_floor(moments: NeuronMoments) -> None:
     assert default.widths[SECOND][3] == 32, "half of 64 neurons"
     assert default.metadata["protected"] == [f"{SECOND}.3"]
     assert abs(default.sparsity - 0.5) < 0.02
+    assert select(moments, 0.5, protect=0.4).widths[SECOND][3] == 32, "26 neurons, rounded up to blocks of 16"
     assert select(moments, 0.5, protect=1.0).widths[SECOND][3] == 64
     off = select(moments, 0.5, protect=0)
     assert off.widths[SECOND][3] == 0 and off.metadata["protected"] == []

@@ -32,7 +32,7 @@ from heapr_vllm.prune.repair import RepairSettings, check_tokens, layer_groups
 from heapr_vllm.prune.second_moments import collect_second_moments
 from tests.conftest import BUNDLED
 
-FEW_TOKENS = {f"model.layers.{layer}.mlp.experts": [6] * 8 for layer in range(3)}
+FEW_TOKENS = {f"model.layers.{layer}.mlp.experts": [36] * 8 for layer in range(3)}
 LAYER_BYTES = 8 * 8 * 64 * 64  # of one layer of the tiny model, all experts
 ONE_LAYER = RepairSettings(memory=LAYER_BYTES)
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts to repair see fewer tokens")
@@ -209,7 +209,8 @@ def moved(masks_repository: Path, folder: Path, **changes: object) -> Path:
     ({}, ["--repair-samples", "9"], "belong to --repair least-squares"),
     ({}, ["--repair", "least-squares", "--repair-memory", "1KiB"], "pass --repair-memory 1MiB or more"),
     ({}, ["--repair", "least-squares", "--repair-samples", "9999"], "has .* blocks of 64 tokens, 9999 are needed"),
-    ({"tokens": FEW_TOKENS}, ["--repair", "least-squares"], "too little text for a repair: .* --repair-samples"),
+    ({"tokens": FEW_TOKENS}, ["--repair", "least-squares", "--repair-samples", "1"],
+     "too little text for a repair: .* --repair-samples"),
     ({"dataset": "gone.txt"}, ["--repair", "least-squares"],
      "needs the calibration text: dataset file gone.txt does not exist; or name another text with --repair-dataset"),
     ({"seed": 5}, ["--repair", "least-squares"], "not the text of the calibration any more .* --repair-dataset"),
