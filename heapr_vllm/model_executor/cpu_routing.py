@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 MOE = "vllm.model_executor.layers.fused_moe"
 HOMES = (f"{MOE}.experts.cpu_moe", f"{MOE}.cpu_fused_moe")  # of select_experts: from 0.28 on, before
-
-
 Router = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers below its own name only
 
+
 class HeaprMoEMethod(FusedMoEMethodBase):
     """Method of the layer that vLLM calls `prefix`, pruned as `config` says.
 
