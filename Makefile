@@ -5,7 +5,7 @@ VLLM ?= 0.26.0
 BIN := .venv/bin
 ENGINE := VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
 
-.PHONY: help setup demo test test-window test-gpu mutants lint
+.PHONY: help setup demo soak test test-window test-gpu mutants lint
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -24,6 +24,9 @@ setup: .venv/.ready  ## create .venv with everything for development, a CPU buil
 
 demo: setup  ## prune the bundled model, serve it, compare it with the dense one
 	$(ENGINE) $(BIN)/python -m serving_examples.demo --sparsity $(SPARSITY)
+
+soak: setup  ## half an hour of mixed requests against the demo's pruned model
+	$(ENGINE) $(BIN)/python -m benchmarks.soak
 
 test: setup  ## run all tests that need no GPU
 	$(ENGINE) $(BIN)/python -m pytest
