@@ -60,7 +60,10 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         if extra_weight_attrs.get("unpadded_hidden_size", hidden_size) != hidden_size:
             raise HeaprError("this all-to-all backend pads the hidden size, which pruned experts do not support; "
                              "choose another with --all2all-backend")
-        self.needs_weights = get_current_vllm_config().load_config.load_format != "dummy"
+        vllm_config = get_current_vllm_config()
+        self.needs_weights = vllm_config.load_config.load_format != "dummy"
+        self.max_tokens = (vllm_config.scheduler_config.max_num_batched_tokens
+                           * vllm_config.parallel_config.data_parallel_size)
         experts = self._local_experts(layer)
         self.local_ids = {expert: local for local, expert in enumerate(experts)}
         parallel = self.moe.moe_parallel_config
@@ -147,6 +150,8 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         self._zero_padding(layer)
         ragged_moe.pack(self.kernel, layer.w13_weight.data, layer.w2_weight.data, self.layout)
         self._register_tables(layer)
+        ragged_moe.warm_up(self.kernel, layer.w13_weight, layer.w2_weight, layer.heapr_slots, layer.heapr_table,
+                           self.moe.experts_per_token, self.layout.max_width, self.max_tokens)
         if self.moe_kernel is None:
             self._build_kernel(layer)
             logger.info("%s: %d of %d neurons, kernel %s, stored widths %s", self.prefix, sum(self.layout.widths),
@@ -162,12 +167,13 @@ class HeaprMoEMethod(FusedMoEMethodBase):
 
     def _register_tables(self, layer: RoutedExperts) -> None:
         """Index tables as non-persistent buffers: not checkpoint weights, and kept by sleep level 2 and reload."""
-        slots = torch.full((layer.global_num_experts + 1,), self.layout.num_slots, dtype=torch.int32)
+        slots = [self.layout.num_slots] * layer.global_num_experts
         for expert, local in self.local_ids.items():
             slots[expert] = self.layout.slots[local]
         device = layer.w13_weight.device
-        layer.register_buffer("heapr_slots", slots.to(device), persistent=False)
-        layer.register_buffer("heapr_table", ragged_moe.table(self.kernel, self.layout).to(device), persistent=False)
+        slots, table = (tensor.to(device) for tensor in ragged_moe.index_tables(self.kernel, slots, self.layout))
+        layer.register_buffer("heapr_slots", slots, persistent=False)
+        layer.register_buffer("heapr_table", table, persistent=False)
 
     def _build_kernel(self, layer: RoutedExperts) -> None:
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)

@@ -10,6 +10,7 @@ table they read.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -62,20 +63,39 @@ def stored_widths(kernel: str, widths: list[int], top_k: int, hidden_size: int, 
 def pack(kernel: str, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout) -> None:
     """Brings the loaded parameters into the kernel's layout, in place."""
     if kernel == TRITON:
-        from heapr_vllm.model_executor.triton_moe import pack_down
+        from heapr_vllm.model_executor import triton_moe
 
-        pack_down(w2)
+        triton_moe.pack(w13, w2, layout)
     elif kernel == RAGGED:
         cpu_ragged_moe.pack(w13, w2, layout)
     elif kernel != REFERENCE:
         cpu_moe.prepack(w13, w2, layout, kernel)
 
 
-def table(kernel: str, layout: RaggedLayout) -> torch.Tensor:
-    """int32 [num_slots, 2], first row and stored width by slot; for the native CPU op `layout.bucket_table()`."""
-    per_expert = kernel in (REFERENCE, TRITON, RAGGED)
+def index_tables(kernel: str, slots: Sequence[int], layout: RaggedLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """(slots, table): what the kernel finds an expert's weights by.
+
+    `slots`: storage slot of every global expert, `layout.num_slots` if it is not stored here. Tensors: int32
+    [num_experts + 1], `slots` and in the last place the slot of nobody, and int32 [num_slots, 2], first row and stored
+    width by slot; for the native CPU op `layout.bucket_table()`; for Triton `triton_moe.index_tables`.
+    """
+    if kernel == TRITON:
+        from heapr_vllm.model_executor import triton_moe
+
+        return triton_moe.index_tables(slots, layout)
+    per_expert = kernel in (REFERENCE, RAGGED)
     rows = layout.expert_table() if per_expert else layout.bucket_table()
-    return torch.tensor(rows, dtype=torch.int32).view(-1, 2 if per_expert else 4)
+    table = torch.tensor(rows, dtype=torch.int32).view(-1, 2 if per_expert else 4)
+    return torch.tensor([*slots, layout.num_slots], dtype=torch.int32), table
+
+
+def warm_up(kernel: str, w13: torch.Tensor, w2: torch.Tensor, slots: torch.Tensor, table: torch.Tensor, top_k: int,
+            max_width: int, max_tokens: int) -> None:
+    """Compiles what the kernel needs for up to `max_tokens` tokens; arguments as in `ragged_moe`."""
+    if kernel == TRITON:
+        from heapr_vllm.model_executor import triton_moe
+
+        triton_moe.warm_up(w13, w2, slots, table, top_k, max_width, max_tokens)
 
 
 def ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor,
@@ -84,8 +104,7 @@ def ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Ten
     """Writes the MoE output [T, H] into `output`.
 
     `hidden_states` [T, H]; `w13` and `w2` as `pack` left them; `topk_weights` float32 and `topk_ids` int32 [T, k],
-    global expert ids, -1 for nobody's; `slots` int32 [num_experts + 1], the number of slots for experts that are not
-    stored and in the last place; `table` from `table()`; `max_width` the widest stored width.
+    global expert ids, -1 for nobody's; `slots` and `table` from `index_tables`; `max_width` the widest stored width.
     """
     if kernel == TRITON:
         from heapr_vllm.model_executor.triton_moe import triton_ragged_moe

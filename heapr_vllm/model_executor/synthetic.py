@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 
 from heapr_vllm.model_executor.layout import TRITON_UNIT, RaggedLayout
+from heapr_vllm.model_executor.reference import ragged_moe_reference
 from heapr_vllm.model_executor.tile_config import LayerShape
-from heapr_vllm.model_executor.triton_moe import pack_down
+from heapr_vllm.model_executor.triton_moe import index_tables, pack
 
 WIDTH_SPREAD = 0.22
 
@@ -76,16 +77,17 @@ class SyntheticLayer:
     """Random experts of given stored widths, packed for the Triton kernels, in several copies.
 
     Copies and fresh routing per call keep weights out of the L2 cache, as other layers do in a model. `w13` and `w2`:
-    one tensor per copy; `slots` and `table` as in `triton_ragged_moe`; `plain_w2` as in the reference, copy 0.
+    one tensor per copy; `slot_map` and `table` as in `triton_ragged_moe`; `plain`: w13, w2, slots and table of copy 0
+    as in `ragged_moe_reference`.
     """
 
     moe: MoEShape
     widths: list[int]
     w13: list[torch.Tensor]
     w2: list[torch.Tensor]
-    plain_w2: torch.Tensor
-    slots: torch.Tensor
+    slot_map: torch.Tensor
     table: torch.Tensor
+    plain: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
     @classmethod
     def build(cls, moe: MoEShape, widths: list[int], dtype: torch.dtype, device: torch.device,
@@ -95,12 +97,13 @@ class SyntheticLayer:
         scale = moe.hidden_size**-0.5
         w13, w2 = ([torch.empty(rows, moe.hidden_size, dtype=dtype, device=device).normal_(std=scale)
                     for _ in range(copies)] for rows in (2 * layout.num_rows, layout.num_rows))
-        plain_w2 = w2[0].clone()
-        for weight in w2:
-            pack_down(weight)
         slots = torch.tensor([*layout.slots, layout.num_slots], dtype=torch.int32, device=device)
-        table = torch.tensor(layout.expert_table(), dtype=torch.int32, device=device).view(-1, 2)
-        return cls(moe, widths, w13, w2, plain_w2, slots, table)
+        places = torch.tensor(layout.expert_table(), dtype=torch.int32, device=device).view(-1, 2)
+        plain = w13[0].clone(), w2[0].clone(), slots, places
+        for gate_up, down in zip(w13, w2, strict=True):
+            pack(gate_up, down, layout)
+        slot_map, table = (tensor.to(device) for tensor in index_tables(layout.slots, layout))
+        return cls(moe, widths, w13, w2, slot_map, table, plain)
 
     @property
     def shape(self) -> LayerShape:
@@ -109,5 +112,10 @@ class SyntheticLayer:
     def arguments(self, batch: Batch, copy: int = 0) -> tuple:
         """Arguments of `triton_ragged_moe` after `output`."""
         copy %= len(self.w13)
-        return (batch.x, self.w13[copy], self.w2[copy], batch.topk_weights, batch.topk_ids, self.slots, self.table,
+        return (batch.x, self.w13[copy], self.w2[copy], batch.topk_weights, batch.topk_ids, self.slot_map, self.table,
                 max(self.widths))
+
+    def expected(self, batch: Batch) -> torch.Tensor:
+        """The reference's output [T, H] with the weights of copy 0."""
+        w13, w2, slots, places = self.plain
+        return ragged_moe_reference(batch.x, w13, w2, batch.topk_weights, batch.topk_ids, slots, places)

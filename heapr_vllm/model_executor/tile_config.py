@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,33 +23,51 @@ from heapr_vllm.model_executor.layout import TRITON_UNIT
 
 FORMAT_VERSION = 1
 PACKAGED_FOLDER = Path(__file__).parent / "tile_configs"
+BATCH_INVARIANT_ROUTES = 40  # per expert: the middle of the default tiles
 MAX_RATIO = 1.6  # a tuned profile serves shapes whose number of experts times mean width differ by less than this
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures loggers below its own name only
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Tile of one GEMM: `block_n` outputs by `block_k` inputs."""
+    """Tile of one GEMM: `block_n` outputs by `block_k` inputs.
+
+    `tma`: weights (and in the down GEMM the intermediate) are read through TMA descriptors; sm_90.
+    """
 
     block_n: int
     block_k: int
     num_warps: int = 4
     num_stages: int = 3
     group_m: int = 1
+    tma: bool = False
 
-    def meta(self) -> dict[str, int]:
+    def meta(self) -> dict[str, int | bool]:
         """Launch arguments."""
-        return {"BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": self.group_m,
+        return {"BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": self.group_m, "TMA": self.tma,
                 "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tiles of both GEMMs over the same blocks of `block_m` routes."""
+    """Tiles of both GEMMs over the same blocks of `block_m` routes, and how the kernels run.
+
+    `fused`: gate and up in one product of twice the width. `chained`: programmatic dependent launch, sm_90. `prefetch`:
+    the first slabs of w2 go to L2 while the up GEMM drains. `one_route`: a block per route without alignment; None
+    takes it where routes are few.
+    """
 
     block_m: int
     up: Tile
     down: Tile
+    fused: bool = True
+    chained: bool = False
+    prefetch: bool = False
+    one_route: bool | None = None
+
+    def launch(self) -> dict[str, bool]:
+        """Launch arguments that all kernels share."""
+        return {"CHAINED": True, "launch_pdl": True} if self.chained else {"CHAINED": False}
 
     def check(self, hidden_size: int) -> None:
         """Raises ValueError if the tiles do not fit the layout or each other."""
@@ -57,11 +75,18 @@ class TileConfig:
             raise ValueError(f"hidden size {hidden_size} is no multiple of the tile {self}")
         if TRITON_UNIT % self.down.block_k:
             raise ValueError(f"down.block_k {self.down.block_k} does not divide {TRITON_UNIT}")
+        if self.up.tma and not self.fused:
+            raise ValueError("up.tma needs fused: one descriptor holds gate and up rows")
+        if self.down.tma and self.down.block_k != TRITON_UNIT:
+            raise ValueError(f"down.tma needs down.block_k {TRITON_UNIT}, a whole slab")
+        if self.prefetch and (self.down.tma or not self.chained):
+            raise ValueError("prefetch needs chained, and down without tma")
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> TileConfig:
-        """Inverse of `dataclasses.asdict`; other keys are ignored."""
-        return cls(entry["block_m"], Tile(**entry["up"]), Tile(**entry["down"]))
+        """Inverse of `dataclasses.asdict`; other keys are ignored, missing ones (older files) get defaults."""
+        known = {field.name: entry[field.name] for field in fields(cls) if field.name in entry}
+        return cls(**known | {"up": Tile(**entry["up"]), "down": Tile(**entry["down"])})
 
 
 @dataclass(frozen=True)
@@ -92,34 +117,48 @@ class LayerShape:
 
 
 def choose_config(shape: LayerShape, num_tokens: int) -> TileConfig:
-    """Tiles for `num_tokens` tokens of this layer: tuned for the nearest profile and token count, or the defaults."""
+    """Tiles for `num_tokens` tokens of this layer: tuned for the nearest profile and token count, or the defaults.
+
+    With vLLM's VLLM_BATCH_INVARIANT=1 one configuration serves every token count: the sums of a token then run in the
+    same order, whoever it shares a batch with.
+    """
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0":
+        return replace(default_config(BATCH_INVARIANT_ROUTES * shape.num_experts // shape.top_k, shape),
+                       one_route=False)
     tuned = _tuned(shape, device_name())
     if not tuned:
         return default_config(num_tokens, shape)
     return tuned[min(tuned, key=lambda tokens: abs(math.log(tokens / max(num_tokens, 1))))]
 
 
+def configs_up_to(shape: LayerShape, max_tokens: int) -> dict[int, TileConfig]:
+    """A token count for every configuration that batches of up to `max_tokens` tokens get, and whether they align."""
+    counts = {min(math.ceil(1.05**power), max_tokens) for power in range(math.ceil(math.log(max_tokens, 1.05)) + 1)}
+    chosen = {choose_config(shape, tokens): tokens for tokens in sorted(counts)}
+    return {tokens: config for config, tokens in chosen.items()}
+
+
 def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = None) -> TileConfig:
     """Tiles by routes per expert, for shapes without a tuned configuration.
 
-    Smaller GPUs than Hopper get smaller tiles; fp32 is there to be right, not fast. `hopper` defaults to whether the
-    GPU at hand has as much shared memory.
+    Blocks are as tall as those of the files that vLLM ships for H200s. Smaller GPUs than Hopper get smaller tiles; fp32
+    is there to be right, not fast. `hopper` defaults to whether the GPU at hand has as much shared memory.
     """
     hopper = _has_hoppers_memory() if hopper is None else hopper
     routes = num_tokens * shape.top_k / max(shape.num_experts, 1)
     if shape.dtype.itemsize > 2:
         config = TileConfig(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2))
-    elif routes <= 16:
-        config = TileConfig(16, Tile(32, 128, 4, 4), Tile(64, 64, 4, 4))
-    elif routes <= 64:
-        config = TileConfig(32 if routes <= 32 else 64, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4, 1))
+    elif routes <= 10:
+        config = TileConfig(16, Tile(32, 128, 4, 4) if num_tokens <= 8 else Tile(64, 64, 4, 3), Tile(64, 64, 4, 4))
+    elif routes <= 40:
+        config = TileConfig(32 if routes <= 20 else 64, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4))
     elif hopper:
         config = TileConfig(128, Tile(128, 64, 8, 4, 8), Tile(256, 64, 8, 3, 8))
     else:
         config = TileConfig(128, Tile(64, 64, 8, 3, 8), Tile(128, 64, 8, 3, 8))
     up_k = largest_divisor(shape.hidden_size, config.up.block_k)
     down_n = largest_divisor(shape.hidden_size, config.down.block_n)
-    return TileConfig(config.block_m, replace(config.up, block_k=up_k), replace(config.down, block_n=down_n))
+    return replace(config, up=replace(config.up, block_k=up_k), down=replace(config.down, block_n=down_n))
 
 
 def largest_divisor(size: int, limit: int) -> int:

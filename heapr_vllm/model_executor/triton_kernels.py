@@ -1,32 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels for experts of variable width: two grouped GEMMs and a combine. jit functions only.
 
-Every program reads its expert's slot, and from the table [num_slots, 2] (first row, width) where that expert's neurons
-lie; nothing comes from the host but sizes that depend on the token count. Rows ("routes") are token-expert pairs,
-numbered token * TOP_K + k. A block is BLOCK_M routes of one expert:
+Rows ("routes") are token-expert pairs, numbered token * TOP_K + k. A block is BLOCK_M routes of one expert:
 
   route_ids    int32 [blocks * BLOCK_M]  route per row, >= num_routes for padding
-  block_slots  int32 [blocks]            expert slot per block, num_slots if its expert is not stored here
+  block_slots  int32 [blocks]            expert slot per block, anything for blocks that are not in use
   num_rows     int32 [1]                 rows in use, a multiple of BLOCK_M
 
 With ONE_ROUTE (decoding) block i is route i alone, in row 0 of the block; then `route_ids` are the routes' expert ids
-[T * TOP_K] and `block_slots` is the layer's slot per expert. Slots are numbered widest expert first, so the longest
-tiles start first.
+[T * TOP_K], negative for absent ones. Nothing comes from the host but sizes that depend on the token count.
 
-Widths are multiples of 64. `w13` [2 * rows, H] has an expert's gate rows, then its up rows; `w2` [rows / 64, H, 64]
-has its down_proj as slabs of 64 neurons, so that a (BLOCK_N, 64) tile is one contiguous piece of memory.
+Widths are multiples of 64, a slab. `table` int64 [num_experts + 1 + num_slots] says where an expert's neurons lie,
+first slab << 32 | number of slabs: by global expert id, then 0 for an absent id, then by slot, widest expert first, so
+that the longest tiles start first. One load finds an expert, and all sizes are multiples of 64 to the compiler.
+
+`w13` [2 * rows, H] has gate row and up row of every neuron side by side; `w2` [rows / 64, H, 64] has down_proj as slabs
+of 64 neurons, so that a (BLOCK_N, 64) tile is one contiguous piece of memory.
+
+CHAINED (sm_90): a kernel starts while the one before it drains and waits where it needs that one's output
+(programmatic dependent launch). Only `up` may run ahead of kernels that are not ours, so it waits before it reads
+anything; what `up` read is then complete for `down` and `combine` too, which wait for the intermediates only.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-SIZES = ("num_routes", "num_slots", "num_m_blocks", "num_n_tiles")  # compiled once for all values
+# compiled once for all values
+SIZES = ("num_routes", "num_experts", "num_slots", "num_m_blocks", "num_n_tiles")
 
 
 @triton.jit
-def _slot(slots, expert, num_slots):
-    """Slot of a global expert id; negative ids are nobody's."""
-    return tl.where(expert < 0, num_slots, tl.load(slots + tl.maximum(expert, 0)))
+def _place(table, index):
+    """(first slab int64, number of slabs int32) of the expert at `index` of the table."""
+    place = tl.load(table + index)
+    return place >> 32, place.to(tl.int32)
 
 
 @triton.jit
@@ -40,57 +48,86 @@ def _tile(num_m_blocks, num_n_tiles, GROUP_M: tl.constexpr):
     return first_m + inside % size, inside // size
 
 
+@triton.jit
+def _block(route_ids, block_slots, num_rows, table, pid_m, num_routes, num_experts, num_slots,
+           BLOCK_M: tl.constexpr, ONE_ROUTE: tl.constexpr):
+    """(routes [BLOCK_M], rows int64 [BLOCK_M], first row, first slab, slabs) of a block; 0 slabs if it has no work.
+
+    All loads but the table's are independent of each other.
+    """
+    offs_m = tl.arange(0, BLOCK_M)
+    if ONE_ROUTE:
+        first_row = pid_m
+        expert = tl.load(route_ids + pid_m)
+        slab, slabs = _place(table, tl.where(expert < 0, num_experts, expert))
+        routes = tl.where(offs_m == 0, pid_m, num_routes)
+        rows = tl.where(offs_m == 0, pid_m, 0).to(tl.int64)
+    else:
+        first_row = pid_m * BLOCK_M
+        total = tl.load(num_rows)
+        slot = tl.load(block_slots + pid_m)
+        routes = tl.load(route_ids + first_row + offs_m)
+        rows = (first_row + offs_m).to(tl.int64)
+        slab, slabs = _place(table, num_experts + 1 + tl.minimum(tl.maximum(slot, 0), num_slots - 1))
+        slabs = tl.where(first_row < total, slabs, 0)
+    return routes, rows, first_row, slab, slabs
+
+
 @triton.jit(do_not_specialize=SIZES)
 def ragged_up_kernel(
     x, stride_xm,
     w13, table, hidden,
     stride_hm, route_ids, block_slots, num_rows,
-    num_routes, num_slots, num_m_blocks, num_n_tiles,
+    num_routes, num_experts, num_slots, num_m_blocks, num_n_tiles,
     H: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     ONE_ROUTE: tl.constexpr, PRECISION: tl.constexpr,
+    FUSED: tl.constexpr, TMA: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """hidden[row, n] = silu(gate_n . x) * (up_n . x) for n below the expert's width, rows in block order.
 
     Grid: (num_m_blocks * num_n_tiles,), num_n_tiles = ceil(widest / BLOCK_N). `x` [T, H]. `hidden`
-    [blocks * BLOCK_M (or blocks with ONE_ROUTE), >= widest]. H must be a multiple of BLOCK_K.
+    [blocks * BLOCK_M (or blocks with ONE_ROUTE), >= widest]. H must be a multiple of BLOCK_K. FUSED: one product with
+    2 * BLOCK_N interleaved rows instead of two with BLOCK_N. TMA (with FUSED): `w13` is a descriptor of blocks
+    [2 * BLOCK_N, BLOCK_K].
     """
     pid_m, pid_n = _tile(num_m_blocks, num_n_tiles, GROUP_M)
-    if ONE_ROUTE:
-        slot = _slot(block_slots, tl.load(route_ids + pid_m), num_slots)
-    else:
-        if pid_m * BLOCK_M >= tl.load(num_rows):
-            return
-        slot = tl.load(block_slots + pid_m)
-    if slot >= num_slots:
-        return
-    row = tl.load(table + 2 * slot).to(tl.int64)
-    width = tl.load(table + 2 * slot + 1)
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
+    routes, rows, _, slab, slabs = _block(route_ids, block_slots, num_rows, table, pid_m, num_routes, num_experts,
+                                          num_slots, BLOCK_M, ONE_ROUTE)
+    width = slabs * 64
     if pid_n * BLOCK_N >= width:
         return
-    offs_m = tl.arange(0, BLOCK_M)
-    if ONE_ROUTE:
-        routes = tl.where(offs_m == 0, pid_m, num_routes)
-        rows = tl.where(offs_m == 0, pid_m, 0).to(tl.int64)
-    else:
-        routes = tl.load(route_ids + pid_m * BLOCK_M + offs_m)
-        rows = (pid_m * BLOCK_M + offs_m).to(tl.int64)
     valid = routes < num_routes
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    neurons = tl.where(offs_n < width, offs_n, 0)
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x + (routes // TOP_K).to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
-    gate_ptrs = w13 + (2 * row + neurons)[None, :] * H + offs_k[:, None]
-    up_ptrs = gate_ptrs + width.to(tl.int64) * H
-    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for _ in range(0, H, BLOCK_K):
-        a = tl.load(x_ptrs, mask=valid[:, None], other=0.0)
-        gate = tl.dot(a, tl.load(gate_ptrs), gate, input_precision=PRECISION)
-        up = tl.dot(a, tl.load(up_ptrs), up, input_precision=PRECISION)
-        x_ptrs += BLOCK_K
-        gate_ptrs += BLOCK_K
-        up_ptrs += BLOCK_K
+    if FUSED:
+        both = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
+        if TMA:
+            first = (slab * 128).to(tl.int32) + pid_n * (2 * BLOCK_N)
+            for k in range(0, H, BLOCK_K):
+                a = tl.load(x_ptrs + k, mask=valid[:, None], other=0.0)
+                both = tl.dot(a, w13.load([first, k]).T, both, input_precision=PRECISION)
+        else:
+            offs_2n = pid_n * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
+            rows_2n = tl.where(offs_2n < 2 * width, offs_2n, 0)
+            w_ptrs = w13 + (slab * 128 + rows_2n)[None, :] * H + offs_k[:, None]
+            for k in range(0, H, BLOCK_K):
+                a = tl.load(x_ptrs + k, mask=valid[:, None], other=0.0)
+                both = tl.dot(a, tl.load(w_ptrs + k), both, input_precision=PRECISION)
+        gate, up = tl.split(both.reshape(BLOCK_M, BLOCK_N, 2))
+    else:
+        neurons = tl.where(offs_n < width, offs_n, 0)
+        gate_ptrs = w13 + (slab * 128 + 2 * neurons)[None, :] * H + offs_k[:, None]
+        gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, H, BLOCK_K):
+            a = tl.load(x_ptrs + k, mask=valid[:, None], other=0.0)
+            gate = tl.dot(a, tl.load(gate_ptrs + k), gate, input_precision=PRECISION)
+            up = tl.dot(a, tl.load(gate_ptrs + H + k), up, input_precision=PRECISION)
     product = gate / (1 + tl.exp(-gate)) * up
     tl.store(hidden + rows[:, None] * stride_hm + offs_n[None, :], product.to(hidden.dtype.element_ty),
              mask=valid[:, None] & (offs_n[None, :] < width))
@@ -101,62 +138,72 @@ def ragged_down_kernel(
     hidden, stride_hm,
     w2, table, routed,
     route_ids, block_slots, num_rows,
-    num_routes, num_slots, num_m_blocks, num_n_tiles,
+    num_routes, num_experts, num_slots, num_m_blocks, num_n_tiles,
     H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     ONE_ROUTE: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, CHAINED: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """routed[route] = down_e(hidden of that route) [num_routes, H], over the expert's own width.
 
     Grid: (num_m_blocks * num_n_tiles,), num_n_tiles = H / BLOCK_N. `hidden` as written by `ragged_up_kernel`. H must be
-    a multiple of BLOCK_N, and 64 of BLOCK_K, so that the loop ends exactly at the expert's width.
+    a multiple of BLOCK_N, and 64 of BLOCK_K, so that the loop ends exactly at the expert's width. TMA (BLOCK_K 64):
+    `hidden` and `w2` are descriptors of blocks [BLOCK_M, 64] and, of slabs' rows [rows / 64 * H, 64], [BLOCK_N, 64].
+    PREFETCH (with CHAINED, without TMA): slabs of `w2` to bring into L2 while `ragged_up_kernel` drains.
     """
     pid_m, pid_n = _tile(num_m_blocks, num_n_tiles, GROUP_M)
-    if ONE_ROUTE:
-        slot = _slot(block_slots, tl.load(route_ids + pid_m), num_slots)
-    else:
-        if pid_m * BLOCK_M >= tl.load(num_rows):
-            return
-        slot = tl.load(block_slots + pid_m)
-    if slot >= num_slots:
+    routes, rows, first_row, slab, slabs = _block(route_ids, block_slots, num_rows, table, pid_m, num_routes,
+                                                  num_experts, num_slots, BLOCK_M, ONE_ROUTE)
+    if PREFETCH:
+        line = tl.arange(0, PREFETCH * BLOCK_N)
+        ahead = tl.minimum(line // BLOCK_N, tl.maximum(slabs - 1, 0))
+        lines = w2 + (slab + ahead) * (64 * H) + (pid_n * BLOCK_N + line % BLOCK_N) * 64
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64, bitcast=True)],
+                                  dtype=tl.int32, is_pure=False, pack=1)
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
+    if slabs == 0:
         return
-    row = tl.load(table + 2 * slot).to(tl.int64)
-    width = tl.load(table + 2 * slot + 1)
-    offs_m = tl.arange(0, BLOCK_M)
-    if ONE_ROUTE:
-        routes = tl.where(offs_m == 0, pid_m, num_routes)
-        rows = tl.where(offs_m == 0, pid_m, 0).to(tl.int64)
-    else:
-        routes = tl.load(route_ids + pid_m * BLOCK_M + offs_m)
-        rows = (pid_m * BLOCK_M + offs_m).to(tl.int64)
+    width = slabs * 64
     valid = routes < num_routes
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    hidden_ptrs = hidden + rows[:, None] * stride_hm + offs_k[None, :]
-    w2_ptrs = w2 + row * H + offs_n[None, :] * 64 + offs_k[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, width, BLOCK_K):
-        a = tl.load(hidden_ptrs + k, mask=valid[:, None], other=0.0)
-        b = tl.load(w2_ptrs + (k // 64) * (64 * H) + k % 64)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
+    if TMA:
+        first = (slab * H).to(tl.int32) + pid_n * BLOCK_N
+        for k in range(0, width, BLOCK_K):
+            b = w2.load([first + (k // 64) * H, 0])
+            total = tl.dot(hidden.load([first_row, k]), b.T, total, input_precision=PRECISION)
+    else:
+        offs_k = tl.arange(0, BLOCK_K)
+        hidden_ptrs = hidden + rows[:, None] * stride_hm + offs_k[None, :]
+        w2_ptrs = w2 + slab * (64 * H) + offs_n[None, :] * 64 + offs_k[:, None]
+        for k in range(0, width, BLOCK_K):
+            a = tl.load(hidden_ptrs + k, mask=valid[:, None], other=0.0)
+            b = tl.load(w2_ptrs + tl.multiple_of((k // 64) * (64 * H) + k % 64, 16))
+            total = tl.dot(a, b, total, input_precision=PRECISION)
     tl.store(routed + routes.to(tl.int64)[:, None] * H + offs_n[None, :], total.to(routed.dtype.element_ty),
              mask=valid[:, None])
 
 
 @triton.jit(do_not_specialize=SIZES)
-def combine_kernel(routed, topk_weights, topk_ids, slots, num_slots, output, stride_om, H: tl.constexpr,
-                   TOP_K: tl.constexpr, BLOCK_N: tl.constexpr):
+def combine_kernel(routed, topk_weights, topk_ids, table, num_experts, output, stride_om, H: tl.constexpr,
+                   TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, CHAINED: tl.constexpr):
     """output[t] = sum over k of topk_weights[t, k] * routed[t, k], fp32 in fixed order, absent experts left out.
 
-    Grid: (T, ceil(H / BLOCK_N)). `routed` [T * TOP_K, H], `topk_weights` float32 and `topk_ids` int32 [T, TOP_K],
-    `slots` int32 [experts].
+    Grid: (T, ceil(H / BLOCK_N)). `routed` [T * TOP_K, H], `topk_weights` float32 and `topk_ids` int32 [T, TOP_K]. Rows
+    and weights of absent experts may be NaN: neither is used.
     """
     token = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if CHAINED:
+        gdc_wait()
     for k in tl.static_range(TOP_K):
         route = token * TOP_K + k
-        if _slot(slots, tl.load(topk_ids + route), num_slots) < num_slots:
-            part = tl.load(routed + route * H + offs_n, mask=offs_n < H, other=0.0)
-            total += tl.load(topk_weights + route) * part.to(tl.float32)
+        expert = tl.load(topk_ids + route)
+        _, slabs = _place(table, tl.where(expert < 0, num_experts, expert))
+        weight = tl.where(slabs > 0, tl.load(topk_weights + route).to(tl.float32), 0.0)
+        part = tl.load(routed + route * H + offs_n, mask=offs_n < tl.where(slabs > 0, H, 0), other=0.0)
+        total += weight * part.to(tl.float32)
     tl.store(output + token * stride_om + offs_n, total.to(output.dtype.element_ty), mask=offs_n < H)

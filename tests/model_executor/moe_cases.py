@@ -11,7 +11,7 @@ import torch
 from heapr_vllm.model_executor.layout import RaggedLayout, round_up
 from heapr_vllm.model_executor.reference import ragged_moe_reference
 from heapr_vllm.model_executor.tile_config import LayerShape, Tile, TileConfig
-from heapr_vllm.model_executor.triton_moe import pack_down, triton_ragged_moe
+from heapr_vllm.model_executor.triton_moe import index_tables, pack, triton_ragged_moe
 
 FENCE = 1024  # elements
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,15 +56,18 @@ CASES = [
 
 
 class Layer(NamedTuple):
-    """A layer on DEVICE: `inputs` are the arguments of `triton_ragged_moe` after `output`."""
+    """A layer on DEVICE: `inputs` are the arguments of `triton_ragged_moe` after `output`.
+
+    `plain`: w13, w2, slots and table as in `ragged_moe_reference`.
+    """
 
     inputs: tuple
-    plain_w2: torch.Tensor
+    plain: tuple
 
     @property
     def shape(self) -> LayerShape:
-        x, *_, ids, _, table, _ = self.inputs
-        return LayerShape.of(table[:, 1].tolist(), x.shape[1], ids.shape[1], x.dtype)
+        x, *_, ids, _, _, _ = self.inputs
+        return LayerShape.of(self.plain[-1][:, 1].tolist(), x.shape[1], ids.shape[1], x.dtype)
 
     @property
     def x(self) -> torch.Tensor:
@@ -72,8 +75,9 @@ class Layer(NamedTuple):
 
     def expected(self) -> torch.Tensor:
         """The reference's output in float64."""
-        x, w13, _, weights, ids, slots, table, _ = self.inputs
-        return ragged_moe_reference(x.double(), w13.double(), self.plain_w2.double(), weights, ids, slots, table)
+        x, _, _, weights, ids, *_ = self.inputs
+        w13, w2, slots, table = self.plain
+        return ragged_moe_reference(x.double(), w13.double(), w2.double(), weights, ids, slots, table)
 
     def run(self, config: TileConfig | None) -> torch.Tensor:
         """The kernels' output, into memory full of NaN."""
@@ -104,11 +108,12 @@ def build(case: Case, dtype: torch.dtype, seed: int = 0) -> Layer:
     weights, ids = route(case, generator)
     x = torch.randn(case.tokens, case.hidden_size, generator=generator, device=DEVICE).to(dtype)
     slots = torch.tensor([*layout.slots, layout.num_slots], dtype=torch.int32, device=DEVICE)
-    table = torch.tensor(layout.expert_table(), dtype=torch.int32, device=DEVICE).view(-1, 2)
-    plain_w2 = w2.clone()
-    pack_down(w2)
-    tensors = map(fenced, (x, w13, w2, weights, ids, slots, table))
-    return Layer((*tensors, layout.max_width), plain_w2)
+    places = torch.tensor(layout.expert_table(), dtype=torch.int32, device=DEVICE).view(-1, 2)
+    plain = w13.clone(), w2.clone(), slots, places
+    pack(w13, w2, layout)
+    slot_map, table = (tensor.to(DEVICE) for tensor in index_tables(layout.slots, layout))
+    tensors = map(fenced, (x, w13, w2, weights, ids, slot_map, table))
+    return Layer((*tensors, layout.max_width), plain)
 
 
 def fenced(tensor: torch.Tensor) -> torch.Tensor:

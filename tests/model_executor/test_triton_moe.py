@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heapr_vllm.model_executor.triton_moe import align_routes, max_blocks, pack_down, use_one_route_blocks
+from heapr_vllm.model_executor.layout import RaggedLayout
+from heapr_vllm.model_executor.triton_moe import align_routes, index_tables, max_blocks, pack, use_one_route_blocks
 from tests.model_executor.engine import ROOT
 from tests.model_executor.moe_cases import CASES, DEVICE, TOLERANCE, Case, build, fenced_scratch, is_fenced
 
@@ -32,17 +33,20 @@ def test_against_reference(case: Case, dtype: torch.dtype) -> None:
        block_m=st.sampled_from([1, 4, 16]), seed=st.integers(0, 50))
 def test_alignment(tokens: int, num_slots: int, top_k: int, block_m: int, seed: int) -> None:
     """Every stored route is in exactly one row, of a block of its own slot; absent routes are in none."""
-    route_slots = torch.randint(0, num_slots + 1, (tokens, top_k), dtype=torch.int32,
-                                generator=torch.Generator().manual_seed(seed))
-    route_ids, block_slots, num_rows = align_routes(route_slots, num_slots, block_m)
-    flat, seen = route_slots.flatten().tolist(), []
+    generator = torch.Generator().manual_seed(seed)
+    topk_ids = torch.randint(-1, num_slots + 1, (tokens, top_k), dtype=torch.int32, generator=generator)
+    order = torch.randperm(num_slots + 1, generator=generator)  # one expert has no slot
+    slots = torch.where(order < num_slots, order, -1)
+    route_ids, block_slots, num_rows = align_routes(topk_ids, torch.cat([slots.new_full((1,), -1), slots]).int(),
+                                                    num_slots, block_m)
+    flat, seen = [int(slots[i]) if i >= 0 else -1 for i in topk_ids.flatten().tolist()], []
     assert len(block_slots) == max_blocks(len(flat), num_slots, block_m) and int(num_rows) % block_m == 0
     assert int(num_rows) <= len(block_slots) * block_m
     for row in range(int(num_rows)):
         if (route := int(route_ids[row])) < len(flat):
             assert flat[route] == int(block_slots[row // block_m])
             seen.append(route)
-    assert sorted(seen) == [route for route, slot in enumerate(flat) if slot < num_slots]
+    assert sorted(seen) == [route for route, slot in enumerate(flat) if slot >= 0]
     assert (route_ids[int(num_rows):] >= len(flat)).all()
     used = block_slots[: int(num_rows) // block_m]
     assert (used.diff() >= 0).all(), "widest experts, the lowest slots, come first"
@@ -63,10 +67,22 @@ def test_one_route_blocks_are_for_few_routes() -> None:
     assert use_one_route_blocks(4, 8, 128) and not use_one_route_blocks(5, 8, 128)
 
 
-def test_slabs_hold_each_tile_in_one_piece() -> None:
-    w2 = torch.arange(128 * 6).float().view(128, 6)
-    packed = w2.clone()
-    pack_down(packed)
-    slabs = packed.view(2, 6, 64)
-    for neuron, output in ((0, 0), (63, 5), (64, 0), (127, 3)):
-        assert slabs[neuron // 64, output, neuron % 64] == w2[neuron, output]
+def test_packing() -> None:
+    """Gate and up rows of a neuron are neighbours, and a slab holds each tile of w2 in one piece."""
+    layout = RaggedLayout.build([128, 0, 64], [128, 0, 64])
+    w13, w2 = torch.arange(2 * 192 * 6).float().view(-1, 6), torch.arange(192 * 6).float().view(-1, 6)
+    gate_up, slabs = w13.clone(), w2.clone()
+    pack(gate_up, slabs, layout)
+    for row, width, neuron in ((0, 128, 0), (0, 128, 127), (128, 64, 0), (128, 64, 5)):
+        assert torch.equal(gate_up[2 * (row + neuron)], w13[2 * row + neuron])
+        assert torch.equal(gate_up[2 * (row + neuron) + 1], w13[2 * row + width + neuron])
+    for neuron, output in ((0, 0), (63, 5), (64, 0), (127, 3), (128, 1), (191, 5)):
+        assert slabs.view(3, 6, 64)[neuron // 64, output, neuron % 64] == w2[neuron, output]
+
+
+def test_index_tables() -> None:
+    layout = RaggedLayout.build([64, 0, 192], [64, 0, 192])
+    slot_map, table = index_tables([2, 1, 2, 0, 2], layout)  # of five experts, two are stored here
+    assert slot_map.tolist() == [-1, -1, 1, -1, 0, -1]
+    wide, narrow = 3, 3 << 32 | 1  # slabs 0 to 2, and slab 3
+    assert table.tolist() == [0, narrow, 0, wide, 0, 0, wide, narrow]
