@@ -12,6 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 
 from heapr_vllm.model_executor.layout import TRITON_UNIT
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PACKAGED_FOLDER = Path(__file__).parent / "tile_configs"
 BATCH_INVARIANT_ROUTES = 40  # per expert: the middle of the default tiles
 MAX_RATIO = 1.6  # a tuned profile serves shapes whose number of experts times mean width differ by less than this
@@ -53,8 +54,8 @@ class TileConfig:
     """Tiles of both GEMMs over the same blocks of `block_m` routes, and how the kernels run.
 
     `fused`: gate and up in one product of twice the width. `chained`: programmatic dependent launch, sm_90. `prefetch`:
-    the first slabs of w2 go to L2 while the up GEMM drains. `one_route`: a block per route without alignment; None
-    takes it where routes are few.
+    the first slabs of w2 go to L2 while the up GEMM drains. `one_route`: every route is a block of its own, which needs
+    no alignment.
     """
 
     block_m: int
@@ -63,7 +64,7 @@ class TileConfig:
     fused: bool = True
     chained: bool = False
     prefetch: bool = False
-    one_route: bool | None = None
+    one_route: bool = False
 
     def launch(self) -> dict[str, bool]:
         """Launch arguments that all kernels share."""
@@ -82,10 +83,17 @@ class TileConfig:
         if self.prefetch and (self.down.tma or not self.chained):
             raise ValueError("prefetch needs chained, and down without tma")
 
+    def is_possible(self, hidden_size: int) -> bool:
+        """Whether `check` finds nothing."""
+        with suppress(ValueError):
+            self.check(hidden_size)
+            return True
+        return False
+
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> TileConfig:
-        """Inverse of `dataclasses.asdict`; other keys are ignored, missing ones (older files) get defaults."""
-        known = {field.name: entry[field.name] for field in fields(cls) if field.name in entry}
+        """Inverse of `dataclasses.asdict`; other keys are ignored."""
+        known = {field.name: entry[field.name] for field in fields(cls)}
         return cls(**known | {"up": Tile(**entry["up"]), "down": Tile(**entry["down"])})
 
 
@@ -123,19 +131,20 @@ def choose_config(shape: LayerShape, num_tokens: int) -> TileConfig:
     same order, whoever it shares a batch with.
     """
     if os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0":
-        return replace(default_config(BATCH_INVARIANT_ROUTES * shape.num_experts // shape.top_k, shape),
-                       one_route=False)
+        return default_config(BATCH_INVARIANT_ROUTES * shape.num_experts // shape.top_k, shape)
     tuned = _tuned(shape, device_name())
     if not tuned:
         return default_config(num_tokens, shape)
-    return tuned[min(tuned, key=lambda tokens: abs(math.log(tokens / max(num_tokens, 1))))]
+    config = tuned[min(tuned, key=lambda tokens: abs(math.log(tokens / max(num_tokens, 1))))]
+    is_crowded = num_tokens * shape.top_k > shape.num_experts  # a block per route would read experts several times
+    return replace(config, one_route=False) if is_crowded else config
 
 
-def configs_up_to(shape: LayerShape, max_tokens: int) -> dict[int, TileConfig]:
-    """A token count for every configuration that batches of up to `max_tokens` tokens get, and whether they align."""
-    counts = {min(math.ceil(1.05**power), max_tokens) for power in range(math.ceil(math.log(max_tokens, 1.05)) + 1)}
-    chosen = {choose_config(shape, tokens): tokens for tokens in sorted(counts)}
-    return {tokens: config for config, tokens in chosen.items()}
+def configs_up_to(shape: LayerShape, max_tokens: int) -> list[TileConfig]:
+    """All configurations that batches of up to `max_tokens` tokens get; token counts are tried in steps of 5 %."""
+    steps = math.ceil(math.log(max_tokens, 1.05))
+    counts = {min(math.ceil(1.05**power), max_tokens) for power in range(steps + 1)}
+    return list(dict.fromkeys(choose_config(shape, tokens) for tokens in sorted(counts)))
 
 
 def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = None) -> TileConfig:
@@ -158,7 +167,13 @@ def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = Non
         config = TileConfig(128, Tile(64, 64, 8, 3, 8), Tile(128, 64, 8, 3, 8))
     up_k = largest_divisor(shape.hidden_size, config.up.block_k)
     down_n = largest_divisor(shape.hidden_size, config.down.block_n)
-    return replace(config, up=replace(config.up, block_k=up_k), down=replace(config.down, block_n=down_n))
+    return replace(config, up=replace(config.up, block_k=up_k), down=replace(config.down, block_n=down_n),
+                   one_route=use_one_route_blocks(num_tokens, shape.top_k, shape.num_experts))
+
+
+def use_one_route_blocks(num_tokens: int, top_k: int, num_experts: int) -> bool:
+    """Whether routes are so few that most experts get one: then no alignment is needed, as in stock vLLM."""
+    return num_tokens * top_k * 4 <= num_experts
 
 
 def largest_divisor(size: int, limit: int) -> int:

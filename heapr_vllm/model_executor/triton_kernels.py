@@ -4,7 +4,7 @@
 Rows ("routes") are token-expert pairs, numbered token * TOP_K + k. A block is BLOCK_M routes of one expert:
 
   route_ids    int32 [blocks * BLOCK_M]  route per row, >= num_routes for padding
-  block_slots  int32 [blocks]            expert slot per block, anything for blocks that are not in use
+  block_slots  int32 [blocks]            expert slot per block; a slot or negative for blocks that are not in use
   num_rows     int32 [1]                 rows in use, a multiple of BLOCK_M
 
 With ONE_ROUTE (decoding) block i is route i alone, in row 0 of the block; then `route_ids` are the routes' expert ids
@@ -27,7 +27,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # compiled once for all values
-SIZES = ("num_routes", "num_experts", "num_slots", "num_m_blocks", "num_n_tiles")
+SIZES = ("num_routes", "num_experts", "num_m_blocks", "num_n_tiles")
 
 
 @triton.jit
@@ -49,8 +49,8 @@ def _tile(num_m_blocks, num_n_tiles, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _block(route_ids, block_slots, num_rows, table, pid_m, num_routes, num_experts, num_slots,
-           BLOCK_M: tl.constexpr, ONE_ROUTE: tl.constexpr):
+def _block(route_ids, block_slots, num_rows, table, pid_m, num_routes, num_experts, BLOCK_M: tl.constexpr,
+           ONE_ROUTE: tl.constexpr):
     """(routes [BLOCK_M], rows int64 [BLOCK_M], first row, first slab, slabs) of a block; 0 slabs if it has no work.
 
     All loads but the table's are independent of each other.
@@ -68,9 +68,19 @@ def _block(route_ids, block_slots, num_rows, table, pid_m, num_routes, num_exper
         slot = tl.load(block_slots + pid_m)
         routes = tl.load(route_ids + first_row + offs_m)
         rows = (first_row + offs_m).to(tl.int64)
-        slab, slabs = _place(table, num_experts + 1 + tl.minimum(tl.maximum(slot, 0), num_slots - 1))
+        slab, slabs = _place(table, num_experts + 1 + tl.maximum(slot, 0))
         slabs = tl.where(first_row < total, slabs, 0)
     return routes, rows, first_row, slab, slabs
+
+
+@triton.jit
+def _prefetch(w2, slab, slabs, pid_n, H: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr):
+    """Asks L2 for this tile's part of an expert's first AHEAD slabs; a row of a 16-bit slab is a line of 128 bytes."""
+    line = tl.arange(0, AHEAD * BLOCK_N)
+    ahead = tl.minimum(line // BLOCK_N, tl.maximum(slabs - 1, 0))
+    lines = w2 + (slab + ahead) * (64 * H) + (pid_n * BLOCK_N + line % BLOCK_N) * 64
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64, bitcast=True)],
+                              dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -78,7 +88,7 @@ def ragged_up_kernel(
     x, stride_xm,
     w13, table, hidden,
     stride_hm, route_ids, block_slots, num_rows,
-    num_routes, num_experts, num_slots, num_m_blocks, num_n_tiles,
+    num_routes, num_experts, num_m_blocks, num_n_tiles,
     H: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     ONE_ROUTE: tl.constexpr, PRECISION: tl.constexpr,
@@ -96,7 +106,7 @@ def ragged_up_kernel(
         gdc_wait()
         gdc_launch_dependents()
     routes, rows, _, slab, slabs = _block(route_ids, block_slots, num_rows, table, pid_m, num_routes, num_experts,
-                                          num_slots, BLOCK_M, ONE_ROUTE)
+                                          BLOCK_M, ONE_ROUTE)
     width = slabs * 64
     if pid_n * BLOCK_N >= width:
         return
@@ -138,7 +148,7 @@ def ragged_down_kernel(
     hidden, stride_hm,
     w2, table, routed,
     route_ids, block_slots, num_rows,
-    num_routes, num_experts, num_slots, num_m_blocks, num_n_tiles,
+    num_routes, num_experts, num_m_blocks, num_n_tiles,
     H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     ONE_ROUTE: tl.constexpr, PRECISION: tl.constexpr,
@@ -153,13 +163,9 @@ def ragged_down_kernel(
     """
     pid_m, pid_n = _tile(num_m_blocks, num_n_tiles, GROUP_M)
     routes, rows, first_row, slab, slabs = _block(route_ids, block_slots, num_rows, table, pid_m, num_routes,
-                                                  num_experts, num_slots, BLOCK_M, ONE_ROUTE)
+                                                  num_experts, BLOCK_M, ONE_ROUTE)
     if PREFETCH:
-        line = tl.arange(0, PREFETCH * BLOCK_N)
-        ahead = tl.minimum(line // BLOCK_N, tl.maximum(slabs - 1, 0))
-        lines = w2 + (slab + ahead) * (64 * H) + (pid_n * BLOCK_N + line % BLOCK_N) * 64
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64, bitcast=True)],
-                                  dtype=tl.int32, is_pure=False, pack=1)
+        _prefetch(w2, slab, slabs, pid_n, H, BLOCK_N, PREFETCH)
     if CHAINED:
         gdc_wait()
         gdc_launch_dependents()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -22,11 +22,6 @@ from heapr_vllm.model_executor.tile_config import LayerShape, TileConfig, choose
 from heapr_vllm.model_executor.triton_kernels import combine_kernel, ragged_down_kernel, ragged_up_kernel
 
 PREFETCHED_SLABS = 4
-
-
-def use_one_route_blocks(num_tokens: int, top_k: int, num_experts: int) -> bool:
-    """Whether routes are so few that most experts get one: then no alignment is needed, as in stock vLLM."""
-    return num_tokens * top_k * 4 <= num_experts
 
 
 def pack(w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout) -> None:
@@ -83,7 +78,7 @@ def align_routes(topk_ids: torch.Tensor, slot_map: torch.Tensor, num_slots: int,
     route_ids[-1] = num_routes
     block_starts = torch.arange(num_blocks, device=device) * block_m
     block_slots = torch.searchsorted(ends, block_starts, right=True)
-    return route_ids, block_slots.int(), ends[-1:].int()
+    return route_ids, block_slots.where(block_starts < ends[-1], -1).int(), ends[-1:].int()
 
 
 def _align_by_vllm(topk_ids: torch.Tensor, slot_map: torch.Tensor,
@@ -109,7 +104,7 @@ def max_blocks(num_routes: int, num_slots: int, block_m: int) -> int:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Routes grouped into `num_blocks` blocks of `block_m` rows, each of one expert: the kernels' first arguments.
+    """Routes grouped into `num_blocks` blocks, each of one expert: the kernels' first arguments.
 
     `hidden_rows`: rows of the intermediate that the blocks use. `sizes`: the kernels' sizes but the number of tiles.
     """
@@ -117,10 +112,8 @@ class Blocks:
     route_ids: torch.Tensor
     block_slots: torch.Tensor
     num_rows: torch.Tensor
-    sizes: tuple[int, int, int, int]
+    sizes: tuple[int, int, int]
     hidden_rows: int
-    block_m: int
-    one_route: bool
 
     @property
     def num_blocks(self) -> int:
@@ -131,16 +124,13 @@ class Blocks:
         """`topk_ids` int32 [T, k] global expert ids, negative for absent ones; tables as `index_tables` makes them."""
         num_routes, num_experts = topk_ids.numel(), len(slot_map) - 1
         num_slots = len(table) - len(slot_map)
-        one_route = config.one_route
-        if one_route is None:
-            one_route = use_one_route_blocks(*topk_ids.shape, num_slots)
-        if one_route:
-            sizes = (num_routes, num_experts, num_slots, num_routes)
-            return cls(topk_ids, slot_map, slot_map, sizes, num_routes, config.block_m, one_route)
+        if config.one_route:
+            sizes = (num_routes, num_experts, num_routes)
+            return cls(topk_ids, slot_map, slot_map, sizes, num_routes)
         route_ids, block_slots, num_rows = align_routes(topk_ids, slot_map, num_slots, config.block_m)
         num_blocks = max_blocks(num_routes, num_slots, config.block_m)
-        sizes = (num_routes, num_experts, num_slots, num_blocks)
-        return cls(route_ids, block_slots, num_rows, sizes, num_blocks * config.block_m, config.block_m, one_route)
+        sizes = (num_routes, num_experts, num_blocks)
+        return cls(route_ids, block_slots, num_rows, sizes, num_blocks * config.block_m)
 
 
 def up_projection(hidden: torch.Tensor, x: torch.Tensor, w13: torch.Tensor, table: torch.Tensor, top_k: int,
@@ -151,8 +141,8 @@ def up_projection(hidden: torch.Tensor, x: torch.Tensor, w13: torch.Tensor, tabl
     weights = TensorDescriptor.from_tensor(w13, [2 * tile.block_n, tile.block_k]) if tile.tma else w13
     ragged_up_kernel[(blocks.num_blocks * n_tiles,)](
         x, x.stride(0), weights, table, hidden, hidden.stride(0), blocks.route_ids, blocks.block_slots,
-        blocks.num_rows, *blocks.sizes, n_tiles, H=x.shape[1], TOP_K=top_k, BLOCK_M=blocks.block_m,
-        ONE_ROUTE=blocks.one_route, PRECISION=_precision(x.dtype), FUSED=config.fused, **tile.meta(),
+        blocks.num_rows, *blocks.sizes, n_tiles, H=x.shape[1], TOP_K=top_k, BLOCK_M=config.block_m,
+        ONE_ROUTE=config.one_route, PRECISION=_precision(x.dtype), FUSED=config.fused, **tile.meta(),
         **config.launch())
 
 
@@ -163,11 +153,11 @@ def down_projection(routed: torch.Tensor, hidden: torch.Tensor, w2: torch.Tensor
     n_tiles = routed.shape[1] // tile.block_n
     inputs, weights = hidden, w2
     if tile.tma:
-        inputs = TensorDescriptor.from_tensor(hidden, [blocks.block_m, tile.block_k])
+        inputs = TensorDescriptor.from_tensor(hidden, [config.block_m, tile.block_k])
         weights = TensorDescriptor.from_tensor(w2.view(-1, TRITON_UNIT), [tile.block_n, tile.block_k])
     ragged_down_kernel[(blocks.num_blocks * n_tiles,)](
         inputs, hidden.stride(0), weights, table, routed, blocks.route_ids, blocks.block_slots, blocks.num_rows,
-        *blocks.sizes, n_tiles, H=routed.shape[1], BLOCK_M=blocks.block_m, ONE_ROUTE=blocks.one_route,
+        *blocks.sizes, n_tiles, H=routed.shape[1], BLOCK_M=config.block_m, ONE_ROUTE=config.one_route,
         PRECISION=_precision(hidden.dtype), PREFETCH=PREFETCHED_SLABS if config.prefetch else 0, **tile.meta(),
         **config.launch())
 
@@ -227,9 +217,7 @@ def warm_up(w13: torch.Tensor, w2: torch.Tensor, slot_map: torch.Tensor, table: 
     x = w2.new_zeros(1, w2.shape[1])
     weights, ids = x.new_ones(1, top_k, dtype=torch.float32), slot_map.new_zeros(1, top_k)
     shape = layer_shape(w13, slot_map, table, top_k, max_width)
-    for tokens, config in configs_up_to(shape, max_tokens).items():
-        if config.one_route is None:
-            config = replace(config, one_route=use_one_route_blocks(tokens, top_k, shape.num_experts))
+    for config in configs_up_to(shape, max_tokens):
         triton_ragged_moe(torch.empty_like(x), x, w13, w2, weights, ids, slot_map, table, max_width, config=config)
 
 

@@ -2,11 +2,13 @@
 """Finds the fastest tiles for a layer shape on this GPU: what `heapr tune` runs.
 
 Both GEMMs are timed by themselves over the same blocks of routes, so the search is a sum and not a product; the best
-pair of every block size is then timed as a whole layer. Results go to JSON after every token count.
+pair of every block size is then timed as a whole layer, and with the winner every way to run it, one after another.
+Results go to JSON after every token count.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -16,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,7 @@ from heapr_vllm.model_executor.tile_config import (
     profile_entry,
     read_profiles,
     token_entry,
+    use_one_route_blocks,
 )
 from heapr_vllm.model_executor.timing import stopwatch
 from heapr_vllm.model_executor.triton_moe import (
@@ -44,7 +49,6 @@ from heapr_vllm.model_executor.triton_moe import (
     down_projection,
     triton_ragged_moe,
     up_projection,
-    use_one_route_blocks,
 )
 from heapr_vllm.model_executor.tuning_jobs import Job
 
@@ -53,6 +57,16 @@ SHARED_MEMORY = 227 * 1024  # bytes per block on Hopper; smaller GPUs refuse at 
 MAX_ACCUMULATORS = 128  # fp32 values per thread, half of the registers
 MAX_CANDIDATES = 40  # per GEMM and block size
 HOPELESS = 1.5  # a tile this much slower than the best at first sight is not timed again
+# What vLLM's files for H200s choose in bf16 (E=128,N=768 and E=64,N=2560), as block_m, block_n, block_k, group_m, warps
+# and stages: ours with half of block_n for the up GEMM, and block_k 64 for the down GEMM, are tried first.
+STOCK_TILES = (
+    (16, 64, 64, 1, 4, 5), (16, 64, 64, 1, 4, 4), (16, 64, 64, 16, 4, 5), (16, 64, 128, 1, 4, 3),
+    (16, 64, 128, 1, 4, 4), (16, 64, 128, 1, 4, 5), (16, 64, 128, 16, 4, 2), (16, 64, 128, 32, 4, 2),
+    (16, 64, 256, 1, 4, 2), (16, 64, 256, 1, 4, 3), (16, 64, 256, 16, 4, 3), (16, 128, 128, 1, 4, 2),
+    (16, 128, 128, 1, 8, 3), (16, 128, 128, 16, 4, 3), (16, 128, 128, 16, 4, 5), (16, 128, 128, 32, 4, 5),
+    (16, 128, 256, 1, 4, 2), (16, 256, 128, 1, 8, 2), (32, 128, 128, 1, 4, 3), (32, 256, 128, 16, 4, 2),
+    (64, 64, 64, 1, 4, 3), (64, 128, 64, 1, 4, 3), (128, 256, 64, 1, 8, 4), (128, 256, 64, 16, 8, 4),
+)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -99,14 +113,15 @@ def fastest(layer: SyntheticLayer, num_tokens: int, deadline: float) -> tuple[Ti
     default = default_config(num_tokens, layer.shape)
     outputs = torch.empty_like(batches[0].x)
 
-    def layer_calls(config: TileConfig) -> list[Callable[[], None]]:
-        return [lambda i=i, batch=batch: triton_ragged_moe(outputs, *layer.arguments(batch, i), config=config)
-                for i, batch in enumerate(batches)]
+    def layer_seconds(config: TileConfig) -> float:
+        run = try_stopwatch([partial(triton_ragged_moe, outputs, *layer.arguments(batch, i), config=config)
+                             for i, batch in enumerate(batches)], outputs.device)
+        return math.inf if run is None else median_seconds(run, outputs.device)
 
-    best, best_seconds = default, median_seconds(layer_calls(default), outputs.device)
+    best, best_seconds = default, layer_seconds(default)
     sizes = sorted(block_sizes(layer.shape, num_tokens), key=lambda size: abs(math.log2(size / default.block_m)))
     for number, block_m in enumerate(sizes):
-        remaining = 2 * (len(sizes) - number)  # searches still to come share the time
+        remaining = 2 * (len(sizes) - number) + 1  # searches still to come, and the ways to run, share the time
         tiles = []
         for kind, calls in zip(("up", "down"), _gemm_calls(layer, batches, block_m), strict=True):
             until = time.monotonic() + (deadline - time.monotonic()) / remaining
@@ -115,11 +130,41 @@ def fastest(layer: SyntheticLayer, num_tokens: int, deadline: float) -> tuple[Ti
             remaining -= 1
         if None in tiles:
             continue
-        config = TileConfig(block_m, *tiles)
-        seconds = median_seconds(layer_calls(config), outputs.device)
-        if seconds < best_seconds:
+        config = replace(default, block_m=block_m, up=tiles[0], down=tiles[1])
+        if (seconds := layer_seconds(config)) < best_seconds:
             best, best_seconds = config, seconds
+    for change in changes(layer.shape, num_tokens):
+        config = change(best)
+        if time.monotonic() > deadline or not config.is_possible(layer.shape.hidden_size):
+            continue
+        if (seconds := layer_seconds(config)) < best_seconds:
+            best, best_seconds = config, seconds
+    if math.isinf(best_seconds):
+        raise HeaprError(f"no tile runs on {device_name()}; run make test-gpu")
     return best, best_seconds
+
+
+def changes(shape: LayerShape, num_tokens: int) -> list[Callable[[TileConfig], TileConfig]]:
+    """Ways to run the kernels, each to be tried on the best configuration so far.
+
+    Aligned or one block per route is a question near the border between them only. TMA and programmatic dependent
+    launches need Hopper, and only its wgmma is wider for a fused product.
+    """
+    found: list[Callable[[TileConfig], TileConfig]] = []
+    if use_one_route_blocks(num_tokens, shape.top_k, 4 * shape.num_experts) and num_tokens > 1:
+        found.append(lambda config: replace(config, one_route=not config.one_route))
+    if _has_hopper():
+        found += [lambda config: replace(config, fused=not config.fused),
+                  lambda config: replace(config, up=replace(config.up, tma=True)),
+                  lambda config: replace(config, down=replace(config.down, tma=True)),
+                  lambda config: replace(config, chained=True),
+                  lambda config: replace(config, prefetch=True, down=replace(config.down, tma=False))]
+    return found
+
+
+@cache
+def _has_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 
 
 def batches_for(layer: SyntheticLayer, num_tokens: int) -> list[Batch]:
@@ -130,9 +175,8 @@ def batches_for(layer: SyntheticLayer, num_tokens: int) -> list[Batch]:
     return [random_batch(num_tokens, layer.moe, layer.w2[0].dtype, layer.table.device) for _ in range(count)]
 
 
-def median_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
-    """Median seconds per call."""
-    run = stopwatch(calls, device)
+def median_seconds(run: Callable[[], float], device: torch.device) -> float:
+    """Median seconds per call of a stopwatch."""
     return statistics.median(run() for _ in range(15 if device.type == "cuda" else 1))
 
 
@@ -145,39 +189,57 @@ def block_sizes(shape: LayerShape, num_tokens: int) -> list[int]:
 
 
 def candidates(kind: str, shape: LayerShape, block_m: int, num_tokens: int) -> list[Tile]:
-    """Tiles for the "up" or "down" GEMM that fit registers and shared memory, most ordinary first."""
-    element, halves = shape.dtype.itemsize, 2 if kind == "up" else 1
+    """Tiles for the "up" or "down" GEMM that fit registers and shared memory.
+
+    What stock vLLM's tuned files choose comes first, then what differs least from the default.
+    """
     routes = num_tokens * shape.top_k / shape.num_experts
     group_sizes = (1, 8) if routes > block_m else (1,)
-    block_ks = (64, 128, 256) if kind == "up" else (64,)
-    found = []
-    for block_n in (16, 32, 64, 128, 256):
-        for block_k in block_ks:
-            for num_warps in (4, 8):
-                for num_stages in (2, 3, 4, 5):
-                    per_thread = halves * block_m * block_n / (32 * num_warps)
-                    shared = num_stages * block_k * (block_m + halves * block_n) * element
-                    divides = shape.hidden_size % (block_k if kind == "up" else block_n) == 0
-                    useful = num_warps == 4 or halves * block_m * block_n >= 64 * 128
-                    if divides and useful and per_thread <= MAX_ACCUMULATORS and shared <= SHARED_MEMORY:
-                        found += [Tile(block_n, block_k, num_warps, num_stages, group) for group in group_sizes]
-    default = getattr(default_config(num_tokens, shape), kind)
-    return sorted(found, key=lambda tile: sum(a != b for a, b in zip(tile.meta().items(), default.meta().items(),
-                                                                     strict=True)))[:MAX_CANDIDATES]
+    axes = ((16, 32, 64, 128, 256), (64, 128, 256) if kind == "up" else (64,), (4, 8), (2, 3, 4, 5), group_sizes)
+    default = getattr(default_config(num_tokens, shape), kind).meta()
+    ordinary = sorted((Tile(*sizes) for sizes in itertools.product(*axes)),
+                      key=lambda tile: sum(default[name] != value for name, value in tile.meta().items()))
+    tiles = dict.fromkeys([*stock_tiles(kind, block_m), *ordinary])
+    return [tile for tile in tiles if _fits(kind, tile, shape, block_m)][:MAX_CANDIDATES]
+
+
+def stock_tiles(kind: str, block_m: int) -> list[Tile]:
+    """The equivalents of `STOCK_TILES` for blocks of this height, without repetitions."""
+    tiles = [Tile(block_n // 2, block_k, warps, stages, group_m) if kind == "up" else
+             Tile(block_n, 64, warps, stages, group_m)
+             for height, block_n, block_k, group_m, warps, stages in STOCK_TILES if height == block_m]
+    return list(dict.fromkeys(tiles))
+
+
+def _fits(kind: str, tile: Tile, shape: LayerShape, block_m: int) -> bool:
+    """Whether hidden size, registers and shared memory allow this tile."""
+    halves, hidden_tile = (2, tile.block_k) if kind == "up" else (1, tile.block_n)
+    accumulators = halves * block_m * tile.block_n / (32 * tile.num_warps)
+    shared = tile.num_stages * tile.block_k * (block_m + halves * tile.block_n) * shape.dtype.itemsize
+    return shape.hidden_size % hidden_tile == 0 and accumulators <= MAX_ACCUMULATORS and shared <= SHARED_MEMORY
 
 
 def _gemm_calls(layer: SyntheticLayer, batches: list[Batch], block_m: int) -> tuple[Callable, Callable]:
     """Functions of a tile that give the calls to time for the up and the down GEMM."""
     shape, top_k = layer.shape, layer.moe.top_k
-    blocks = [Blocks.build(batch.topk_ids, layer.slots, shape.num_experts, block_m) for batch in batches]
+    default = replace(default_config(len(batches[0].x), shape), block_m=block_m)
+    blocks = [Blocks.build(batch.topk_ids, layer.slot_map, layer.table, default) for batch in batches]
     x = batches[0].x
     hidden = x.new_zeros(blocks[0].hidden_rows, shape.max_width)
     routed = x.new_empty(x.shape[0] * top_k, shape.hidden_size)
     copies = len(layer.w13)
-    return (lambda tile: [lambda i=i, b=b: up_projection(hidden, batches[i].x, layer.w13[i % copies], layer.table,
-                                                         top_k, b, tile) for i, b in enumerate(blocks)],
-            lambda tile: [lambda i=i, b=b: down_projection(routed, hidden, layer.w2[i % copies], layer.table, b, tile)
-                          for i, b in enumerate(blocks)])
+
+    def up_calls(tile: Tile) -> list[Callable[[], None]]:
+        config = replace(default, up=tile)
+        return [partial(up_projection, hidden, batches[i].x, layer.w13[i % copies], layer.table, top_k, b, config)
+                for i, b in enumerate(blocks)]
+
+    def down_calls(tile: Tile) -> list[Callable[[], None]]:
+        config = replace(default, down=tile)
+        return [partial(down_projection, routed, hidden, layer.w2[i % copies], layer.table, b, config)
+                for i, b in enumerate(blocks)]
+
+    return up_calls, down_calls
 
 
 def _fastest_tile(calls: Callable[[Tile], list[Callable]], tiles: list[Tile], deadline: float,

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -16,8 +17,11 @@ from heapr_vllm.model_executor.triton_moe import index_tables, pack, triton_ragg
 FENCE = 1024  # elements
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = TileConfig(16, Tile(32, 32), Tile(32, 32))
+DECODE = replace(SMALL, one_route=True)
 WIDE = TileConfig(16, Tile(128, 64, group_m=4), Tile(64, 64, group_m=2))
 TALL = TileConfig(32, Tile(32, 16), Tile(16, 16))
+UNFUSED = replace(SMALL, fused=False)
+TMA = TileConfig(16, Tile(32, 64, tma=True), Tile(64, 64, tma=True))
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -37,10 +41,10 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case(1, [64, 128, 64, 192, 64, 64, 64, 64], 2, 64),  # decode: a block per route, no alignment
-    Case(1, [0, 64, 0, 0, 0, 64, 0, 128], 2, 64),  # decode, mostly dead experts
+    Case(1, [64, 128, 64, 192, 64, 64, 64, 64], 2, 64, DECODE),  # decode: a block per route, no alignment
+    Case(1, [0, 64, 0, 0, 0, 64, 0, 128], 2, 64, DECODE),  # decode, mostly dead experts
     Case(2, [64] * 16, 2, 64, None, (3, 5, 7)),  # decode, expert parallel, default tiles
-    Case(2, [64, 128] * 8, 2, 64, routing="nobody"),  # decode, ids of nobody
+    Case(2, [64, 128] * 8, 2, 64, DECODE, routing="nobody"),  # decode, ids of nobody
     Case(7, [0, 1, 13, 64], 2, 32),  # widths 0, 1, odd and full
     Case(40, [64, 192, 128, 64], 2, 64, WIDE),  # tile wider than most experts, grouped order
     Case(40, [64, 192, 128, 64], 2, 96, routing="skewed"),  # hidden no power of two; one expert gets most tokens
@@ -51,6 +55,10 @@ CASES = [
     Case(50, [64, 0, 128, 64, 320], 3, 64, SMALL, (0, 4)),  # expert parallel: most routes elsewhere
     Case(5, [64, 64], 1, 64, SMALL, (0, 1)),  # no local expert at all
     Case(9, [0, 0, 64], 2, 64),  # one live expert
+    Case(20, [64, 0, 192, 128], 2, 64, UNFUSED),  # gate and up as two products
+    Case(20, [64, 0, 192, 128], 2, 128, TMA, routing="nobody"),  # weights and intermediate through descriptors
+    Case(1, [64, 128] * 4, 2, 128, replace(TMA, one_route=True)),  # the same, a block per route
+    Case(9, [64, 128], 1, 64, DECODE),  # a block per route although routes are many
     Case(70, [64, 128] * 3, 2, 128, None),  # default tiles
 ]
 
@@ -106,6 +114,8 @@ def build(case: Case, dtype: torch.dtype, seed: int = 0) -> Layer:
                 values = torch.randn(width, case.hidden_size, generator=generator, device=DEVICE).mul(0.2)
                 flat[first : first + width] = values.to(dtype)
     weights, ids = route(case, generator)
+    is_local = torch.tensor([*map(bool, local), False], device=DEVICE)
+    weights = weights.where(is_local[ids], torch.nan)  # of experts that are not here, which nobody may use
     x = torch.randn(case.tokens, case.hidden_size, generator=generator, device=DEVICE).to(dtype)
     slots = torch.tensor([*layout.slots, layout.num_slots], dtype=torch.int32, device=DEVICE)
     places = torch.tensor(layout.expert_table(), dtype=torch.int32, device=DEVICE).view(-1, 2)

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,20 +31,20 @@ from tests.model_executor import moe_cases
 
 SECONDS = 60
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv,
-         ast.Div: ast.Mult, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq}
-KERNELS = ("_slot", "_tile", "ragged_up_kernel", "ragged_down_kernel", "combine_kernel")
-LAUNCHER = ("pack_down", "align_routes", "max_blocks", "build", "up_projection", "down_projection", "combine",
-            "triton_ragged_moe")
+         ast.Div: ast.Mult, ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.BitOr: ast.BitAnd,
+         ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq}
+KERNELS = ("_place", "_tile", "_block", "ragged_up_kernel", "ragged_down_kernel", "combine_kernel")
+LAUNCHED = KERNELS[3:]
+LAUNCHER = ("pack", "index_tables", "align_routes", "max_blocks", "build", "up_projection", "down_projection",
+            "combine", "triton_ragged_moe")
 EQUIVALENT = {
     "ragged_up_kernel: pid_n * BLOCK_N >= width  ->  pid_n * BLOCK_N > width": "an idle tile, masked at the store",
     "ragged_up_kernel: offs_n < width  ->  offs_n <= width": "reads one row too many, masked at the store",
-    "ragged_up_kernel: pid_m * BLOCK_M >= tl.load(num_rows)  ->  pid_m * BLOCK_M > tl.load(num_rows)":
-        "blocks past the end carry num_slots here; vLLM's alignment leaves them undefined",
-    "ragged_down_kernel: pid_m * BLOCK_M >= tl.load(num_rows)  ->  pid_m * BLOCK_M > tl.load(num_rows)": "as above",
-    "combine_kernel: offs_n < H  ->  offs_n <= H #2": "loads one element too many, masked at the store",
-    "align_routes: num_slots + 1  ->  num_slots - 1": "argument of vLLM's op, on GPUs only: make test-gpu",
-    "triton_ragged_moe: len(w13) // (2 * num_slots)  ->  len(w13) * (2 * num_slots)": "chooses tiles only",
-    "triton_ragged_moe: 2 * num_slots  ->  2 + num_slots": "chooses tiles only",
+    "ragged_up_kernel: offs_2n < 2 * width  ->  offs_2n <= 2 * width": "as above",
+    "_block: first_row < total  ->  first_row <= total": "a block of padding more, masked at the stores",
+    "index_tables: slot < layout.num_slots  ->  slot <= layout.num_slots":
+        "torch's alignment drops both; vLLM's does not: test_index_tables",
+    "build: len(table) - len(slot_map)  ->  len(table) + len(slot_map)": "more idle blocks: test_blocks_are_not_wasted",
 }  # each stands for one place: where the same expression occurs twice, later places are numbered
 
 
@@ -62,7 +63,7 @@ def mutants(module: str, functions: tuple[str, ...]) -> Iterator[Mutant]:
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef) or function.name not in functions:
             continue
-        for node in ast.walk(function):
+        for node in chain.from_iterable(map(ast.walk, function.body)):
             holder, field = (node, "op") if isinstance(node, ast.BinOp | ast.AugAssign) else (node, "ops")
             if not isinstance(node, ast.BinOp | ast.AugAssign | ast.Compare):
                 continue
@@ -89,10 +90,11 @@ def load(mutant: Mutant, folder: str) -> None:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     if mutant.module == "triton_kernels":
-        for kernel in KERNELS[2:]:
+        for kernel in LAUNCHED:
             setattr(triton_moe, kernel, getattr(module, kernel))
     else:
-        moe_cases.triton_ragged_moe, moe_cases.pack_down = module.triton_ragged_moe, module.pack_down
+        for name in ("triton_ragged_moe", "pack", "index_tables"):
+            setattr(moe_cases, name, getattr(module, name))
 
 
 def survives(mutant: Mutant) -> bool:

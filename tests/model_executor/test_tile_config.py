@@ -15,6 +15,7 @@ from heapr_vllm.model_executor.tile_config import (
     Tile,
     TileConfig,
     choose_config,
+    configs_up_to,
     default_config,
     profile_entry,
     token_entry,
@@ -41,7 +42,7 @@ def write(folder: Path, **profiles: dict[str, TileConfig]) -> None:
     content = [{**profile_entry(replace(SHAPE, mean_width=int(name[1:]))),
                 "tokens": {tokens: token_entry(config, 1.0) for tokens, config in configs.items()}}
                for name, configs in profiles.items()]
-    (folder / SHAPE.file_name("H200")).write_text(json.dumps({"format_version": 1, "profiles": content}))
+    (folder / SHAPE.file_name("H200")).write_text(json.dumps({"format_version": 2, "profiles": content}))
 
 
 def test_the_nearest_token_count_and_profile_win(folder: Path) -> None:
@@ -73,8 +74,8 @@ def test_one_line_names_the_choice(folder: Path, caplog: pytest.LogCaptureFixtur
 
 
 @pytest.mark.parametrize("content", [
-    "{", json.dumps({"profiles": 7}), json.dumps({"format_version": 2, "profiles": []}),
-    json.dumps({"format_version": 1, "profiles": [profile_entry(SHAPE) | {"tokens": {"1": {"block_m": 16}}}]}),
+    "{", json.dumps({"profiles": 7}), json.dumps({"format_version": 1, "profiles": []}),
+    json.dumps({"format_version": 2, "profiles": [profile_entry(SHAPE) | {"tokens": {"1": {"block_m": 16}}}]}),
 ])
 def test_a_damaged_file_does_not_stop_serving(folder: Path, content: str) -> None:
     (folder / SHAPE.file_name("H200")).write_text(content)
@@ -89,10 +90,41 @@ def test_default_tiles_fit_the_paper_models(tokens: int, shape: tuple[int, int, 
         default_config(tokens, LayerShape(hidden, top_k, num_experts, 576, 768, torch.bfloat16), hopper).check(hidden)
 
 
+def test_default_blocks_are_as_tall_as_stock_vllms() -> None:
+    shape = LayerShape(2048, 8, 128, 576, 768, torch.bfloat16)
+    heights = {tokens: default_config(tokens, shape, True).block_m for tokens in (1, 64, 160, 256, 320, 512, 640, 1024)}
+    assert heights == {1: 16, 64: 16, 160: 16, 256: 32, 320: 32, 512: 64, 640: 64, 1024: 128}
+
+
+def test_batch_invariance_pins_one_configuration(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(folder, w576={"1": SMALL, "1024": LARGE})
+    assert len({choose_config(SHAPE, tokens) for tokens in (1, 64, 1024, 8192)}) == 2
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    pinned, = {choose_config(SHAPE, tokens) for tokens in (1, 64, 1024, 8192)}
+    assert pinned.one_route is False
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    assert choose_config(SHAPE, 1) == SMALL
+
+
+def test_all_configurations_of_a_batch_size_are_found() -> None:
+    found = configs_up_to(SHAPE, 8192)
+    assert len(found) == 6 and set(found) == {default_config(tokens, SHAPE) for tokens in range(1, 8193)}
+    assert configs_up_to(SHAPE, 1) == [default_config(1, SHAPE)]
+
+
+def test_tuned_blocks_of_one_route_are_for_few_routes(folder: Path) -> None:
+    write(folder, w576={"4": replace(SMALL, one_route=True)})
+    assert [choose_config(SHAPE, tokens).one_route for tokens in (1, 16, 17, 100)] == [True, True, False, False]
+
+
 @pytest.mark.parametrize(("config", "message"), [
     (TileConfig(16, Tile(32, 48), Tile(32, 32)), "hidden size 64 is no multiple"),
     (TileConfig(16, Tile(32, 32), Tile(48, 32)), "hidden size 64 is no multiple"),
     (TileConfig(16, Tile(32, 32), Tile(32, 128)), "down.block_k 128 does not divide 64"),
+    (TileConfig(16, Tile(32, 32, tma=True), Tile(32, 64), fused=False), "up.tma needs fused"),
+    (TileConfig(16, Tile(32, 32), Tile(32, 32, tma=True)), "down.tma needs down.block_k 64"),
+    (TileConfig(16, Tile(32, 32), Tile(32, 64), prefetch=True), "prefetch needs chained"),
+    (TileConfig(16, Tile(32, 32), Tile(32, 64, tma=True), chained=True, prefetch=True), "prefetch needs chained"),
 ])
 def test_tiles_that_do_not_fit(config: TileConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -3,16 +3,23 @@
 
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from heapr_vllm.model_executor import triton_moe
 from heapr_vllm.model_executor.layout import RaggedLayout
-from heapr_vllm.model_executor.triton_moe import align_routes, index_tables, max_blocks, pack, use_one_route_blocks
+from heapr_vllm.model_executor.tile_config import configs_up_to, use_one_route_blocks
+from heapr_vllm.model_executor.triton_moe import align_routes, index_tables, max_blocks, pack
 from tests.model_executor.engine import ROOT
-from tests.model_executor.moe_cases import CASES, DEVICE, TOLERANCE, Case, build, fenced_scratch, is_fenced
+from tests.model_executor.moe_cases import CASES, DEVICE, SMALL, TOLERANCE, Case, build, fenced_scratch, is_fenced
 
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
@@ -50,7 +57,7 @@ def test_alignment(tokens: int, num_slots: int, top_k: int, block_m: int, seed: 
     assert (route_ids[int(num_rows):] >= len(flat)).all()
     used = block_slots[: int(num_rows) // block_m]
     assert (used.diff() >= 0).all(), "widest experts, the lowest slots, come first"
-    assert (block_slots[int(num_rows) // block_m :] == num_slots).all()
+    assert (block_slots[int(num_rows) // block_m :] == -1).all()
 
 
 def test_blocks_are_not_wasted() -> None:
@@ -61,6 +68,89 @@ def test_a_mutation_of_any_index_computation_is_noticed() -> None:
     run = subprocess.run([sys.executable, "-m", "tests.model_executor.mutants"], capture_output=True, text=True,
                          cwd=ROOT)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+
+
+@contextmanager
+def counted_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
+    """Kernels launched inside: ours by name, and every torch operator that is no allocation and no view."""
+    counts = Counter()
+
+    class CountOperators(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if not operator.is_view and not operator.__name__.startswith(("empty", "new_empty")):
+                counts[operator.__name__] += 1
+            return operator(*args, **(kwargs or {}))
+
+    for name in ("ragged_up_kernel", "ragged_down_kernel", "combine_kernel"):
+        monkeypatch.setattr(triton_moe, name, CountedKernel(name, counts))
+    with CountOperators():
+        yield counts
+
+
+class CountedKernel(NamedTuple):
+    """Stands in for a kernel: counts launches and runs nothing."""
+
+    name: str
+    counts: Counter
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **kwargs: self.counts.update([self.name])
+
+
+OURS = {"ragged_up_kernel": 1, "ragged_down_kernel": 1, "combine_kernel": 1}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what a stand-in for vLLM's op gets; test_triton_scale.py profiles")
+def test_an_aligned_layer_launches_nothing_but_vllms_alignment_and_three_kernels(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's op itself is two kernels, one for up to 64 experts and fewer than 1024 routes: 5 launches, or 4."""
+    layer = build(Case(40, [64] * 64, 2, 64, None, (3,), "nobody"), torch.float32)
+    *_, topk_ids, slot_map, table, _ = layer.inputs
+
+    def vllms_op(ids: torch.Tensor, block_size: int, num_experts: int, **options) -> tuple[torch.Tensor, ...]:
+        assert ids is topk_ids, "as the router gave them: no gather, no copy"
+        assert num_experts == 64, "65 would cost the one-kernel path"
+        expert_map = options.pop("expert_map")
+        assert expert_map.tolist()[3] == -1 and expert_map.storage_offset() == slot_map.storage_offset() + 1
+        assert options == {"pad_sorted_ids": True, "ignore_invalid_experts": True}
+        return ids, ids, ids
+
+    monkeypatch.setattr(triton_moe, "_has_vllm_op", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr("vllm.model_executor.layers.fused_moe.moe_align_block_size.moe_align_block_size", vllms_op)
+    output = torch.empty_like(layer.x)
+    with counted_launches(monkeypatch) as counts:
+        triton_moe.triton_ragged_moe(output, *layer.inputs, config=SMALL)
+    assert counts == OURS
+
+
+def test_few_routes_take_three_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = build(Case(2, [64] * 16, 2, 64), torch.float32)
+    output = torch.empty_like(layer.x)
+    with counted_launches(monkeypatch) as counts:
+        triton_moe.triton_ragged_moe(output, *layer.inputs)
+    assert counts == OURS
+
+
+def test_warm_up_runs_every_configuration_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = build(Case(1, [64, 128] * 8, 2, 64), torch.float16)
+    ran = []
+    monkeypatch.setattr(triton_moe, "triton_ragged_moe", lambda *_, config: ran.append(config))
+    _, w13, w2, _, _, slot_map, table, max_width = layer.inputs
+    triton_moe.warm_up(w13, w2, slot_map, table, 2, max_width, 8192)
+    assert ran == configs_up_to(layer.shape, 8192) and len(ran) > 4
+    monkeypatch.undo()
+    triton_moe.warm_up(w13, w2, slot_map, table, 2, max_width, 1)
+
+
+def test_a_batch_invariant_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With VLLM_BATCH_INVARIANT=1 a token's output is the same bits alone, where blocks would be of one route."""
+    layer = build(Case(40, [64, 128] * 8, 2, 64), torch.float16)
+    x, w13, w2, weights, ids, *tables = layer.inputs
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    alone = torch.empty_like(x[:1])
+    triton_moe.triton_ragged_moe(alone, x[:1], w13, w2, weights[:1], ids[:1], *tables)
+    assert torch.equal(alone, layer.run(None)[:1])
 
 
 def test_one_route_blocks_are_for_few_routes() -> None:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`heapr tune` on a layer small enough for Triton's interpreter; its candidates for the paper's models."""
 
+import importlib.util
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,8 @@ import torch
 from heapr_vllm import cli
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.model_executor import tile_config, tune
-from heapr_vllm.model_executor.synthetic import PAPER_SHAPES, MoEShape, ragged_widths
-from heapr_vllm.model_executor.tile_config import LayerShape, Tile, choose_config, default_config
+from heapr_vllm.model_executor.synthetic import PAPER_SHAPES, MoEShape, SyntheticLayer, ragged_widths
+from heapr_vllm.model_executor.tile_config import LayerShape, Tile, choose_config, default_config, use_one_route_blocks
 from heapr_vllm.model_executor.tuning_jobs import Job, jobs_of_model, jobs_of_shapes
 
 JOB = Job(MoEShape(3, 1, 64, 128), (64, 128, 0), torch.float16)
@@ -44,7 +46,8 @@ def test_the_plugin_uses_what_was_tuned(folder: Path) -> None:
     for tokens, entry in results(folder).items():
         config = choose_config(JOB.shape, int(tokens))
         assert entry["up"]["block_n"] == config.up.block_n and entry["microseconds"] > 0
-        assert config == default_config(int(tokens), JOB.shape) or {config.up, config.down} <= set(TILES)
+        default = default_config(int(tokens), JOB.shape)
+        assert (config.up, config.down) == (default.up, default.down) or {config.up, config.down} <= set(TILES)
 
 
 def test_a_killed_run_continues(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +101,45 @@ def test_candidates_fit_the_layout_and_the_machine(name: str, tokens: int) -> No
                 assert shared <= 227 * 1024
     default = default_config(tokens, shape, hopper=True)
     assert default.block_m in tune.block_sizes(shape, tokens)
+
+
+@pytest.mark.parametrize(("name", "width"), [("Qwen3-30B-A3B", 768), ("Qwen2-57B-A14B", 2560)])
+def test_what_stock_vllm_was_tuned_to_is_tried(name: str, width: int) -> None:
+    """The winners of the files that vLLM ships: the same tile for down, half as wide a tile of gate and up for up."""
+    folder = Path(importlib.util.find_spec("vllm").origin).parent / "model_executor/layers/fused_moe/configs"
+    moe = PAPER_SHAPES[name]
+    shape = LayerShape.of(ragged_widths(moe.num_experts, width, 0.25), moe.hidden_size, moe.top_k, torch.bfloat16)
+    file = json.loads((folder / f"E={moe.num_experts},N={width},device_name=NVIDIA_H200.json").read_text())
+    winners = {int(tokens): entry for tokens, entry in file.items() if tokens.isdigit()}
+    assert len(winners) >= 18
+    for tokens, entry in winners.items():
+        block_m, block_n, block_k = (entry[f"BLOCK_SIZE_{axis}"] for axis in "MNK")
+        rest = (entry["num_warps"], entry["num_stages"], entry["GROUP_SIZE_M"])
+        one_route = use_one_route_blocks(tokens, moe.top_k, moe.num_experts)
+        assert block_m in tune.block_sizes(shape, tokens)
+        assert Tile(block_n // 2, block_k, *rest) in tune.candidates("up", shape, block_m, tokens)
+        assert one_route or Tile(block_n, 64, *rest) in tune.candidates("down", shape, block_m, tokens)
+
+
+def test_every_way_to_run_is_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after another, on top of the best so far; what a machine without Hopper cannot do is left out."""
+    timed = []
+
+    def pretend(calls: list, device: torch.device) -> Callable[[], float]:
+        timed.append(calls[0].keywords["config"])
+        return lambda: 1 / len(timed)  # every attempt is faster than the one before
+
+    monkeypatch.setattr(tune, "try_stopwatch", pretend)
+    monkeypatch.setattr(tune, "block_sizes", lambda *_: [])
+    monkeypatch.setattr(tune, "_has_hopper", lambda: True)
+    layer = SyntheticLayer.build(MoEShape(16, 2, 64, 64), [64] * 16, torch.float16, torch.device("cpu"))
+    config, _ = tune.fastest(layer, 2, time.monotonic() + 60)
+    assert config == timed[-1] and not config.fused and config.chained and config.prefetch
+    assert config.one_route is False and not config.up.tma, "tma of up needs fused"
+    assert [config for config in timed if config.down.tma] and not config.down.tma, "prefetch reads w2 by pointers"
+    monkeypatch.setattr(tune, "_has_hopper", lambda: False)
+    config, _ = tune.fastest(layer, 2, time.monotonic() + 60)
+    assert not config.chained and not config.down.tma
 
 
 def test_jobs_of_a_model(masks_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
