@@ -23,7 +23,7 @@ from benchmarks.rows import append_csv
 from heapr_vllm.model_executor import cpu_build, cpu_extension
 from heapr_vllm.model_executor.cpu_moe import WIDTH_UNIT, cpu_uniform_moe, native_isa
 from heapr_vllm.model_executor.layout import RaggedLayout, bucketed
-from heapr_vllm.model_executor.ragged_moe import RAGGED, pack, ragged_moe, stored_widths, table
+from heapr_vllm.model_executor.ragged_moe import RAGGED, index_tables, pack, ragged_moe, stored_widths
 from heapr_vllm.model_executor.reference import ragged_moe_reference
 from heapr_vllm.model_executor.synthetic import Batch, MoEShape, ragged_widths, random_batch
 from heapr_vllm.model_executor.timing import interleave, stopwatch
@@ -53,7 +53,7 @@ class Arm:
         expected = ragged_moe_reference(*_arguments(batch, weights[0]), slots, torch.tensor(layout.expert_table()))
         for copy in weights:
             pack(kernel, *copy, layout)
-        arm = cls(kernel, layout, weights, slots, table(kernel, layout))
+        arm = cls(kernel, layout, weights, *index_tables(kernel, layout.slots, layout))
         error = float((arm.run(batch, 0).double() - expected.double()).abs().max() / expected.double().abs().max())
         if not error < 0.02:
             raise RuntimeError(f"kernel {kernel} is off by {error:.1%} at stored widths {stored}")

@@ -30,11 +30,11 @@ from heapr_vllm.model_executor.ragged_moe import (
     REFERENCE,
     TRITON,
     cpu_choice,
+    index_tables,
     pack,
     register_op,
     select_kernel,
     stored_widths,
-    table,
 )
 
 current_platform.import_kernels()
@@ -69,7 +69,7 @@ def layer(case: tuple, dtype: torch.dtype, kernel: str) -> tuple:
     layout = RaggedLayout.build(local_widths, stored)
     w13 = torch.full((2 * layout.num_rows, hidden), torch.nan, dtype=dtype)
     w2 = torch.full((layout.num_rows, hidden), torch.nan, dtype=dtype)
-    slots = torch.full((len(widths) + 1,), layout.num_slots, dtype=torch.int32)
+    slots = [layout.num_slots] * len(widths)
     x = torch.randn(tokens, hidden, generator=generator).to(dtype)
     scores = torch.rand(tokens, len(widths), generator=generator)
     weights, ids = scores.softmax(-1).topk(top_k)
@@ -86,7 +86,8 @@ def layer(case: tuple, dtype: torch.dtype, kernel: str) -> tuple:
         route = (weights * (ids == expert)).sum(-1).double()
         expected += route[:, None] * (h @ down.double())
     pack(kernel, w13, w2, layout)
-    return (x, w13, w2, weights, ids.int(), slots, table(kernel, layout), layout.max_width, kernel), expected
+    tables = index_tables(kernel, slots, layout)
+    return (x, w13, w2, weights, ids.int(), *tables, layout.max_width, kernel), expected
 
 
 def kernels(dtype: torch.dtype) -> list[str]:

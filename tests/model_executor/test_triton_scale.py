@@ -5,15 +5,18 @@ Random ragged widths including 0, every kind of routing, tiles drawn from what `
 bitwise repeatability, weights beyond 2^31 elements.
 """
 
+import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
+from heapr_vllm.model_executor import triton_moe
 from heapr_vllm.model_executor.synthetic import PAPER_SHAPES, MoEShape
-from heapr_vllm.model_executor.tile_config import Tile, TileConfig
+from heapr_vllm.model_executor.tile_config import Tile, TileConfig, choose_config
 from heapr_vllm.model_executor.triton_moe import triton_ragged_moe
-from heapr_vllm.model_executor.tune import block_sizes, candidates
+from heapr_vllm.model_executor.tune import block_sizes, candidates, changes
 from tests.model_executor.moe_cases import DEVICE, TOLERANCE, Case, Layer, build
 
 ON_GPU = DEVICE == "cuda"
@@ -21,6 +24,7 @@ SHAPES = {name: shape for name, shape in PAPER_SHAPES.items() if (name == "tiny"
 TOKENS = (1, 2, 3, 8, 16, 33, 64, 129, 256, 1024, 4096, 8192) if ON_GPU else (1, 3, 17)
 DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float16,)
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+needs_hopper = pytest.mark.skipif(not ON_GPU or torch.cuda.get_device_capability()[0] < 9, reason="needs a Hopper GPU")
 
 
 def random_widths(shape: MoEShape, seed: int) -> list[int]:
@@ -35,8 +39,11 @@ def random_config(layer: Layer, tokens: int, seed: int) -> TileConfig:
     """Any combination that `heapr tune` would time."""
     draw = random.Random(seed)
     block_m = draw.choice(block_sizes(layer.shape, tokens))
-    return TileConfig(block_m, *(draw.choice(candidates(kind, layer.shape, block_m, tokens))
-                                 for kind in ("up", "down")))
+    up, down = (draw.choice(candidates(kind, layer.shape, block_m, tokens)) for kind in ("up", "down"))
+    config = TileConfig(block_m, up, down)
+    for change in draw.sample(changes(layer.shape, tokens), k=min(2, len(changes(layer.shape, tokens)))):
+        config = change(config) if change(config).is_possible(layer.shape.hidden_size) else config
+    return config
 
 
 def make(name: str, tokens: int, dtype: torch.dtype, routing: str = "random", seed: int = 0) -> Layer:
@@ -87,6 +94,60 @@ def test_a_token_does_not_depend_on_its_batch(tokens: int) -> None:
     assert torch.equal(alone, layer.run(config)[:1])
 
 
+@needs_hopper
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("tokens", [1, 8, 64, 1024])
+def test_chained_launches_change_no_bit(tokens: int, prefetch: bool) -> None:
+    """A graph of several layers, each reading what the one before wrote: a kernel that starts too early is wrong."""
+    layer = make("Qwen3-30B-A3B", tokens, torch.bfloat16)
+    plain = choose_config(layer.shape, tokens)
+    chained = replace(plain, chained=True, prefetch=prefetch)
+    expected = layer_after_layer(layer, plain, 8)
+    assert all(torch.equal(expected, layer_after_layer(layer, chained, 8)) for _ in range(20))
+
+
+def layer_after_layer(layer: Layer, config: TileConfig, depth: int) -> torch.Tensor:
+    """The output of a CUDA graph in which every layer's input is the normalised output of the one before."""
+    x, *rest = layer.inputs
+    states = [x, *(torch.full_like(x, torch.nan) for _ in range(depth))]
+    graph = torch.cuda.CUDAGraph()
+    for before, after in itertools.pairwise(states):
+        triton_ragged_moe(after, before, *rest, config=config)  # compiles
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for before, after in itertools.pairwise(states):
+            triton_ragged_moe(after, before, *rest, config=config)
+            after.div_(after.float().std().clamp(min=1e-3))
+    graph.replay()
+    torch.cuda.synchronize()
+    return states[-1]
+
+
+@needs_hopper
+@pytest.mark.parametrize("tokens", [1, 64, 1024])
+def test_every_way_to_run_agrees(tokens: int) -> None:
+    layer = make("Qwen3-30B-A3B", tokens, torch.bfloat16)
+    config = choose_config(layer.shape, tokens)
+    for change in changes(layer.shape, tokens):
+        if change(config).is_possible(layer.shape.hidden_size):
+            assert layer.error(layer.run(change(config))) < TOLERANCE[torch.bfloat16], change(config)
+
+
+@needs_gpu
+@pytest.mark.parametrize(("tokens", "launches"), [(1, 3), (64, 5)])
+def test_launches_of_a_layer(tokens: int, launches: int) -> None:
+    """As PyTorch's profiler counts them; vLLM's alignment of more than 64 experts is two kernels."""
+    pytest.importorskip("vllm")
+    layer = make("Qwen3-30B-A3B", tokens, torch.bfloat16)
+    output = torch.empty_like(layer.x)
+    triton_ragged_moe(output, *layer.inputs)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        triton_ragged_moe(output, *layer.inputs)
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) == launches, kernels
+
+
 @needs_gpu
 @pytest.mark.parametrize("tokens", [1, 2, 8, 64, 512, 2048])
 def test_cuda_graph(tokens: int) -> None:
@@ -120,11 +181,9 @@ def test_weights_beyond_two_to_the_31_elements() -> None:
 @needs_gpu
 @pytest.mark.parametrize("tokens", [8, 300])
 def test_vllms_alignment_gives_the_same_output(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from heapr_vllm.model_executor import triton_moe
-
-    if triton_moe._vllm_align() is None:
+    if not triton_moe._has_vllm_op():
         pytest.skip("vLLM is not installed")
     layer = make("Qwen3-30B-A3B", tokens, torch.bfloat16, "nobody")
     with_vllm = layer.run(None)
-    monkeypatch.setattr(triton_moe, "_vllm_align", lambda: None)
+    monkeypatch.setattr(triton_moe, "_has_vllm_op", lambda: False)
     assert torch.equal(with_vllm, layer.run(None))
