@@ -196,7 +196,7 @@ def down_grid(code: Code, blocks: Blocks, widths: np.ndarray, hidden_size: int, 
     columns = -(-hidden_size // tile.block_n)
     steps = np.repeat(-(-widths[blocks.expert] // tile.block_k), columns)
     serial_s = np.append(steps * (SCALAR_STEP_S + products_s), np.zeros(blocks.idle * columns))
-    return replace(grid, serial_s=serial_s, ctas_per_sm=2 if block_m == 64 else 1)  # 255 registers [code]
+    return replace(grid, serial_s=serial_s, ctas_per_sm=2 if block_m == WGMMA_ROWS else 1)  # 255 registers [code]
 
 
 def _gemm_grid(code: Code, blocks: Blocks, block_m: int, tile: GemmTile, outputs: np.ndarray, inputs: np.ndarray,

@@ -103,27 +103,36 @@ def show(rows: list[dict]) -> None:
               f"({row['tiles_from']})", flush=True)
 
 
+def predict_measured(arm: str, shape: str, device: str, tokens: int) -> list[Prediction]:
+    """Counterparts of an arm of `benchmarks.moe_layer` on this device: all of ours for ours; none for other arms."""
+    gpu = next((name for name in GPUS if name in device), None)
+    if gpu is None or shape not in PAPER_SHAPES:
+        return []
+    if pruned := re.fullmatch(r"heapr (?:(\d+)% pruned|unpruned)", arm):
+        return predict_ours(shape, gpu, tokens, int(pruned[1] or 0) / 100)
+    if arm == "vllm":  # with the file of the device itself
+        return [predict_stock(shape, gpu, tokens, device.split(", ")[0].replace(" ", "_"))]
+    if arm == "vllm H200 file":
+        return [predict_stock(shape, gpu, tokens)]
+    if arm == TUNED or re.fullmatch(r"vllm zeroed \d+%", arm):  # zeros take as long
+        return [predict_tuned(shape, gpu, tokens)]
+    return []
+
+
 def compare(measured: Iterable[dict[str, str]]) -> list[dict]:
-    """Rows of `benchmarks.moe_layer` with predictions: vLLM's for its arms of vLLM, all of ours for ours.
+    """Rows of `benchmarks.moe_layer` with predictions; those of other arms, shapes and devices are left out.
 
     `predicted`: arm to microseconds. `speedup`: over tuned vLLM, and `predicted_speedup` by arm; None and empty where
-    vLLM was not measured. Rows of other arms, shapes and GPUs are left out.
+    tuned vLLM was not measured.
     """
     found = []
     for row in measured:
-        gpu = next((name for name in GPUS if name in row["device"]), None)
-        pruned = re.fullmatch(r"heapr (?:(\d+)% pruned|unpruned)", row["arm"])
-        if gpu is None or row["shape"] not in PAPER_SHAPES or not (pruned or row["arm"] in ("vllm", TUNED)):
-            continue
         tokens = int(row["tokens"])
-        tuned = predict_tuned(row["shape"], gpu, tokens)
-        if pruned:
-            predictions = predict_ours(row["shape"], gpu, tokens, int(pruned[1] or 0) / 100)
-        elif row["arm"] == TUNED:
-            predictions = [tuned]
-        else:  # as shipped: the file of the GPU at hand
-            predictions = [predict_stock(row["shape"], gpu, tokens, row["device"].split(", ")[0].replace(" ", "_"))]
+        predictions = predict_measured(row["arm"], row["shape"], row["device"], tokens)
+        if not predictions:
+            continue
         has_stock = row["baseline"] == TUNED
+        tuned = predict_measured(TUNED, row["shape"], row["device"], tokens)[0]
         found.append({
             "shape": row["shape"], "device": row["device"], "tokens": tokens, "arm": row["arm"],
             "microseconds": float(row["microseconds"]),

@@ -283,3 +283,14 @@ def test_against_measured_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
         assert found[1]["predicted_speedup"][arm] == pytest.approx(predicted[arm]["speedup_over_tuned"], abs=1e-3)
     assert found[0]["speedup"] is None and not found[0]["predicted_speedup"]  # measured without vLLM
     assert list(found[2]["predicted"]) == ["vllm"] and list(found[3]["predicted"]) == ["vllm tuned"]
+
+
+@pytest.mark.skipif(not HAS_VLLM, reason="takes the tiles that vLLM ships")
+def test_measured_arms_of_vllm_get_the_tiles_that_they_ran() -> None:
+    def tiles(arm: str, device: str) -> LayerTiles:
+        return layer_model.predict_measured(arm, "Qwen3-30B-A3B", device, 64)[0].tiles
+
+    assert tiles("vllm", "NVIDIA H100 80GB HBM3").source == "vLLM's defaults"  # no bf16 file for it
+    assert tiles("vllm H200 file", "NVIDIA H100 80GB HBM3") == tiles("vllm", "NVIDIA H200")
+    assert tiles("vllm zeroed 25%", "NVIDIA H200") == tiles("vllm tuned", "NVIDIA H200")
+    assert layer_model.predict_measured("vllm tuned, uniformly 25% narrower", "Qwen3-30B-A3B", "NVIDIA H200", 64) == []
