@@ -78,6 +78,8 @@ def test_who_runs_beside_whom_changes_shares() -> None:
     """The shorter of two readers leaves the memory to the longer one."""
     two = replace(grid(2), dram_bytes=np.array([1e6, 3e6]), l2_bytes=np.array([1e6, 3e6]))
     assert simulate(two, SMALL_GPU) == pytest.approx(4e-3)
+    cached = replace(grid(2), dram_bytes=np.array([1e6, 0]), l2_bytes=np.array([1e6, 4e6]))
+    assert simulate(cached, SMALL_GPU) == pytest.approx(1e-3)  # reading from L2 takes nothing of the memory's bandwidth
 
 
 def test_grids_are_checked() -> None:
@@ -138,6 +140,15 @@ def test_limits() -> None:
     assert 0.55 < share < 0.66  # the part of their peak that a main loop reaches, less tails and padded rows
 
 
+def test_stock_pays_for_its_activation_and_all_for_combine() -> None:
+    gpu = GPUS["H200"]
+    stock, ours = (predict(code, TOY, [512] * 8, 16384, gpu, WIDE_TILES) for code in (STOCK, AFTER))
+    routes, boundary = 2 * 16384, 1e-6
+    assert ours.activation == 0 and stock.combine == ours.combine
+    assert stock.activation == pytest.approx(boundary + 3 * 512 * routes * 2 / gpu.dram_bandwidth)
+    assert stock.combine == pytest.approx(boundary + 512 * (routes + 16384) * 2 / gpu.dram_bandwidth)
+
+
 @pytest.mark.parametrize("code", [BEFORE, AFTER])
 @pytest.mark.parametrize("tokens", [2, 8, 64, 512])
 def test_more_pruning_is_never_slower(code: Code, tokens: int) -> None:
@@ -157,7 +168,10 @@ def test_what_each_change_is_worth() -> None:
     for change in ({"extra_experts": 400}, {"idle_cta_s": 9e-6}, {"dependent_loads": 4}, {"mapping_launches": 2},
                    {"combine_s": 1e-6}, {"scalar_down": True}, {"up_element_s": 22e-9}, {"fused": False}):
         assert total(replace(AFTER, **change), 64, TILES) > 1.01 * total(AFTER, 64, TILES), change
-    assert total(replace(AFTER, products=2), 64, TILES) == total(AFTER, 64, TILES)  # mma.sync has no wide form
+    blocks, full = Blocks.build(np.array([40]), 16, 1), np.array([512])
+    for tiles, slower in ((TILES, 1), (WIDE_TILES, 1.075)):  # mma.sync has no wide form
+        one, two = (up_grid(replace(AFTER, products=products), blocks, full, 512, gpu, tiles) for products in (1, 2))
+        assert two.tensor_s.sum() == pytest.approx(slower * one.tensor_s.sum())
     assert total(replace(AFTER, products=2), 4096, WIDE_TILES) > total(AFTER, 4096, WIDE_TILES)
     assert total(replace(AFTER, scalar_down=True), 4096, WIDE_TILES) > 1.1 * total(AFTER, 4096, WIDE_TILES)
     after = predict(AFTER, TOY, widths, 1, gpu, TILES)
