@@ -5,7 +5,7 @@
     python -m benchmarks.layer_model --against benchmarks/results/moe_layer.csv         # beside what was measured
 
 Needs no GPU and measures nothing: kernels are simulated CTA by CTA (`benchmarks.event_simulation`) with constants most
-of which are guesses (`benchmarks.layer_kernels`). Against the published times of one shape it is 3 to 17 % optimistic,
+of which are guesses (`benchmarks.layer_kernels`). Against the published times of one shape it is 3 to 16 % optimistic,
 so that ratios are to be trusted to about 10 %, times less. Arms:
 
     vllm            stock vLLM on unpruned weights, with the tiles of its H200 file if the installed vLLM has one for
