@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.event_simulation import Gpu, Grid, simulate
 from benchmarks.modelled_tiles import GemmTile, LayerTiles
 from heapr_vllm.model_executor.synthetic import MoEShape
-from heapr_vllm.model_executor.triton_moe import use_one_route_blocks
+from heapr_vllm.model_executor.tile_config import use_one_route_blocks
 
 ITEM_BYTES = 2  # bf16
 SHARED_MEMORY, CTA_SHARED_MEMORY = 228 << 10, 1 << 10  # bytes of an SM, and what a CTA takes besides its own [guide]

@@ -18,7 +18,7 @@ def is_used() -> bool:
     """Whether CPU layers run on the op: AVX-512 without AMX, and it compiles.
 
     With AMX (through PyTorch's brgemm) and below AVX-512 ours was never timed against vLLM's op, which is the default
-    there. HEAPR_CPU_KERNEL=ragged or native overrides the choice.
+    there. HEAPR_CPU_KERNEL=ragged or native overrides the choice, as HEAPR_KERNEL does on every machine.
     """
     override = os.environ.get("HEAPR_CPU_KERNEL")
     if override == "native":
@@ -26,6 +26,11 @@ def is_used() -> bool:
     is_measured = cpu_build.isa() in ("avx512", "avx512_bf16")
     if not is_measured and override != "ragged":
         return False
+    return can_run()
+
+
+def can_run() -> bool:
+    """Whether the op is there, compiling it first if need be."""
     if cpu_build.isa() == "avx512_amx":
         torch.cpu._init_amx()  # asks the kernel for the tile registers
     return cpu_extension.load()

@@ -65,9 +65,9 @@ class HeaprConfig(QuantizationConfig):
                                  f"{self.num_layers} layers; use the model they were made for")
         if isinstance(getattr(hf_config, "quantization_config", None), dict):
             # vLLM's cache of compiled graphs is keyed by the config: make it depend on the widths, not on a path, and
-            # on the CPU kernel, whose name is a constant of the graphs
+            # on the kernel, whose name is a constant of the graphs
             hf_config.quantization_config["masks_sha256"] = file_sha256(self.masks_path)
-            hf_config.quantization_config["cpu_kernel"] = ragged_moe.cpu_choice()
+            hf_config.quantization_config["kernel"] = ragged_moe.kernel_choice()
         if Path(model_name).is_dir() or self.pruning.layout == "masks":
             weights = Checkpoint.resolve(model_name, revision)
             if weights.has_weights:

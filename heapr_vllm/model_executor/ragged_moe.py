@@ -18,15 +18,21 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from heapr_vllm.model_executor import cpu_moe, cpu_ragged_moe
+from heapr_vllm.model_executor.forced_kernel import NATIVE, RAGGED, REFERENCE, TRITON, check_layer, forced_kernel
 from heapr_vllm.model_executor.layout import TRITON_UNIT, RaggedLayout, round_up
 from heapr_vllm.model_executor.reference import ragged_moe_reference
 
-REFERENCE, TRITON, RAGGED = "reference", "triton", "ragged"
 SHARE_UNIT = 16
 
 
 def select_kernel(dtype: torch.dtype, hidden_size: int) -> str:
-    """The fastest kernel that can run this layer here."""
+    """The kernel that HEAPR_KERNEL forces, otherwise the fastest one that can run this layer here.
+
+    Raises HeaprError if the forced one cannot.
+    """
+    if forced := forced_kernel():
+        check_layer(forced, dtype, hidden_size)
+        return cpu_moe.native_isa(dtype, hidden_size) if forced == NATIVE else forced
     if current_platform.is_cpu():
         if hidden_size % cpu_ragged_moe.COLUMNS == 0 and cpu_ragged_moe.is_used():
             return RAGGED
@@ -35,14 +41,20 @@ def select_kernel(dtype: torch.dtype, hidden_size: int) -> str:
     return TRITON if has_triton and hidden_size % 16 == 0 else REFERENCE
 
 
-def cpu_choice() -> str | None:
-    """What the choice among CPU kernels depends on apart from the layer; None on other platforms.
+def kernel_choice() -> str | None:
+    """What the choice depends on apart from the layer; None on other platforms than CPUs, unless it is forced.
 
-    Asked once in the front end, it has our op compiled before any worker starts.
+    Asked once in the front end, it has our op compiled before any worker starts. Raises HeaprError if the forced
+    kernel cannot run here.
     """
+    forced = forced_kernel()
+    if forced not in (None, NATIVE):
+        return forced
     if not current_platform.is_cpu():
         return None
-    return RAGGED if cpu_ragged_moe.is_used() else f"native, buckets {cpu_moe.buckets_override()}"
+    if forced is None and cpu_ragged_moe.is_used():
+        return RAGGED
+    return f"native, buckets {cpu_moe.buckets_override()}"
 
 
 def share_unit(kernel: str) -> int:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Timer
@@ -44,13 +44,14 @@ def generate_many(models: list[Path], *, env: dict[str, str], limit: float = 600
     return _ask_many("generate", [{"model": str(model), **llm} for model in models], env, limit)
 
 
-def answer_many(variants: dict[str, dict[str, Any]], *, env: dict[str, str] | None = None) -> dict[str, list | str]:
-    """What `answer_twice` gets from an engine per variant, or the reason for an engine that fails.
+def answer_many(variants: dict[str, dict[str, Any]], *, env: dict[str, str] | None = None,
+                ask: str = "answer_twice") -> dict[str, list | str]:
+    """What the function `ask` gets from an engine per variant, or the reason for an engine that fails.
 
     A variant is LLM arguments, and under "lora" the folder of an adapter to answer with.
     """
     engines = [{"disable_log_stats": False, **variant} for variant in variants.values()]
-    return dict(zip(variants, _ask_many("answer_twice", engines, env or {}, 600), strict=True))
+    return dict(zip(variants, _ask_many(ask, engines, env or {}, 600), strict=True))
 
 
 def _ask_many(ask: str, engines: list[dict[str, Any]], env: dict[str, str], limit: float) -> Iterator[Any]:
@@ -115,15 +116,32 @@ def results(process: subprocess.CompletedProcess) -> list[dict[str, Any]]:
     return json.loads(line.removeprefix(MARKER))
 
 
-def generate(llm: Any) -> dict[str, Any]:
+def generate(llm: Any, prompts: Sequence[list[int]] = PROMPTS,
+             max_tokens: Sequence[int] = (16,) * len(PROMPTS)) -> dict[str, Any]:
+    """Greedy ids, `max_tokens` of them by prompt, and prompt logprobs."""
     from vllm import SamplingParams
 
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS],
-                           SamplingParams(temperature=0, max_tokens=16, prompt_logprobs=0, ignore_eos=True))
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts],
+                           [SamplingParams(temperature=0, max_tokens=count, prompt_logprobs=0, ignore_eos=True)
+                            for count in max_tokens])
     return {"ids": [list(output.outputs[0].token_ids) for output in outputs],
             "logprobs": [[logprobs[token].logprob for token, logprobs in
                           zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
-                         for prompt, output in zip(PROMPTS, outputs, strict=True)]}
+                         for prompt, output in zip(prompts, outputs, strict=True)]}
+
+
+def generate_little(llm: Any) -> dict[str, Any]:
+    """For a slow kernel: a prefill, a step of two tokens and two of one; under "layers" `pruned_layers` by rank."""
+    from tests.model_executor.pruned_layers import pruned_layers
+
+    return {**generate(llm, PROMPTS[::2], (4, 2)), "layers": llm.apply_model(pruned_layers)}
+
+
+def generate_little_twice(llm: Any) -> list[dict[str, Any]]:
+    """The second time after `reload_weights`."""
+    before = generate_little(llm)
+    llm.collective_rpc("reload_weights")
+    return [before, generate_little(llm)]
 
 
 def answer(llm: Any, lora: str | None = None) -> dict[str, Any]:

@@ -44,6 +44,7 @@ EQUIVALENT = {
     "_block: first_row < total  ->  first_row <= total": "a block of padding more, masked at the stores",
     "index_tables: slot < layout.num_slots  ->  slot <= layout.num_slots":
         "torch's alignment drops both; vLLM's does not: test_index_tables",
+    "align_routes: block_starts < ends[-1]  ->  block_starts <= ends[-1]": "an idle block, whose slot nobody uses",
     "build: len(table) - len(slot_map)  ->  len(table) + len(slot_map)": "more idle blocks: test_blocks_are_not_wasted",
 }  # each stands for one place: where the same expression occurs twice, later places are numbered
 

@@ -29,8 +29,8 @@ from heapr_vllm.model_executor.ragged_moe import (
     RAGGED,
     REFERENCE,
     TRITON,
-    cpu_choice,
     index_tables,
+    kernel_choice,
     pack,
     register_op,
     select_kernel,
@@ -165,12 +165,12 @@ class TestCompiledOp:
         assert select_kernel(torch.bfloat16, 64) == native_isa(torch.bfloat16, 64)
 
     def test_compiled_graphs_are_not_shared_between_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """`cpu_choice` is a part of the key of vLLM's cache."""
+        """`kernel_choice` is a part of the key of vLLM's cache."""
         choices = set()
         for kernel, buckets in (("ragged", ""), ("native", ""), ("native", "always"), ("native", "never")):
             monkeypatch.setenv("HEAPR_CPU_KERNEL", kernel)
             monkeypatch.setenv("HEAPR_CPU_BUCKETS", buckets)
-            choices.add(cpu_choice())
+            choices.add(kernel_choice())
         assert len(choices) == 4
 
 
