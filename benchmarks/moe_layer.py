@@ -4,11 +4,15 @@
     python -m benchmarks.moe_layer --csv benchmarks/results/moe_layer.csv          # --quick: a few minutes
     python -m benchmarks.plot_moe_layer benchmarks/results/moe_layer.csv -o moe_layer.png
 
-Arms, interleaved in one process: vLLM's Triton MoE as shipped and tuned, FlashInfer's CUTLASS MoE, ours on unpruned
-and on ragged weights, and tuned vLLM on a model of uniformly narrower experts of the same size. Both sides get the same
-tuning time per token count. Calls run as CUDA graphs over several weight copies and freshly routed batches, so weights
-come from memory and not from L2. Arms that cannot run here are left out with the reason: PyTorch and Triton are enough
-for ours. `--device cpu` is `benchmarks.cpu_layer` and takes its options; for a look at this one without a GPU:
+Arms, interleaved in one process: vLLM's Triton MoE as shipped, with its H200 file where this GPU has none, and tuned;
+the same on the pruned weights at full width, zeros in place of the pruned neurons ("zeroed"); FlashInfer's CUTLASS
+MoE; ours on unpruned and on ragged weights; and tuned vLLM on a model of uniformly narrower experts of the same size.
+Stock on zeroed weights is what an engine without variable widths gets from pruning, ours unpruned is our engineering
+without pruning, and `vs_unpruned` is pruning without engineering. Both sides get the same tuning time per token count.
+Calls run as CUDA graphs over several weight copies and freshly routed batches (normal tokens, uniformly random
+routing), so weights come from memory and not from L2. Arms that cannot run here are left out with the reason: PyTorch
+and Triton are enough for ours. `--device cpu` is `benchmarks.cpu_layer` and takes its options; for a look at this one
+without a GPU:
 
     TRITON_INTERPRET=1 python -m benchmarks.moe_layer --shape tiny --tokens 1 8 --tune-seconds 0
 """
@@ -39,15 +43,20 @@ TOKENS = (1, 8, 32, 64, 256, 1024, 4096, 8192)
 QUICK_TOKENS = (1, 64, 1024, 8192)
 COPIES = 2
 TUNED = "vllm tuned"
+UNPRUNED = "heapr unpruned"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One line of the table. `run(batch, copy)` gives the output; `widths` are what it stores."""
+    """One line of the table. `run(batch, copy)` gives the output; `widths` are what it stores.
+
+    `sparsity`: whose output it must give; None for a model of its own.
+    """
 
     name: str
     widths: list[int]
     run: Callable[[Batch, int], torch.Tensor]
+    sparsity: float | None
     config: stock_moe.Config | None = None
 
 
@@ -61,11 +70,18 @@ def ours(layer: SyntheticLayer) -> Callable[[Batch, int], torch.Tensor]:
 
 
 def as_uniform(layer: SyntheticLayer) -> UniformLayer:
-    """The same unpruned experts in vLLM's layout."""
-    experts, _, hidden, width = layer.moe
-    w2 = [weight.view(experts, width // TRITON_UNIT, hidden, TRITON_UNIT).transpose(1, 2).reshape(experts, hidden, -1)
-          for weight in layer.w2]
-    return UniformLayer(layer.moe, [weight.view(experts, 2 * width, hidden) for weight in layer.w13], w2)
+    """The same experts in vLLM's layout, at the unpruned width: pruned neurons are zero."""
+    experts, _, hidden, full = layer.moe
+    w1 = [weight.new_zeros(experts, 2, full, hidden) for weight in layer.w13]
+    w2 = [weight.new_zeros(experts, hidden, full) for weight in layer.w2]
+    slots, table = layer.slots.tolist(), layer.table.tolist()
+    for expert, expected in enumerate(layer.widths):
+        row, width = table[slots[expert]] if expected else (0, 0)
+        for copy, (packed, down) in enumerate(zip(layer.w13, layer.w2, strict=True)):
+            w1[copy][expert, :, :width] = packed[2 * row : 2 * (row + width)].view(2, width, hidden)
+            slabs = down[row : row + width].view(-1, hidden, TRITON_UNIT)
+            w2[copy][expert, :, :width] = slabs.transpose(0, 1).reshape(hidden, width)
+    return UniformLayer(layer.moe, [weight.flatten(1, 2) for weight in w1], w2)
 
 
 class Contest:
@@ -77,37 +93,56 @@ class Contest:
         full = moe.moe_intermediate_size
         self.ragged = {sparsity: SyntheticLayer.build(moe, ragged_widths(moe.num_experts, full, sparsity), dtype,
                                                       device, COPIES) for sparsity in (0.0, *sparsities)}
-        self.uniform: dict[float, UniformLayer] = {}
+        self.full: dict[float, UniformLayer] = {}
+        self.narrow: dict[float, UniformLayer] = {}
         if stock:
-            self.uniform = {0.0: as_uniform(self.ragged[0.0])} | {
-                sparsity: UniformLayer.build(moe, round(full * (1 - sparsity) / 32) * 32, dtype,
-                                             device, COPIES) for sparsity in sparsities}
+            self.full = {sparsity: as_uniform(layer) for sparsity, layer in self.ragged.items()}
+            self.narrow = {sparsity: UniformLayer.build(moe, round(full * (1 - sparsity) / 32) * 32, dtype, device,
+                                                        COPIES) for sparsity in sparsities}
         has_flashinfer = stock and importlib.util.find_spec("flashinfer") is not None
-        self.swapped = self.uniform[0.0].swapped() if has_flashinfer else None
+        self.swapped = self.full[0.0].swapped() if has_flashinfer else None
+
+    @property
+    def stock_shapes(self) -> list[UniformLayer]:
+        """One layer of every shape that the opponents run."""
+        return [*list(self.full.values())[:1], *self.narrow.values()]
 
     def arms(self, batches: list[Batch], configs: Path, tune_seconds: float) -> list[Arm]:
         """Arms that run here and agree with the reference, stock ones tuned first if `tune_seconds` is not 0.
 
         Raises RuntimeError if ours do not.
         """
-        found = []
-        for sparsity, layer in self.uniform.items():
-            config = stock_moe.tuned_config(layer, batches, configs, tune_seconds) if tune_seconds else None
-            widths = [layer.width] * self.moe.num_experts
-            if not sparsity:
-                found.append(Arm("vllm", widths, layer.vllm))
-                if self.swapped:
-                    found.append(Arm("flashinfer_cutlass", widths, self.swapped.flashinfer))
-            if config:
-                found.append(Arm(f"{TUNED}, uniformly {sparsity:.0%} narrower" if sparsity else TUNED, widths,
-                                 layer.vllm, config))
-        dense = self.expected(0.0, batches[0])
-        found = [arm for arm in found if arm.widths != self.ragged[0.0].widths or _is_right(arm, batches[0], dense)]
-        for sparsity, layer in self.ragged.items():
-            arm = Arm(f"heapr {sparsity:.0%} pruned" if sparsity else "heapr unpruned", layer.widths, ours(layer))
-            if not _is_right(arm, batches[0], self.expected(sparsity, batches[0])):
-                raise RuntimeError(f"{arm.name} is wrong here; run make test-gpu")
-            found.append(arm)
+        ragged = [Arm(f"heapr {sparsity:.0%} pruned" if sparsity else UNPRUNED, layer.widths, ours(layer), sparsity)
+                  for sparsity, layer in self.ragged.items()]
+        expected = {sparsity: self.expected(sparsity, batches[0]) for sparsity in self.ragged}
+        found = [arm for arm in [*self.opponents(batches, configs, tune_seconds), *ragged]
+                 if arm.sparsity is None or _is_right(arm, batches[0], expected[arm.sparsity])]
+        if missing := {arm.name for arm in ragged} - {arm.name for arm in found}:
+            raise RuntimeError(f"{', '.join(missing)} is wrong here; run make test-gpu")
+        return found
+
+    def opponents(self, batches: list[Batch], configs: Path, tune_seconds: float) -> list[Arm]:
+        """Stock arms, the zeroed ones with the best configuration there is for their shape."""
+        if not self.full:
+            return []
+
+        def tuned(layer: UniformLayer) -> stock_moe.Config | None:
+            return stock_moe.tuned_config(layer, batches, configs, tune_seconds) if tune_seconds else None
+
+        dense, full = self.full[0.0], [self.moe.moe_intermediate_size] * self.moe.num_experts
+        from_file, best = stock_moe.h200_config(dense, len(batches[0].x)), tuned(dense)
+        found = [Arm("vllm", full, dense.vllm, 0.0)]
+        if from_file:
+            found.append(Arm("vllm H200 file", full, dense.vllm, 0.0, from_file))
+        if self.swapped:
+            found.append(Arm("flashinfer_cutlass", full, self.swapped.flashinfer, 0.0))
+        if best:
+            found.append(Arm(TUNED, full, dense.vllm, 0.0, best))
+        found += [Arm(f"vllm zeroed {sparsity:.0%}", full, layer.vllm, sparsity, best or from_file)
+                  for sparsity, layer in self.full.items() if sparsity]
+        if best:
+            found += [Arm(f"{TUNED}, uniformly {sparsity:.0%} narrower", [layer.width] * self.moe.num_experts,
+                          layer.vllm, None, tuned(layer)) for sparsity, layer in self.narrow.items()]
         return found
 
     def expected(self, sparsity: float, batch: Batch) -> torch.Tensor:
@@ -133,8 +168,9 @@ def _is_right(arm: Arm, batch: Batch, expected: torch.Tensor) -> bool:
 def measure(arms: list[Arm], moe: MoEShape, batches: list[Batch], peaks: Peaks, rounds: int) -> list[dict]:
     """One row per arm. `vs_baseline`: time over that of `baseline`, which is tuned vLLM or, without it, ours unpruned.
 
-    `kept`: stored fraction of the neurons; `kept_routed`: the same weighted by routing; `roofline`: least possible
-    time over time.
+    `vs_unpruned`: time over that of ours unpruned. `experts_hit`: distinct experts per call. `kept`: stored fraction of
+    the neurons, zeros included; `kept_routed`: the same weighted by routing, that is, the executed fraction;
+    `roofline`: least possible time over time.
     """
     watches = {}
     for arm in arms:
@@ -144,7 +180,7 @@ def measure(arms: list[Arm], moe: MoEShape, batches: list[Batch], peaks: Peaks, 
     interleave(watches, max(rounds // 5, 1))
     seconds = interleave(watches, rounds)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    baseline = TUNED if TUNED in medians else "heapr unpruned"
+    baseline = TUNED if TUNED in medians else UNPRUNED
     rows = []
     for arm in arms:
         todo = work(moe, arm.widths, batches)
@@ -153,6 +189,7 @@ def measure(arms: list[Arm], moe: MoEShape, batches: list[Batch], peaks: Peaks, 
         rows.append({"tokens": len(batches[0].x), "arm": arm.name, "dtype": str(batches[0].x.dtype).split(".")[1],
                      "microseconds": round(1e6 * median, 2), "spread": round(spread, 3), "baseline": baseline,
                      "vs_baseline": round(median / medians[baseline], 3),
+                     "vs_unpruned": round(median / medians[UNPRUNED], 3),
                      "kept": round(sum(arm.widths) / moe.num_experts / moe.moe_intermediate_size, 3),
                      "kept_routed": round(todo.routed_width / moe.moe_intermediate_size, 3),
                      "experts_hit": round(todo.experts, 1), "floor_us": round(1e6 * todo.floor(peaks), 2),
@@ -164,7 +201,8 @@ def measure(arms: list[Arm], moe: MoEShape, batches: list[Batch], peaks: Peaks, 
 def show(shape: str, rows: list[dict]) -> None:
     print(f"\n{shape}, {rows[0]['tokens']} tokens, {rows[0]['experts_hit']:.0f} experts hit")
     for row in rows:
-        print(f"  {row['arm']:<36} {row['microseconds']:>10.1f} us  x{row['vs_baseline']:<6} kept {row['kept']:.2f} "
+        print(f"  {row['arm']:<36} {row['microseconds']:>10.1f} us  x{row['vs_baseline']:<6} "
+              f"(x{row['vs_unpruned']:<6} of {UNPRUNED})  kept {row['kept']:.2f} "
               f"(routed {row['kept_routed']:.2f})  {row['roofline']:>4.0%} of roofline  {row['tflops']:>6.1f} TFLOP/s  "
               f"spread {row['spread']:.0%}", flush=True)
 
@@ -210,7 +248,7 @@ def main() -> None:
             tune(jobs, args.tokens, args.configs, args.tune_seconds * len(jobs) * len(args.tokens))
         contest = Contest(moe, args.sparsity, dtype, device, stock=reason is None)
         if args.tune_seconds:
-            stock_moe.compile_all([(layer, tokens) for layer in contest.uniform.values() for tokens in args.tokens])
+            stock_moe.compile_all([(layer, tokens) for layer in contest.stock_shapes for tokens in args.tokens])
         for tokens in args.tokens:
             batches = batches_for(contest.ragged[0.0], tokens)
             arms = contest.arms(batches, args.configs, args.tune_seconds)

@@ -126,7 +126,7 @@ def using(config: Config | None) -> Iterator[None]:
 def tuned_config(layer: UniformLayer, batches: list[Batch], folder: Path, seconds: float) -> Config:
     """vLLM's fastest configuration for these batches, from `folder` or found within `seconds` and written there.
 
-    Candidates start with what vLLM ships, so the result is never slower than that.
+    Candidates start with what vLLM ships, for this GPU and for the H200, so the result is never slower than that.
     """
     path = folder / (f"vllm,E={layer.moe.num_experts},N={layer.width},H={layer.moe.hidden_size},"
                      f"dtype={str(layer.w1[0].dtype).removeprefix('torch.')},"
@@ -142,9 +142,9 @@ def tuned_config(layer: UniformLayer, batches: list[Batch], folder: Path, second
 
 def _search(layer: UniformLayer, batches: list[Batch], deadline: float) -> Config:
     device = batches[0].x.device
-    shipped = shipped_config(layer, len(batches[0].x))
-    best, best_seconds = shipped, float("inf")
-    for config in [shipped, *candidates(layer, len(batches[0].x))]:
+    known = known_configs(layer, len(batches[0].x))
+    best, best_seconds = known[0], float("inf")
+    for config in [*known, *candidates(layer, len(batches[0].x))]:
         if time.monotonic() > deadline:
             break
         with using(config):
@@ -164,8 +164,28 @@ def shipped_config(layer: UniformLayer, num_tokens: int) -> Config:
     return try_get_optimal_moe_config(layer.w1[0].shape, layer.w2[0].shape, layer.moe.top_k, None, num_tokens)
 
 
+def h200_config(layer: UniformLayer, num_tokens: int) -> Config | None:
+    """What vLLM takes on an H200, if it ships a file of this shape for that and would not take the same here."""
+    import vllm
+
+    path = (Path(vllm.__file__).parent / "model_executor/layers/fused_moe/configs" /
+            f"E={layer.moe.num_experts},N={layer.width},device_name=NVIDIA_H200.json")
+    if not path.is_file():
+        return None
+    entries = json.loads(path.read_text())
+    entries.pop("triton_version", None)
+    config = entries[min(entries, key=lambda count: abs(int(count) - num_tokens))]
+    return None if config == shipped_config(layer, num_tokens) else config
+
+
+def known_configs(layer: UniformLayer, num_tokens: int) -> list[Config]:
+    """vLLM's own choice, and that for the H200 if it is another."""
+    from_file = h200_config(layer, num_tokens)
+    return [shipped_config(layer, num_tokens), *([from_file] if from_file else [])]
+
+
 def candidates(layer: UniformLayer, num_tokens: int) -> list[Config]:
-    """Configurations around the usual ones, nearest to the shipped one first."""
+    """Configurations around the usual ones, nearest to the last of `known_configs` first."""
     routes = num_tokens * layer.moe.top_k / layer.moe.num_experts
     found = [
         {"BLOCK_SIZE_M": m, "BLOCK_SIZE_N": n, "BLOCK_SIZE_K": k, "GROUP_SIZE_M": group, "SPLIT_K": 1,
@@ -174,14 +194,16 @@ def candidates(layer: UniformLayer, num_tokens: int) -> list[Config]:
         for n in (32, 64, 128, 256) for k in (64, 128, 256) for warps in (4, 8) for stages in (2, 3, 4, 5)
         for group in ((1, 16) if routes > m else (1,))
         if m * n <= 128 * 32 * warps and stages * k * (m + n) * 2 <= 227 * 1024 and (warps == 4 or m * n >= 64 * 128)]
-    shipped = shipped_config(layer, num_tokens)
-    return sorted(found, key=lambda config: sum(config[key] != shipped.get(key) for key in config))[:MAX_CANDIDATES]
+    near = known_configs(layer, num_tokens)[-1]
+    return sorted(found, key=lambda config: sum(config[key] != near.get(key) for key in config))[:MAX_CANDIDATES]
 
 
 def compile_all(work: list[tuple[UniformLayer, int]]) -> None:
     """Compiles the candidates for these layers and token counts in parallel; Triton's cache then has them."""
-    jobs = {(layer.moe.top_k, layer.w1[0].dtype, tuple(config.items())): None for layer, tokens in work
-            for config in candidates(layer, tokens)}  # sizes are no constants of vLLM's kernel
+    jobs: dict[tuple, None] = {}
+    for layer, tokens in work:
+        for config in [*known_configs(layer, tokens), *candidates(layer, tokens)]:
+            jobs[layer.moe.top_k, layer.w1[0].dtype, tuple(config.items())] = None  # any size, one kernel
     if not jobs:
         return
     context = multiprocessing.get_context("spawn")
