@@ -31,8 +31,7 @@ from benchmarks import stock_moe
 from benchmarks.roofline import Peaks, measure_peaks, work
 from benchmarks.rows import append_csv
 from benchmarks.stock_moe import UniformLayer
-from heapr_vllm.model_executor.layout import TRITON_UNIT
-from heapr_vllm.model_executor.reference import ragged_moe_reference
+from heapr_vllm.model_executor.layout import TRITON_UNIT, RaggedLayout
 from heapr_vllm.model_executor.synthetic import PAPER_SHAPES, Batch, MoEShape, SyntheticLayer, ragged_widths
 from heapr_vllm.model_executor.timing import interleave, stopwatch
 from heapr_vllm.model_executor.triton_moe import triton_ragged_moe
@@ -74,11 +73,11 @@ def as_uniform(layer: SyntheticLayer) -> UniformLayer:
     experts, _, hidden, full = layer.moe
     w1 = [weight.new_zeros(experts, 2, full, hidden) for weight in layer.w13]
     w2 = [weight.new_zeros(experts, hidden, full) for weight in layer.w2]
-    slots, table = layer.slots.tolist(), layer.table.tolist()
-    for expert, expected in enumerate(layer.widths):
-        row, width = table[slots[expert]] if expected else (0, 0)
+    layout = RaggedLayout.build(layer.widths, layer.widths)
+    for expert in (expert for expert, width in enumerate(layer.widths) if width):
+        row, width = layout.place(expert)
         for copy, (packed, down) in enumerate(zip(layer.w13, layer.w2, strict=True)):
-            w1[copy][expert, :, :width] = packed[2 * row : 2 * (row + width)].view(2, width, hidden)
+            w1[copy][expert, :, :width] = packed[2 * row : 2 * (row + width)].view(width, 2, hidden).transpose(0, 1)
             slabs = down[row : row + width].view(-1, hidden, TRITON_UNIT)
             w2[copy][expert, :, :width] = slabs.transpose(0, 1).reshape(hidden, width)
     return UniformLayer(layer.moe, [weight.flatten(1, 2) for weight in w1], w2)
@@ -114,7 +113,7 @@ class Contest:
         """
         ragged = [Arm(f"heapr {sparsity:.0%} pruned" if sparsity else UNPRUNED, layer.widths, ours(layer), sparsity)
                   for sparsity, layer in self.ragged.items()]
-        expected = {sparsity: self.expected(sparsity, batches[0]) for sparsity in self.ragged}
+        expected = {sparsity: layer.expected(batches[0]) for sparsity, layer in self.ragged.items()}
         found = [arm for arm in [*self.opponents(batches, configs, tune_seconds), *ragged]
                  if arm.sparsity is None or _is_right(arm, batches[0], expected[arm.sparsity])]
         if missing := {arm.name for arm in ragged} - {arm.name for arm in found}:
@@ -144,11 +143,6 @@ class Contest:
             found += [Arm(f"{TUNED}, uniformly {sparsity:.0%} narrower", [layer.width] * self.moe.num_experts,
                           layer.vllm, None, tuned(layer)) for sparsity, layer in self.narrow.items()]
         return found
-
-    def expected(self, sparsity: float, batch: Batch) -> torch.Tensor:
-        layer = self.ragged[sparsity]
-        return ragged_moe_reference(batch.x, layer.w13[0], layer.plain_w2, batch.topk_weights, batch.topk_ids,
-                                    layer.slots, layer.table)
 
 
 def _is_right(arm: Arm, batch: Batch, expected: torch.Tensor) -> bool:

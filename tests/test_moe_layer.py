@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 from benchmarks import moe_layer, plot_moe_layer, stock_moe
 from benchmarks.roofline import Peaks, work
-from heapr_vllm.model_executor.reference import ragged_moe_reference
 from heapr_vllm.model_executor.synthetic import PAPER_SHAPES, Batch, MoEShape, SyntheticLayer, random_batch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the benchmark itself")
@@ -89,8 +88,7 @@ def test_zeroed_weights_are_those_of_the_ragged_arm(monkeypatch: pytest.MonkeyPa
     layer = SyntheticLayer.build(moe, [128, 0, 192], torch.float32, device, copies=2)
     full = moe_layer.as_uniform(layer)
     batch = random_batch(5, moe, torch.float32, device)
-    expected = ragged_moe_reference(batch.x, layer.w13[0], layer.plain_w2, batch.topk_weights, batch.topk_ids,
-                                    layer.slots, layer.table)
+    expected = layer.expected(batch)
     arm = moe_layer.Arm("vllm zeroed", [192] * 3, full.vllm, 0.5)
     assert full.w1[0].shape == (3, 384, 64) and full.w2[0].shape == (3, 64, 192)
     assert [int((weight != 0).any(0).sum()) for weight in full.w2[1]] == layer.widths
