@@ -5,11 +5,11 @@ VLLM ?= 0.26.0
 BIN := .venv/bin
 ENGINE := VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
 
-.PHONY: help setup demo soak test test-window test-gpu mutants lint
+.PHONY: help setup demo soak test test-window test-gpu mutants compile-table lint
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.ready  ## create .venv with everything for development, a CPU build of vLLM included
 
@@ -42,6 +42,9 @@ test-gpu:  ## run the kernel tests on this machine's GPU
 
 mutants: setup  ## break every index computation of the kernels in turn: some test must fail each time
 	$(BIN)/python -m tests.model_executor.mutants
+
+compile-table: setup  ## compile the GPU kernels with every Triton of the window; the diff shows what changed
+	$(BIN)/python -m tests.model_executor.compile_table
 
 lint: setup  ## check style
 	$(BIN)/ruff check .
