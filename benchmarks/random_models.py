@@ -79,7 +79,8 @@ def random_masks(config: dict[str, Any], sparsity: float) -> NeuronMasks:
     num_experts = config.get("num_experts") or config["n_routed_experts"]
     layers = range(config.get("first_k_dense_replace", 0), config["num_hidden_layers"])
     generator = torch.Generator().manual_seed(0)
-    kept = 1 - sparsity + LAYER_SPREAD * torch.randn(len(layers), generator=generator)
+    spread = LAYER_SPREAD if sparsity else 0.0
+    kept = 1 - sparsity + spread * torch.randn(len(layers), generator=generator)
     kept = (kept + (1 - sparsity - kept.mean())).clamp(0.1, 1)
     keep = {}
     for layer, fraction in zip(layers, kept.tolist(), strict=True):

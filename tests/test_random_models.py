@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from benchmarks.random_models import CONFIGS, write_dense, write_pruned
+from benchmarks.random_models import CONFIGS, random_masks, write_dense, write_pruned
 from heapr_vllm.deepseek import register_deepseek
 from heapr_vllm.masks import NeuronMasks
 from heapr_vllm.model_executor.synthetic import PAPER_SHAPES
@@ -29,6 +29,11 @@ def test_sizes_and_masks(name: str, tmp_path: Path) -> None:
     assert len(masks.keep) == config.num_hidden_layers - (config.model_type == "deepseek")
     widths = [width for layer in masks.widths.values() for width in layer.tolist()]
     assert all(width % 64 == 0 for width in widths) and len(set(widths)) > 2
+
+
+def test_nothing_pruned_is_nothing_pruned() -> None:
+    masks = random_masks(CONFIGS["Qwen3-MoE-1.7GB"], 0.0)
+    assert all(bool(keep.all()) for keep in masks.keep.values())
 
 
 @pytest.mark.vllm
