@@ -15,15 +15,15 @@ COLUMNS = 32  # outputs of a panel; hidden sizes are multiples of it
 
 
 def is_used() -> bool:
-    """Whether CPU layers run on the op: AVX-512 without AMX, and it compiles.
+    """Whether CPU layers run on the op: AVX2 or AVX-512 without AMX, and it compiles.
 
-    With AMX (through PyTorch's brgemm) and below AVX-512 ours was never timed against vLLM's op, which is the default
-    there. HEAPR_CPU_KERNEL=ragged or native overrides the choice, as HEAPR_KERNEL does on every machine.
+    With AMX (through PyTorch's brgemm) ours was never timed against vLLM's op, which is the default there.
+    HEAPR_CPU_KERNEL=ragged or native overrides the choice, as HEAPR_KERNEL does on every machine.
     """
     override = os.environ.get("HEAPR_CPU_KERNEL")
     if override == "native":
         return False
-    is_measured = cpu_build.isa() in ("avx512", "avx512_bf16")
+    is_measured = cpu_build.isa() in ("avx2", "avx512", "avx512_bf16")
     if not is_measured and override != "ragged":
         return False
     return can_run()

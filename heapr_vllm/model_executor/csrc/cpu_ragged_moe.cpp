@@ -19,15 +19,25 @@
 #include <atomic>
 #include <cstring>
 #include <vector>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
 namespace {
 
-constexpr int64_t kLanes = 16;  // columns of one vector register
+constexpr int64_t kLanes = 16;  // neurons of a panel
 constexpr int64_t kPanel = 2 * kLanes;
-constexpr int64_t kRows = 12;        // rows of the micro-kernel: 12 x 2 accumulators of the 32 registers
+#ifdef __AVX512F__
+constexpr int64_t kWidth = 16;         // columns of one vector register
+constexpr int64_t kAccumulators = 24;  // of the 32 registers
+constexpr int64_t kRows = 12;          // rows of the micro-kernel: 12 x 2 accumulators
+constexpr int64_t kHeld = 2;           // vectors of weights in registers at a time
+#else
+constexpr int64_t kWidth = 8;
+constexpr int64_t kAccumulators = 12;  // of the 16 registers
+constexpr int64_t kRows = 6;           // 6 x 2 accumulators and two passes over a panel, or 3 x 4 and one
+constexpr int64_t kHeld = 1;
+#endif
 constexpr int64_t kRowBlock = 96;    // rows of a gate/up task: its activations stay in the L2 cache
 constexpr int64_t kAmxRows = 32;     // rows of a product on AMX tiles, two by two of them
 constexpr int64_t kAmxUnit = 16;     // rows of a tile; what is missing is computed and thrown away
@@ -35,74 +45,100 @@ constexpr int64_t kFewRows = 5;      // with fewer rows reading weights dominate
 constexpr int64_t kChunk = 1024;     // tokens sorted and computed together; bounds the scratch
 constexpr int64_t kPrefetch = 8192;  // bytes ahead in the stream of weights; 2048 and 32768 were slower
 
-typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float Vec __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 
-Vec& at16(float* p) { return *reinterpret_cast<Vec*>(p); }
-
-// acc += a * b for one step along K: P values of a row, and 16 columns times P of a panel. `Row` is the type that
-// activations have here: float for half precision, so that each is converted once.
+// One step along K: P values of a row times P values of each of kWidth columns, which `load` reads. `Row` is the type
+// that activations have here: float where they would be converted at every use.
 template <typename T>
 struct Step;
 
 template <>
 struct Step<float> {
   using Row = float;
+  using Columns = Vec;
   static constexpr int64_t kPairs = 1;
-  static void fma(Vec& acc, const float* a, const float* b) { acc += *a * *reinterpret_cast<const Vec*>(b); }
+  static Columns load(const float* b) { return *reinterpret_cast<const Vec*>(b); }
+  static void fma(Vec& acc, const Row* a, Columns b) { acc += *a * b; }
 };
 
 template <>
 struct Step<at::Half> {
   using Row = float;
+  using Columns = Vec;
   static constexpr int64_t kPairs = 1;
-  static void fma(Vec& acc, const float* a, const at::Half* b) {
-#ifdef __AVX512F__
-    const Vec wide = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+  static Columns load(const at::Half* b) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+#elif defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
 #else
     Vec wide;
-    for (int i = 0; i < kLanes; ++i) wide[i] = static_cast<float>(b[i]);
+    for (int i = 0; i < kWidth; ++i) wide[i] = static_cast<float>(b[i]);
+    return wide;
 #endif
-    acc += *a * wide;
   }
+  static void fma(Vec& acc, const Row* a, Columns b) { acc += *a * b; }
 };
 
 template <>
 struct Step<at::BFloat16> {
-  using Row = at::BFloat16;
   static constexpr int64_t kPairs = 2;
-  static void fma(Vec& acc, const at::BFloat16* a, const at::BFloat16* b) {
 #ifdef __AVX512BF16__
+  using Row = at::BFloat16;
+  using Columns = __m512bh;
+  static Columns load(const at::BFloat16* b) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)); }
+  static void fma(Vec& acc, const Row* a, Columns b) {
     int32_t pair;
     std::memcpy(&pair, a, sizeof(pair));
-    acc = _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)),
-                           reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)));
-#else
-    const Bits bits = *reinterpret_cast<const Bits*>(b);
-    acc += static_cast<float>(a[0]) * reinterpret_cast<Vec>(bits << 16);
-    acc += static_cast<float>(a[1]) * reinterpret_cast<Vec>(bits & 0xffff0000u);
-#endif
+    acc = _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)), b);
   }
+#else
+  using Row = float;
+  struct Columns {
+    Vec even, odd;
+  };
+  static Columns load(const at::BFloat16* b) {
+    const Bits bits = *reinterpret_cast<const Bits*>(b);
+    return {reinterpret_cast<Vec>(bits << 16), reinterpret_cast<Vec>(bits & 0xffff0000u)};
+  }
+  static void fma(Vec& acc, const Row* a, Columns b) {
+    acc += a[0] * b.even;
+    acc += a[1] * b.odd;
+  }
+#endif
 };
 
-// out[r][32] = rows[r][0 : depth] times a panel, for `Rows` rows.
+// out[r][32] = rows[r][0 : depth] times a panel, for `Rows` rows; in two passes if there are accumulators for half of it.
 template <typename T, int Rows>
 void multiply(const typename Step<T>::Row* const* rows, int64_t depth, const T* panel, float* out) {
   constexpr int64_t pairs = Step<T>::kPairs;
-  Vec acc[Rows][2] = {};
-  for (int64_t k = 0; k < depth; k += pairs, panel += kPanel * pairs) {
-    __builtin_prefetch(reinterpret_cast<const char*>(panel) + kPrefetch);
-    __builtin_prefetch(reinterpret_cast<const char*>(panel + kLanes * pairs) + kPrefetch);
+  constexpr int64_t vectors = kPanel / kWidth * Rows <= kAccumulators ? kPanel / kWidth : kLanes / kWidth;
+  for (int64_t column = 0; column < kPanel; column += vectors * kWidth) {
+    Vec acc[Rows][vectors] = {};
+    const T* b = panel + column * pairs;
+    for (int64_t k = 0; k < depth; k += pairs, b += kPanel * pairs) {
+#pragma GCC unroll 4
+      for (int first = 0; first < vectors; first += kHeld) {
+        const T* part = b + first * kWidth * pairs;
+        typename Step<T>::Columns columns[kHeld];
+#pragma GCC unroll 2
+        for (int v = 0; v < kHeld; ++v) {
+          if ((first + v) * kWidth % kLanes == 0)
+            __builtin_prefetch(reinterpret_cast<const char*>(part + v * kWidth * pairs) + kPrefetch);
+          columns[v] = Step<T>::load(part + v * kWidth * pairs);
+        }
 #pragma GCC unroll 12
-    for (int r = 0; r < Rows; ++r) {
-      Step<T>::fma(acc[r][0], rows[r] + k, panel);
-      Step<T>::fma(acc[r][1], rows[r] + k, panel + kLanes * pairs);
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < kHeld; ++v) Step<T>::fma(acc[r][first + v], rows[r] + k, columns[v]);
+      }
     }
-  }
 #pragma GCC unroll 12
-  for (int r = 0; r < Rows; ++r) {
-    at16(out + r * kPanel) = acc[r][0];
-    at16(out + r * kPanel + kLanes) = acc[r][1];
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v)
+        *reinterpret_cast<Vec*>(out + r * kPanel + column + v * kWidth) = acc[r][v];
   }
 }
 
@@ -130,7 +166,7 @@ bool on_tiles(int64_t count) {
 template <typename T>
 void multiply(int64_t count, const typename Step<T>::Row* const* rows, int64_t depth, bool tiled, const T* panel,
               float* out) {
-  if constexpr (std::is_same_v<T, at::BFloat16>)
+  if constexpr (std::is_same_v<typename Step<T>::Row, at::BFloat16>)
     if (tiled)
       return at::native::cpublas::brgemm(at::divup(count, kAmxUnit) * kAmxUnit, kPanel, depth, depth, kPanel, kPanel,
                                          false, rows[0], panel, out);
@@ -295,8 +331,7 @@ struct Layer {
             for (int64_t r = 0; r < count; ++r) {
               const int64_t route = routes[first + r];
               float* sum = sums.data() + (route / top_k - begin) * columns + (panel - first_panel) * kPanel;
-              at16(sum) += weights[route] * at16(out + r * kPanel);
-              at16(sum + kLanes) += weights[route] * at16(out + r * kPanel + kLanes);
+              for (int64_t i = 0; i < kPanel; ++i) sum[i] += weights[route] * out[r * kPanel + i];
             }
           }
         });
