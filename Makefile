@@ -32,19 +32,19 @@ test: setup  ## run all tests that need no GPU
 	$(ENGINE) $(BIN)/python -m pytest
 
 test-window: setup  ## run the engine tests on another version: make test-window VLLM=0.26.0
-	$(ENGINE) $(BIN)/python -m tests.window $(VLLM)
+	$(ENGINE) $(BIN)/python -m tools.window $(VLLM)
 
 # On a GPU machine with PyTorch, Triton, transformers, pytest and hypothesis; vLLM is optional. Uses $(PYTHON) as it is.
 test-gpu:  ## run the kernel tests on this machine's GPU
 	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "test-gpu needs a GPU that torch sees"'
-	$(PYTHON) -m pytest -q -p no:cacheprovider tests/model_executor/test_triton_moe.py \
-	    tests/model_executor/test_triton_scale.py tests/model_executor/test_tune.py
+	$(PYTHON) -m pytest -q -p no:cacheprovider tests/model_executor/kernels/triton/test_launch.py \
+	    tests/model_executor/kernels/triton/test_scale.py tests/model_executor/tuning/test_search.py
 
 mutants: setup  ## break every index computation of the kernels in turn: some test must fail each time
-	$(BIN)/python -m tests.model_executor.mutants
+	$(BIN)/python -m tools.mutants
 
 compile-table: setup  ## compile the GPU kernels with every Triton of the window; the diff shows what changed
-	$(BIN)/python -m tests.model_executor.compile_table
+	$(BIN)/python -m tools.compile_table
 
 lint: setup  ## check style
 	$(BIN)/ruff check .

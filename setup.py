@@ -15,17 +15,17 @@ from setuptools.command.build_py import build_py
 from setuptools.dist import Distribution
 
 HAS_OP = os.environ.get("HEAPR_BUILD_CPU_OP") == "1"
-FOLDER = Path("heapr_vllm", "model_executor")
+FOLDER = Path("heapr_vllm", "model_executor", "kernels", "cpu_compiled")
 
 
 class BuildWithOp(build_py):
     def run(self) -> None:
         super().run()
         if HAS_OP:
-            spec = importlib.util.spec_from_file_location("cpu_build", FOLDER / "cpu_build.py")
-            cpu_build = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(cpu_build)
-            cpu_build.build(Path(self.build_lib) / FOLDER / cpu_build.SOURCE.parent.name)
+            spec = importlib.util.spec_from_file_location("build", FOLDER / "build.py")
+            build = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(build)
+            build.build(Path(self.build_lib) / FOLDER)
 
 
 class MaybeBinary(Distribution):

@@ -4,7 +4,7 @@
     python -m benchmarks.cpu_layer --csv benchmarks/results/cpu_layer.csv
     python -m benchmarks.cpu_layer --sparsity 0.25 --buckets 1 2 3 6 32
 
-The second command is where the constants of `heapr_vllm/model_executor/cpu_moe.py` come from. Arms are interleaved in
+The second command is where the constants of `kernels/cpu_native.py` come from. Arms are interleaved in
 one process. Weights rotate over several copies, so that they come from memory and not from the cache. The table gives
 medians, and the load of the machine: above the number of threads the figures mean little.
 """
@@ -20,13 +20,13 @@ import torch
 from vllm.platforms import current_platform
 
 from benchmarks.rows import append_csv
-from heapr_vllm.model_executor import cpu_build, cpu_extension
-from heapr_vllm.model_executor.cpu_moe import WIDTH_UNIT, cpu_uniform_moe, native_isa
-from heapr_vllm.model_executor.layout import RaggedLayout, bucketed
-from heapr_vllm.model_executor.ragged_moe import RAGGED, index_tables, pack, ragged_moe, stored_widths
-from heapr_vllm.model_executor.reference import ragged_moe_reference
-from heapr_vllm.model_executor.synthetic import Batch, MoEShape, ragged_widths, random_batch
-from heapr_vllm.model_executor.timing import interleave, stopwatch
+from heapr_vllm.model_executor.kernels.cpu_compiled import build, extension
+from heapr_vllm.model_executor.kernels.cpu_native import WIDTH_UNIT, bucketed, cpu_uniform_moe, native_isa
+from heapr_vllm.model_executor.kernels.op import RAGGED, index_tables, pack, ragged_moe, stored_widths
+from heapr_vllm.model_executor.kernels.reference import ragged_moe_reference
+from heapr_vllm.model_executor.storage.layout import RaggedLayout
+from heapr_vllm.model_executor.tuning.stopwatch import interleave, stopwatch
+from heapr_vllm.model_executor.tuning.synthetic import Batch, MoEShape, ragged_widths, random_batch
 
 COPIES = 4
 STOCK = "vllm"
@@ -82,7 +82,7 @@ def build_arms(moe: MoEShape, sparsities: list[float], buckets: list[int], dtype
     for sparsity in (0.0, *sparsities):
         widths = ragged_widths(moe.num_experts, full, sparsity, unit=16)
         name = f"{sparsity:.0%} pruned" if sparsity else "unpruned"
-        if cpu_extension.load():
+        if extension.load():
             stored = stored_widths(RAGGED, widths, moe.top_k, moe.hidden_size, dtype.itemsize)
             arms[f"heapr {name}"] = Arm.build(moe, widths, stored, dtype, RAGGED)
         for count in buckets if sparsity else ():
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     moe, dtype = MoEShape(args.experts, args.top_k, args.hidden, args.width), getattr(torch, args.dtype)
     shape = f"{args.experts} experts, top-{args.top_k}, hidden {args.hidden}, width {args.width}"
-    print(f"{shape}, {args.dtype}, vLLM's op: {native_isa(dtype, args.hidden)}, ours: {cpu_build.isa()}")
+    print(f"{shape}, {args.dtype}, vLLM's op: {native_isa(dtype, args.hidden)}, ours: {build.isa()}")
 
     def show(row: dict) -> None:
         print(f"  {row['threads']} threads, {row['tokens']:>4} tokens  {row['arm']:<26}{row['microseconds']:>9.0f} us  "

@@ -3,8 +3,8 @@
 
 Where the constants come from: [code] the source of vLLM 0.32 or ours, or the SASS of both compiled for sm_90a with
 Triton 3.6 to 3.9; [guide] NVIDIA's programming guide for compute capability 9.0; [guess] guessed, and then held against
-the one set of published times that `tests/test_layer_model.py` has. Not modelled: writes inside the GEMMs, a full L2,
-the order of blocks (GROUP_M), skewed routing, clocks that fall under load.
+the one set of published times that `tests/benchmarks/test_layer_model.py` has. Not modelled: writes inside the GEMMs, a
+full L2, the order of blocks (GROUP_M), skewed routing, clocks that fall under load.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ import numpy as np
 
 from benchmarks.event_simulation import Gpu, Grid, simulate
 from benchmarks.modelled_tiles import GemmTile, LayerTiles
-from heapr_vllm.model_executor.synthetic import MoEShape
-from heapr_vllm.model_executor.tile_config import use_one_route_blocks
+from heapr_vllm.model_executor.kernels.triton.tiles import use_one_route_blocks
+from heapr_vllm.model_executor.tuning.synthetic import MoEShape
 
 ITEM_BYTES = 2  # bf16
 SHARED_MEMORY, CTA_SHARED_MEMORY = 228 << 10, 1 << 10  # bytes of an SM, and what a CTA takes besides its own [guide]

@@ -30,7 +30,7 @@ from benchmarks.layer_kernels import AFTER, BEFORE, STOCK, LayerTime, chained, p
 from benchmarks.modelled_tiles import H200_FILE, LayerTiles, stock_candidates, stock_tiles, tiles_after, tiles_before
 from benchmarks.moe_layer import TOKENS, TUNED
 from benchmarks.rows import append_csv
-from heapr_vllm.model_executor.synthetic import PAPER_SHAPES, MoEShape, ragged_widths
+from heapr_vllm.model_executor.tuning.synthetic import PAPER_SHAPES, MoEShape, ragged_widths
 
 
 class Prediction(NamedTuple):

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from heapr_vllm.model_executor.synthetic import MoEShape
-from heapr_vllm.model_executor.tile_config import LayerShape, default_config
+from heapr_vllm.model_executor.kernels.triton.tiles import LayerShape, default_config
+from heapr_vllm.model_executor.tuning.synthetic import MoEShape
 
 H200_FILE = "NVIDIA_H200"  # as vLLM writes a device in the names of its files
 TUNED_SHAPES = ((128, 768), (64, 2560))  # experts and width of the paper's models that vLLM has an H200 file for

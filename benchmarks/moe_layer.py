@@ -31,12 +31,13 @@ from benchmarks import stock_moe
 from benchmarks.roofline import Peaks, measure_peaks, work
 from benchmarks.rows import append_csv
 from benchmarks.stock_moe import UniformLayer
-from heapr_vllm.model_executor.layout import TRITON_UNIT, RaggedLayout
-from heapr_vllm.model_executor.synthetic import PAPER_SHAPES, Batch, MoEShape, SyntheticLayer, ragged_widths
-from heapr_vllm.model_executor.timing import interleave, stopwatch
-from heapr_vllm.model_executor.triton_moe import triton_ragged_moe
-from heapr_vllm.model_executor.tune import batches_for, tune
-from heapr_vllm.model_executor.tuning_jobs import jobs_of_shapes
+from heapr_vllm.model_executor.kernels.triton.launch import triton_ragged_moe
+from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT
+from heapr_vllm.model_executor.storage.layout import RaggedLayout
+from heapr_vllm.model_executor.tuning.jobs import jobs_of_shapes
+from heapr_vllm.model_executor.tuning.search import batches_for, tune
+from heapr_vllm.model_executor.tuning.stopwatch import interleave, stopwatch
+from heapr_vllm.model_executor.tuning.synthetic import PAPER_SHAPES, Batch, MoEShape, SyntheticLayer, ragged_widths
 
 TOKENS = (1, 8, 32, 64, 256, 1024, 4096, 8192)
 QUICK_TOKENS = (1, 64, 1024, 8192)

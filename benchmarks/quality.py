@@ -19,15 +19,17 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from heapr_vllm.masks import NeuronMasks
-from heapr_vllm.prune import NeuronMoments, Selector, collect_moments, perplexity
-from heapr_vllm.prune.budget import Budget
-from heapr_vllm.prune.compensation import compensations, repaired
-from heapr_vllm.prune.criteria import CRITERIA
-from heapr_vllm.prune.data import read_documents, token_blocks
-from heapr_vllm.prune.evaluate import counted_routes
-from heapr_vllm.prune.plot import KINDS, new_figure
-from heapr_vllm.prune.second_moments import collect_second_moments
+from heapr_vllm.evaluation.perplexity import counted_routes, perplexity
+from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.prune import NeuronMoments, Selector, collect_moments
+from heapr_vllm.prune.models.pruned import applied
+from heapr_vllm.prune.repair.least_squares import compensations, repaired
+from heapr_vllm.prune.repair.second_moments import collect_second_moments
+from heapr_vllm.prune.report.plot import KINDS, new_figure
+from heapr_vllm.prune.selection.budget import Budget
+from heapr_vllm.prune.selection.criteria import CRITERIA
+from heapr_vllm.prune.text.documents import read_documents
+from heapr_vllm.prune.text.samples import token_blocks
 
 MODEL = Path(__file__).parent.parent / "serving_examples" / "tiny_qwen3_moe"
 RATIOS = (0.1, 0.2, 0.25, 0.4, 0.5)
@@ -64,7 +66,7 @@ def measure(corpus: Path, *, criteria: Sequence[str] = tuple(CRITERIA), repair: 
         second_moments = collect_second_moments(model, blocks, batch_size=4) if repair else {}
         cases = list(choices(moments, criteria, budgets, ratios, seed))
         for name, masks in tqdm(cases, desc=f"seed {seed}", disable=None):
-            with masks.applied(model):
+            with applied(masks, model):
                 rows.append({**name, **evaluate(model, masks, held_out, dense)})
             if name["criterion"] in repair:
                 with repaired(model, masks, compensations(second_moments, masks)):

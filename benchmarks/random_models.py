@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from heapr_vllm.checkpoint import TOKENIZER_FILES
-from heapr_vllm.config import MASKS_FILE, PruningConfig
-from heapr_vllm.masks import NeuronMasks, file_sha256
-from heapr_vllm.model_executor.synthetic import ragged_widths
+from heapr_vllm.formats.checkpoint import TOKENIZER_FILES
+from heapr_vllm.formats.config import MASKS_FILE, PruningConfig
+from heapr_vllm.formats.masks import NeuronMasks, file_sha256
+from heapr_vllm.model_executor.tuning.synthetic import ragged_widths
 
 TOKENIZER = Path(__file__).parent.parent / "serving_examples" / "tiny_qwen3_moe"
 LAYER_SPREAD = 0.15  # standard deviation of the kept fraction over layers: that of the bundled model's masks

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from heapr_vllm.model_executor.synthetic import Batch, MoEShape
-from heapr_vllm.model_executor.timing import stopwatch
+from heapr_vllm.model_executor.tuning.stopwatch import stopwatch
+from heapr_vllm.model_executor.tuning.synthetic import Batch, MoEShape
 
 
 class Peaks(NamedTuple):

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.random_models import CONFIGS, SMALL, write_dense, write_pruned
 from benchmarks.rows import append_csv
-from serving_examples.vllm_server import alternate, serve, throughput
+from benchmarks.vllm_server import alternate, serve, throughput
 
 SERVE_OPTIONS = ("--no-enable-prefix-caching", "--disable-uvicorn-access-log")
 

@@ -33,7 +33,7 @@ import psutil
 from openai import AsyncOpenAI, BadRequestError
 from openai.types import CompletionChoice
 
-from serving_examples.vllm_server import DEFAULT_ENVIRONMENT, serve
+from benchmarks.vllm_server import DEFAULT_ENVIRONMENT, serve
 
 MAX_MODEL_LEN = 512
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"

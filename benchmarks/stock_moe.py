@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from triton.errors import TritonError
 
-from heapr_vllm.atomic import atomic_file
-from heapr_vllm.model_executor.synthetic import Batch, MoEShape, random_batch
-from heapr_vllm.model_executor.tune import MAX_CANDIDATES, try_stopwatch
+from heapr_vllm.formats.atomic import atomic_file
+from heapr_vllm.model_executor.tuning.search import MAX_CANDIDATES, try_stopwatch
+from heapr_vllm.model_executor.tuning.synthetic import Batch, MoEShape, random_batch
 
 Config = dict[str, int]
 

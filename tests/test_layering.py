@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from heapr_vllm.model_executor.compat import SUPPORTED_VLLM, is_supported, warn_if_unsupported
+from heapr_vllm.environment import SUPPORTED_VLLM, is_supported
+from heapr_vllm.model_executor.compat import warn_if_unsupported
 
 ROOT = Path(__file__).parent.parent
 

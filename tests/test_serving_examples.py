@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from heapr_vllm.model_executor.compat import is_supported
+from heapr_vllm.environment import is_supported
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "serving_examples"

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from heapr_vllm.prune.modeling_deepseek import register_deepseek_model
+from heapr_vllm.prune.models.deepseek import register_deepseek_model
 
 VOCAB, END = 320, "<|endoftext|>"
 COMMON = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,

@@ -4,14 +4,7 @@
 import warnings
 from typing import Any
 
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
-
-SUPPORTED_VLLM = ">=0.26,<0.34"
-
-
-def is_supported(version: str) -> bool:
-    return Version(Version(version).base_version) in SpecifierSet(SUPPORTED_VLLM)
+from heapr_vllm.environment import SUPPORTED_VLLM, is_supported
 
 
 def warn_if_unsupported(version: str) -> None:

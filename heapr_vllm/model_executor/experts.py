@@ -10,9 +10,9 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
-from heapr_vllm.model_executor.cpu_moe import cpu_uniform_moe
-from heapr_vllm.model_executor.layout import RaggedLayout
-from heapr_vllm.model_executor.ragged_moe import RAGGED, REFERENCE, TRITON
+from heapr_vllm.model_executor.kernels.cpu_native import cpu_uniform_moe
+from heapr_vllm.model_executor.kernels.op import RAGGED, REFERENCE, TRITON
+from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
 
 class HeaprExperts(mk.FusedMoEExpertsModular):

@@ -17,9 +17,10 @@ from vllm.config import ModelConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from heapr_vllm.checkpoint import Checkpoint, ExpertTensor
-from heapr_vllm.config import PruningConfig
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.formats.config import PruningConfig
+from heapr_vllm.formats.names import ExpertTensor
 from heapr_vllm.model_executor.quantization import HeaprConfig, check_base
 
 BASE_MODEL_KEY = "base_model"

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from heapr_vllm.checkpoint import Checkpoint, is_draft_layer, layer_index
-from heapr_vllm.config import MASKS_FILE, QUANT_METHOD, PruningConfig
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.masks import NeuronMasks, check_masks_sha256, file_sha256, find_masks
-from heapr_vllm.model_executor import ragged_moe
+from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.formats.config import MASKS_FILE, QUANT_METHOD, PruningConfig
+from heapr_vllm.formats.masks import NeuronMasks, check_masks_sha256, file_sha256, find_masks
+from heapr_vllm.formats.names import is_draft_layer, layer_index
+from heapr_vllm.model_executor.kernels import op
 
 
 class HeaprConfig(QuantizationConfig):
@@ -67,7 +68,7 @@ class HeaprConfig(QuantizationConfig):
             # vLLM's cache of compiled graphs is keyed by the config: make it depend on the widths, not on a path, and
             # on the kernel, whose name is a constant of the graphs
             hf_config.quantization_config["masks_sha256"] = file_sha256(self.masks_path)
-            hf_config.quantization_config["kernel"] = ragged_moe.kernel_choice()
+            hf_config.quantization_config["kernel"] = op.kernel_choice()
         if Path(model_name).is_dir() or self.pruning.layout == "masks":
             weights = Checkpoint.resolve(model_name, revision)
             if weights.has_weights:
@@ -100,7 +101,7 @@ class HeaprConfig(QuantizationConfig):
             return UnquantizedLinearMethod()
         if not isinstance(layer, RoutedExperts) or self.is_draft_layer(prefix):
             return None
-        from heapr_vllm.model_executor.fused_moe import HeaprMoEMethod
+        from heapr_vllm.model_executor.moe_method import HeaprMoEMethod
         from heapr_vllm.model_executor.unsupported import refuse_unsupported
 
         refuse_unsupported(layer, self)

@@ -14,8 +14,8 @@ def register_once() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.model_loader import register_model_loader
 
-    from heapr_vllm.config import QUANT_METHOD
-    from heapr_vllm.deepseek import register_deepseek
+    from heapr_vllm.formats.config import QUANT_METHOD
+    from heapr_vllm.formats.deepseek_config import register_deepseek
     from heapr_vllm.model_executor.compat import warn_if_unsupported
     from heapr_vllm.model_executor.model_loader import HeaprModelLoader
     from heapr_vllm.model_executor.quantization import HeaprConfig

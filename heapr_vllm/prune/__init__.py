@@ -3,16 +3,19 @@
 
     moments = collect_moments(model, blocks)        # one forward and one backward pass
     masks = select(moments, sparsity=0.25)          # milliseconds, any budget
-    with masks.applied(model): ...                  # the pruned model in transformers
+    with applied(masks, model): ...                  # the pruned model in transformers
 """
 
-from heapr_vllm.masks import NeuronMasks
-from heapr_vllm.prune.calibrate import CalibrationSettings, calibrate, collect_moments
-from heapr_vllm.prune.evaluate import perplexity
-from heapr_vllm.prune.export import export_checkpoint, write_masks_repository
-from heapr_vllm.prune.moments import NeuronMoments
-from heapr_vllm.prune.select import Selector, select, select_by_saliency
-from heapr_vllm.prune.sweep import sweep
+from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.prune.calibration.calibrate import calibrate
+from heapr_vllm.prune.calibration.in_memory import collect_moments
+from heapr_vllm.prune.calibration.moments import NeuronMoments
+from heapr_vllm.prune.calibration.settings import CalibrationSettings
+from heapr_vllm.prune.export.masks_repository import write_masks_repository
+from heapr_vllm.prune.export.shards import export_checkpoint
+from heapr_vllm.prune.models.pruned import applied
+from heapr_vllm.prune.selection.selector import Selector, select, select_by_saliency
+from heapr_vllm.prune.selection.sweep import sweep
 
-__all__ = ["CalibrationSettings", "NeuronMasks", "NeuronMoments", "Selector", "calibrate", "collect_moments",
-           "export_checkpoint", "perplexity", "select", "select_by_saliency", "sweep", "write_masks_repository"]
+__all__ = ["CalibrationSettings", "NeuronMasks", "NeuronMoments", "Selector", "applied", "calibrate", "collect_moments",
+           "export_checkpoint", "select", "select_by_saliency", "sweep", "write_masks_repository"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
-from heapr_vllm.config import PruningConfig
-from heapr_vllm.masks import NeuronMasks
-from heapr_vllm.model_executor import fused_moe
+from heapr_vllm.formats.config import PruningConfig
+from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.model_executor import moe_method
 
 WIDTHS = (8, 1, 1, 6)
 ENGINE = ([0, 1], [2, 3])  # experts by rank
@@ -30,7 +30,7 @@ BALANCED_WORK = ([0, 2], [1, 3])
 ])
 def test_placement(uses_all2all: bool, backend: str, reads_own_weights_only: bool, tokens: list[int] | None,
                    expected: tuple[list[int], ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_moe, "get_current_vllm_config", lambda: SimpleNamespace(
+    monkeypatch.setattr(moe_method, "get_current_vllm_config", lambda: SimpleNamespace(
         parallel_config=SimpleNamespace(enable_ep_weight_filter=reads_own_weights_only)))
     masks = NeuronMasks({name(layer): torch.arange(8) < torch.tensor(WIDTHS)[:, None] for layer in range(2)},
                         {"tokens": {name(layer): tokens for layer in range(2)}} if tokens else {})
@@ -41,9 +41,9 @@ def test_placement(uses_all2all: bool, backend: str, reads_own_weights_only: boo
         local = {expert: index for index, expert in enumerate(ENGINE[rank])}
         layer = SimpleNamespace(global_num_experts=len(WIDTHS),
                                 _map_global_expert_id_to_local_expert_id=lambda e, local=local: local.get(e, -1))
-        assert fused_moe.HeaprMoEMethod(moe, config, name(0))._local_experts(layer) == experts
+        assert moe_method.HeaprMoEMethod(moe, config, name(0))._local_experts(layer) == experts
         next_layer = experts if expected is ENGINE else expected[1 - rank]
-        assert fused_moe.HeaprMoEMethod(moe, config, name(1))._local_experts(layer) == next_layer
+        assert moe_method.HeaprMoEMethod(moe, config, name(1))._local_experts(layer) == next_layer
 
 
 def name(layer: int) -> str:

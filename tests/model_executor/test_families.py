@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every family served exactly, compact and as masks over its base.
 
-All modes, as a table: `python -m tests.model_executor.families`.
+All modes, as a table: `python -m tools.families`.
 """
 
 from itertools import product
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny_models
-from tests.model_executor import families
+from tools import families
 
 TWO_RANKS = ("qwen2_moe", "glm4_moe")  # shared experts with and without a gate, a dense first layer
 FAMILIES = [family for family in tiny_models.OWN if family not in families.NOT_SERVED_HERE]

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from heapr_vllm.prune import export_checkpoint
-from tests.model_executor import engine, families
+from tests.model_executor import engine
+from tools import families
 
 pytestmark = pytest.mark.vllm
 RANK, SCALING = 4, 2.0

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from heapr_vllm.masks import NeuronMasks
+from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.prune import export_checkpoint
 from tests.conftest import BUNDLED, prune
-from tests.model_executor import engine, families
+from tests.model_executor import engine
+from tools import families
 
 pytestmark = pytest.mark.vllm
 UNIT = 64  # neurons of a slab

@@ -8,9 +8,10 @@ import torch
 from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from heapr_vllm.cli import main
-from heapr_vllm.masks import NeuronMasks
-from serving_examples.vllm_server import serve
+from benchmarks.vllm_server import serve
+from heapr_vllm.cli.main import main
+from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.prune.models.pruned import applied
 from tests.conftest import BUNDLED
 
 pytestmark = pytest.mark.vllm
@@ -41,6 +42,6 @@ def greedy_in_transformers(masks: NeuronMasks) -> str:
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    with masks.applied(model):
+    with applied(masks, model):
         out = model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
     return tokenizer.decode(out[0, ids.shape[1]:])

@@ -17,7 +17,7 @@ from vllm.model_executor.model_loader import get_model_loader
 
 import heapr_vllm
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.masks import NeuronMasks
+from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.model_executor.model_loader import HeaprModelLoader
 from heapr_vllm.model_executor.quantization import HeaprConfig
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from heapr_vllm import cli
-from heapr_vllm.masks import NeuronMasks
-from heapr_vllm.prune import CalibrationSettings, NeuronMoments, calibrate, export_checkpoint, write_masks_repository
-from heapr_vllm.prune.repair import RepairSettings
+from heapr_vllm.cli.main import main
+from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.prune import CalibrationSettings, NeuronMoments, export_checkpoint, write_masks_repository
+from heapr_vllm.prune.calibration import calibrate
+from heapr_vllm.prune.repair.fit import RepairSettings
 from tests import tiny_models
 from tests.conftest import awkward
 from tests.model_executor import engine
@@ -70,7 +71,7 @@ def test_served_perplexity_equals_that_of_transformers(compact: Path, masks_repo
     rows = {}
     for backend in ("transformers", "vllm"):
         output = tmp_path / f"{backend}.json"
-        assert cli.main(["eval", str(compact), str(masks_repository), "--baseline", str(qwen3), "--dataset",
+        assert main.main(["eval", str(compact), str(masks_repository), "--baseline", str(qwen3), "--dataset",
                          str(corpus), "--num-samples", "4", "--max-seq-length", "64", "--dtype", "float32",
                          "--backend", backend, "-o", str(output)]) == 0
         rows[backend] = json.loads(output.read_text())
@@ -124,14 +125,15 @@ def test_shared_experts(corpus: Path, tmp_path: Path) -> None:
 
 def test_dummy_weights_and_memory(compact: Path, awkward_masks: NeuronMasks, stock: dict) -> None:
     """Random weights load, then real ones; experts take the bytes of their kept neurons, rounded to the op's unit."""
-    from heapr_vllm.model_executor import cpu_extension, cpu_moe, cpu_ragged_moe
+    from heapr_vllm.model_executor.kernels import cpu_native
+    from heapr_vllm.model_executor.kernels.cpu_compiled import extension, kernel
 
     steps = ("generate", "expert_tensors", "load for real", "generate")
     process = engine.run(compact, load_format="dummy", steps=steps,
                          env=RAGGED | {"HEAPR_CPU_BUCKETS": "always", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
     _, tensors, found = engine.results(process)
     assert_same(found, stock)
-    unit = cpu_ragged_moe.WIDTH_UNIT if cpu_extension.load() else cpu_moe.WIDTH_UNIT
+    unit = kernel.WIDTH_UNIT if extension.load() else cpu_native.WIDTH_UNIT
     rows = sum(-(-width // unit) * unit for widths in awkward_masks.widths.values() for width in widths.tolist())
     dense_rows = 3 * 8 * 64
     assert tensors["parameter_bytes"] == rows * 3 * 64 * 4 < dense_rows * 3 * 64 * 4

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from heapr_vllm.masks import NeuronMasks
+from heapr_vllm.formats.masks import NeuronMasks
 from tests import tiny_models
 from tests.conftest import prune
 from tests.model_executor import engine

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `heapr` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+from heapr_vllm import __version__
+from heapr_vllm.cli import options
+from heapr_vllm.cli.calibrate import add_calibrate, run_calibrate
+from heapr_vllm.cli.evaluate import add_eval
+from heapr_vllm.cli.export import add_export
+from heapr_vllm.cli.prune import add_inspect, add_prune, add_sweep
+from heapr_vllm.cli.tune import add_tune
+from heapr_vllm.errors import HeaprError, first_line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="heapr", description="HEAPr expert pruning for Mixture-of-Experts models.")
+    parser.add_argument("--version", action="version", version=f"heapr-vllm {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in (add_calibrate, add_prune, add_sweep, add_export, add_inspect, add_eval, add_tune):
+        add(commands)
+    options.add_command(commands, "env", run_env, "versions and hardware as JSON, for bug reports", "heapr env")
+    return parser
+
+
+def run_env(args: argparse.Namespace) -> None:
+    from heapr_vllm.environment import report
+
+    print(json.dumps(report(), indent=2))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for a mistake the user can fix, 130 after Ctrl-C."""
+    args = build_parser().parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        args.run(args)
+    except HeaprError as error:
+        print(f"heapr: error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        print(f"heapr: error: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        hint = "; --resume continues" if args.run is run_calibrate else ""
+        print(f"heapr: interrupted{hint}", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments that several commands share, and types of arguments."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+Commands = argparse._SubParsersAction
+
+
+def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], None], summary: str,
+                example: str) -> argparse.ArgumentParser:
+    """Adds a subcommand that calls `run` with its parsed arguments."""
+    command = commands.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
+    command.set_defaults(run=run)
+    return command
+
+
+def output(command: argparse.ArgumentParser, metavar: str,
+            required: bool = True) -> argparse._MutuallyExclusiveGroup:
+    """Adds --output and --overwrite; the returned group holds what excludes --overwrite."""
+    command.add_argument("-o", "--output", type=Path, required=required, metavar=metavar)
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--overwrite", action="store_true", help="replace what heapr wrote there before")
+    return group
+
+
+def dataset(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dataset", required=True, metavar="SPEC",
+                         help="file.txt, file.jsonl (field `text`) or name[subset](split)")
+
+
+def placement(command: argparse.ArgumentParser, devices: str = "cpu, cuda, cuda:1") -> None:
+    command.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    command.add_argument("--device", default="cpu", help=devices)
+
+
+def selection(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--scope", default="global", choices=("global", "layer", "expert"),
+                         help="where neurons compete (default: global; reap was published with layer)")
+    command.add_argument("--align", type=positive, default=16, metavar="A", help="kept counts are multiples of it")
+    command.add_argument("--min-width", type=not_negative, default=0, metavar="W", help="neurons every expert keeps")
+    command.add_argument("--protect", type=float, metavar="P",
+                         help="fraction that super experts (outlier outputs) keep at least (default: 0.5; 0: off)")
+    command.add_argument("--unrouted", default="keep", choices=("keep", "prune", "error"),
+                         help="experts without a calibration token (default: keep)")
+    command.add_argument("--seed", type=int, default=0, help="for --criterion random")
+
+
+def size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 34GiB, 800MB or 1000000")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit or " "))
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
+    return value
+
+
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def png(text: str) -> Path:
+    if Path(text).suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text} is not a .png, .pdf or .svg file")
+    return Path(text)
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def duration(text: str) -> float:
+    """Seconds."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in ("s", "m", "h") else (text, "s")
+    try:
+        return float(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a time such as 90s, 10m or 1h") from error

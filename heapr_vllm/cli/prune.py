@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`heapr prune`, `sweep` and `inspect`: moments to masks, and what they do.
+
+Imports of torch and transformers sit inside the functions: `heapr --help` must not wait for them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from heapr_vllm.cli import options
+
+
+def add_prune(commands: options.Commands) -> None:
+    """Adds `heapr prune`."""
+    command = options.add_command(commands, "prune", run_prune, "moments to masks in any budget; needs no model and no GPU",
+                       "heapr prune calib --sparsity 0.25 -o masks")
+    command.add_argument("calibration", type=Path, metavar="CALIB")
+    stored = command.add_mutually_exclusive_group()
+    stored.add_argument("--sparsity", type=float, help="fraction of routed neurons removed")
+    stored.add_argument("--target-size", type=options.size, metavar="SIZE",
+                        help="weights of the compact checkpoint at most, such as 34GiB or 800MB")
+    command.add_argument("--flops", type=float,
+                         help="fraction of executed expert FLOPs per token removed; alone or with one of the above")
+    command.add_argument("--criterion", metavar="NAME",
+                         help="heapr (the paper's, default), fisher (default with --flops), heapr-frequency, energy, "
+                              "magnitude, random, reap (whole experts)")
+    options.selection(command)
+    options.output(command, "MASKS")
+
+
+def run_prune(args: argparse.Namespace) -> None:
+    from heapr_vllm.prune.calibration.moments import NeuronMoments
+    from heapr_vllm.prune.export.masks_repository import write_masks_repository
+    from heapr_vllm.prune.report.summary import format_report, load_report
+    from heapr_vllm.prune.selection.budget import Budget, stored_for_size
+    from heapr_vllm.prune.selection.selector import Selector, default_criterion
+    from heapr_vllm.prune.selection.sweep import frontier
+
+    moments = NeuronMoments.from_pretrained(args.calibration)
+    selector = Selector(moments, args.criterion or default_criterion(args.flops), **_selection(args))
+    stored = args.sparsity
+    if args.target_size is not None:
+        stored = stored_for_size(args.target_size, moments.metadata, selector.blocks)
+    budget = Budget(stored, args.flops)
+    masks = selector.masks(budget)
+    write_masks_repository(masks, args.calibration, args.output, args.overwrite, frontier(selector, budget))
+    print(format_report(load_report(args.output)))
+    print(f"wrote {args.output}")
+
+
+def add_sweep(commands: options.Commands) -> None:
+    """Adds `heapr sweep`."""
+    command = options.add_command(commands, "sweep", run_sweep, "criteria and budgets side by side: reductions, predicted loss",
+                       "heapr sweep calib --criterion heapr fisher --plot sweep.png")
+    command.add_argument("calibration", type=Path, metavar="CALIB")
+    command.add_argument("--criterion", nargs="+", metavar="NAME", help="default: all")
+    command.add_argument("--ratios", nargs="+", type=float, metavar="R", help="default: 0.1 0.2 0.25 0.4 0.5")
+    options.selection(command)
+    command.add_argument("--json", action="store_true")
+    command.add_argument("--plot", type=options.png, metavar="PNG", help="predicted loss over both reductions")
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    from heapr_vllm.prune.calibration.moments import NeuronMoments
+    from heapr_vllm.prune.report.plot import plot_sweep
+    from heapr_vllm.prune.selection.criteria import CRITERIA
+    from heapr_vllm.prune.selection.sweep import RATIOS, format_sweep, sweep
+
+    rows = sweep(NeuronMoments.from_pretrained(args.calibration), args.criterion or CRITERIA, args.ratios or RATIOS,
+                 **_selection(args))
+    print(json.dumps(rows, indent=2) if args.json else format_sweep(rows))
+    if args.plot:
+        plot_sweep(rows, args.plot)
+
+
+def add_inspect(commands: options.Commands) -> None:
+    """Adds `heapr inspect`."""
+    command = options.add_command(commands, "inspect", run_inspect, "what masks do: widths, reductions, dead experts",
+                       "heapr inspect masks --plot widths.png")
+    command.add_argument("directory", type=Path, metavar="DIR", help="masks repository or exported checkpoint")
+    command.add_argument("--json", action="store_true")
+    command.add_argument("--plot", type=options.png, metavar="PNG",
+                         help="heat map of kept widths, and the frontier of predicted loss")
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    from heapr_vllm.prune.report.plot import plot_report
+    from heapr_vllm.prune.report.summary import format_report, load_report
+
+    summary = load_report(args.directory)
+    print(json.dumps(summary, indent=2) if args.json else format_report(summary))
+    if args.plot:
+        plot_report(summary, args.plot)
+
+
+def _selection(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `_selection_options` as those of `Selector`."""
+    return {name: getattr(args, name) for name in ("scope", "align", "min_width", "protect", "unrouted", "seed")}

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity and tasks of several models in one table (`heapr eval`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from heapr_vllm.errors import HeaprError, first_line
+from heapr_vllm.evaluation.perplexity import counted_routes, perplexity
+from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.formats.config import MASKS_FILE
+from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.prune.models.loading import check_device
+from heapr_vllm.prune.models.pruned import opened
+from heapr_vllm.prune.text.samples import checkpoint_blocks, fingerprint
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Text and tasks; the text is `num_samples` seeded blocks of `max_seq_length` tokens, the same for every model."""
+
+    dataset: str
+    num_samples: int = 64
+    max_seq_length: int = 2048
+    batch_size: int = 8
+    seed: int = 0
+    tasks: tuple[str, ...] = ()
+    dtype: str = "auto"
+    device: str = "cpu"
+
+
+def compare(models: list[str], settings: EvaluationSettings,
+            served: Callable[[Checkpoint, torch.Tensor, str], float] | None = None) -> list[dict[str, Any]]:
+    """One row per checkpoint directory or Hub id, with `change` of the perplexity against the first; JSON values only.
+
+    Pruned models also have their stored reduction, and the executed one counted from their routing of this text.
+    `served(checkpoint, blocks, dtype)` measures the perplexity in another engine, where routes are not counted. Raises
+    HeaprError if a model cannot be loaded, the tokenizers differ, or lm-eval is missing.
+    """
+    check_device(settings.device)
+    if settings.tasks:
+        _lm_eval()
+    checkpoints = [Checkpoint.resolve(model) for model in models]
+    texts = [checkpoint_blocks(checkpoint, settings.dataset, settings.num_samples, settings.max_seq_length,
+                               settings.seed) for checkpoint in checkpoints]
+    if len({fingerprint(blocks) for blocks in texts}) > 1:
+        raise HeaprError("the models have different tokenizers, so their perplexities cannot be compared")
+    rows: list[dict[str, Any]] = []
+    for name, checkpoint in zip(models, checkpoints, strict=True):
+        if served is None:
+            row = _measure(checkpoint, texts[0], settings)
+        else:
+            row = {"perplexity": served(checkpoint, texts[0], settings.dtype)}
+            if (checkpoint.path / MASKS_FILE).is_file():
+                row["stored_reduction"] = NeuronMasks.from_pretrained(checkpoint.path).sparsity
+        change = row["perplexity"] / (rows[0] if rows else row)["perplexity"] - 1
+        rows.append({"model": name, **row, "change": change})
+    return rows
+
+
+def _measure(checkpoint: Checkpoint, blocks: torch.Tensor, settings: EvaluationSettings) -> dict[str, Any]:
+    with opened(checkpoint, settings.dtype, settings.device) as (model, masks):
+        with counted_routes(model) as tokens:
+            row: dict[str, Any] = {"perplexity": perplexity(model, blocks, settings.batch_size)}
+        if masks is not None:
+            row |= {"stored_reduction": masks.sparsity, "executed_reduction": masks.executed_reduction(tokens)}
+        if settings.tasks:
+            row["tasks"] = run_tasks(model, checkpoint, settings)
+    return row
+
+
+def run_tasks(model: PreTrainedModel, checkpoint: Checkpoint,
+              settings: EvaluationSettings) -> dict[str, dict[str, float]]:
+    """Task to metrics, as lm-eval reports them."""
+    lm_eval = _lm_eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+    harness = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)
+    try:
+        results = lm_eval.simple_evaluate(model=harness, tasks=list(settings.tasks))["results"]
+    except (KeyError, ValueError) as error:
+        raise HeaprError(f"lm-eval cannot run {', '.join(settings.tasks)}: {first_line(error)}") from error
+    return {task: {name.removesuffix(",none"): value for name, value in metrics.items() if isinstance(value, float)}
+            for task, metrics in results.items()}
+
+
+def _lm_eval() -> Any:
+    try:
+        import lm_eval.models.huggingface
+    except ImportError as error:
+        raise HeaprError("--tasks needs lm-eval: pip install heapr-vllm[eval]") from error
+    return lm_eval
+
+
+def format_comparison(rows: list[dict[str, Any]]) -> str:
+    """The rows as an aligned table, one column per metric of every task."""
+    columns = ["model", "perplexity", "change", "stored", "executed"]
+    columns += dict.fromkeys(metric for row in rows for metric in _task_metrics(row))
+    table = [columns]
+    for row in rows:
+        cells = {"model": row["model"], "perplexity": f"{row['perplexity']:.3f}", "change": f"{row['change']:+.1%}",
+                 **{metric: f"{value:.3f}" for metric, value in _task_metrics(row).items()}}
+        cells |= {column: f"{-row[f'{column}_reduction']:.1%}" for column in ("stored", "executed")
+                  if f"{column}_reduction" in row}
+        table.append([cells.get(column, "") for column in columns])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) if i else cell.ljust(width)
+                               for i, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in table)
+
+
+def _task_metrics(row: dict[str, Any]) -> dict[str, float]:
+    """"task metric" to value, without the standard errors."""
+    return {f"{task} {metric}": value for task, metrics in row.get("tasks", {}).items()
+            for metric, value in metrics.items() if "stderr" not in metric}

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity of what vLLM serves: `heapr eval --backend vllm`.
+
+    python -m heapr_vllm.evaluation.served MODEL DTYPE BLOCKS
+
+is one engine in a process of its own, so that the next model finds the device empty.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.checkpoint import Checkpoint
+
+MARKER = "PERPLEXITY "
+
+
+def served_perplexity(checkpoint: Checkpoint, blocks: torch.Tensor, dtype: str) -> float:
+    """exp of the mean next-token cross entropy over `blocks` int64 [N, L], each its own context.
+
+    Masks repositories are served over their base model. Raises HeaprError if the engine does not come up, with the end
+    of its output.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "blocks.safetensors"
+        save_file({"blocks": blocks}, text)
+        command = [sys.executable, "-m", "heapr_vllm.evaluation.served", str(checkpoint.path), dtype,
+                   str(text)]
+        env = {"VLLM_LOGGING_LEVEL": "ERROR", **os.environ}
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+    answer = next((line for line in done.stdout.splitlines() if line.startswith(MARKER)), None)
+    if answer is None:
+        reason = [line for line in done.stderr.splitlines() if line.strip()]
+        raise HeaprError(f"vLLM could not evaluate {checkpoint.path}: {reason[-1] if reason else 'no output'}")
+    return json.loads(answer.removeprefix(MARKER))
+
+
+def main(model: str, dtype: str, text: str) -> None:
+    from vllm import LLM, SamplingParams
+
+    blocks = load_file(text)["blocks"].tolist()
+    load_format = "auto" if Checkpoint(Path(model)).has_weights else "heapr"
+    llm = LLM(model, dtype=dtype, load_format=load_format, max_model_len=len(blocks[0]) + 1,
+              enable_prefix_caching=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in blocks],
+                           SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
+    total = sum(logprobs[token].logprob for ids, output in zip(blocks, outputs, strict=True)
+                for token, logprobs in zip(ids[1:], output.prompt_logprobs[1:], strict=True))
+    print(MARKER + json.dumps(math.exp(-total / (len(blocks) * (len(blocks[0]) - 1)))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face checkpoint read without instantiating the model: shards, expert tensors, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from heapr_vllm.errors import HeaprError, first_line
+from heapr_vllm.formats.names import ExpertTensor, is_draft_layer, natural_order
+
+FP8_SCALE_SUFFIX = "_scale_inv"  # of the tensor of scales beside an FP8 weight
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+                   "tokenizer.model", "chat_template.jinja", "added_tokens.json")
+SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", "preprocessor_config.json")
+
+_ROUTER = re.compile(r".+\.(gate|router)\.weight")
+
+
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A local checkpoint directory."""
+
+    path: Path
+
+    @classmethod
+    def resolve(cls, name_or_path: str | Path, revision: str | None = None) -> Checkpoint:
+        """Opens a directory, or downloads a Hub repository. Raises HeaprError if there is none."""
+        if not str(name_or_path):
+            raise HeaprError("no model is named; say which with --model or `base_model`")
+        path = Path(name_or_path)
+        if not path.is_dir():
+            path = _download(str(name_or_path), revision)
+        checkpoint = cls(path)
+        if not (path / "config.json").is_file():
+            raise HeaprError(f"{path} holds no config.json; MODEL is a Hugging Face checkpoint directory or Hub id")
+        return checkpoint
+
+    @property
+    def commit(self) -> str | None:
+        """Commit of a Hub snapshot, None for a plain directory."""
+        return self.path.name if self.path.parent.name == "snapshots" else None
+
+    @property
+    def has_weights(self) -> bool:
+        return any((self.path / name).is_file() for name in (INDEX_FILE, SINGLE_FILE))
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return json.loads((self.path / "config.json").read_text())
+
+    @cached_property
+    def weight_map(self) -> dict[str, str]:
+        """Tensor name to shard file name. Raises HeaprError if there are no safetensors or a shard is missing."""
+        if (self.path / INDEX_FILE).is_file():
+            weight_map = json.loads((self.path / INDEX_FILE).read_text())["weight_map"]
+            for shard in sorted(set(weight_map.values())):
+                if not (self.path / shard).is_file():
+                    raise HeaprError(f"{self.path / shard} is missing although {INDEX_FILE} lists it; "
+                                     "download the checkpoint again")
+            return weight_map
+        if not (self.path / SINGLE_FILE).is_file():
+            raise HeaprError(f"{self.path} holds no safetensors weights; save the model with save_pretrained")
+        with self.open(SINGLE_FILE) as file:
+            return dict.fromkeys(file.keys(), SINGLE_FILE)
+
+    @property
+    def shards(self) -> dict[str, list[str]]:
+        """Shard file name to its tensor names, both sorted."""
+        shards: dict[str, list[str]] = {}
+        for name in sorted(self.weight_map):
+            shards.setdefault(self.weight_map[name], []).append(name)
+        return dict(sorted(shards.items()))
+
+    @contextmanager
+    def open(self, shard: str) -> Iterator[Any]:
+        """The shard as a `safetensors.safe_open` handle. Raises HeaprError if it is damaged or lacks a tensor.
+
+        Shards are read, not mapped: a mapping takes address space of the whole shard, and memory of what was read.
+        """
+        try:
+            with safe_open(self.path / shard, framework="pt", backend="pread") as file:
+                yield file
+        except SafetensorError as error:
+            raise HeaprError(f"{self.path / shard} is damaged ({error}); download it again") from error
+
+    @cached_property
+    def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Tensor name to (dtype, shape), read from the shard headers alone."""
+        headers = {}
+        for shard, names in self.shards.items():
+            with self.open(shard) as file:
+                for name in names:
+                    view = file.get_slice(name)
+                    headers[name] = (view.get_dtype(), tuple(view.get_shape()))
+        return headers
+
+    def expert_shapes(self) -> dict[str, tuple[int, int]]:
+        """MoE module prefix to (num_experts, moe_intermediate_size), without draft layers for multi-token prediction.
+
+        Raises HeaprError if there are no routed experts or an expert lacks a tensor.
+        """
+        present: dict[str, set[tuple[int, str]]] = {}
+        widths: dict[str, int] = {}
+        for name, (_, shape) in self.headers.items():
+            tensor = ExpertTensor.parse(name)
+            if tensor is None or self._is_draft(tensor.prefix):
+                continue
+            if tensor.shard == "w2":
+                widths[tensor.prefix] = shape[-1]
+            experts = range(shape[0]) if tensor.expert is None else [tensor.expert]
+            shards = ("w1", "w3") if tensor.shard == "w13" else (tensor.shard,)
+            present.setdefault(tensor.prefix, set()).update((e, shard) for e in experts for shard in shards)
+        if not present:
+            model_type = self.config.get("model_type", "unknown")
+            raise HeaprError(f"{self.path} (model_type {model_type}) has no routed experts; HEAPr prunes MoE models")
+        shapes = {}
+        for prefix in sorted(present, key=natural_order):
+            num_experts = 1 + max(expert for expert, _ in present[prefix])
+            wanted = {(e, shard) for e in range(num_experts) for shard in ("w1", "w2", "w3")}
+            if missing := sorted(wanted - present[prefix]):
+                raise HeaprError(f"{self.path} lacks {missing[0][1]} of {prefix}.{missing[0][0]} and "
+                                 f"{len(missing) - 1} more expert tensors; download the checkpoint again")
+            shapes[prefix] = (num_experts, widths[prefix])
+        return shapes
+
+    def _is_draft(self, prefix: str) -> bool:
+        return is_draft_layer(prefix, self.config.get("text_config", self.config).get("num_hidden_layers"))
+
+    def check_readable(self) -> None:
+        """Raises HeaprError if a shard is missing, cut short, or lacks a tensor of the index. Reads headers only."""
+        for shard, names in self.shards.items():
+            with self.open(shard) as file:
+                if missing := sorted(set(names) - set(file.keys())):
+                    raise HeaprError(f"{self.path / shard} lacks {missing[0]} although {INDEX_FILE} lists it; "
+                                     "download the checkpoint again")
+
+    def num_bytes(self) -> int:
+        """Size of all weights."""
+        return sum(map(self.tensor_bytes, self.headers))
+
+    def tensor_bytes(self, name: str) -> int:
+        dtype, shape = self.headers[name]
+        return torch.Size(shape).numel() * _ITEM_SIZE[dtype]
+
+    def export_bytes(self, routed_only: bool = False) -> int:
+        """Size of all weights, or of those that can be pruned, as `heapr export` would write them unpruned."""
+        total = 0
+        for name, (dtype, _) in self.headers.items():
+            where = ExpertTensor.parse(name)
+            is_pruned = where is not None and not self._is_draft(where.prefix)
+            if not self.is_scale(name) and (is_pruned or not routed_only):
+                total += self.tensor_bytes(name) * (2 if dtype == "F8_E4M3" else 1)
+        return total
+
+    def fingerprint(self) -> str:
+        """sha256 over all tensor names, dtypes and shapes and over the router weights.
+
+        Masks are valid for exactly the routers they were calibrated with, and routers are small to read.
+        """
+        digest = hashlib.sha256()
+        for name, header in sorted(self.headers.items()):
+            digest.update(f"{name} {header}\n".encode())
+        for shard, names in self.shards.items():
+            with self.open(shard) as file:
+                for name in filter(_ROUTER.fullmatch, names):
+                    digest.update(file.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
+    @property
+    def fp8_block(self) -> tuple[int, int] | None:
+        """Rows and columns that share a scale in a checkpoint stored as FP8 (as DeepSeek-V3 is), None in others."""
+        block = self.config.get("quantization_config", {})
+        if block.get("quant_method") != "fp8" or not block.get("weight_block_size"):
+            return None
+        rows, columns = block["weight_block_size"]
+        return rows, columns
+
+    def is_scale(self, name: str) -> bool:
+        """Whether a tensor holds the scales of an FP8 weight."""
+        return self.fp8_block is not None and name.endswith(FP8_SCALE_SUFFIX)
+
+    def check_unquantized(self, allow_fp8: bool = False) -> None:
+        """Raises HeaprError if the checkpoint carries its own quantization; block-scaled FP8 may be allowed."""
+        method = self.config.get("quantization_config", {}).get("quant_method")
+        if method and not (allow_fp8 and self.fp8_block):
+            raise HeaprError(f"{self.path} is quantized or pruned ({method}); start from the unquantized base model")
+
+
+_ITEM_SIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+              "I8": 1, "U8": 1, "BOOL": 1}
+
+
+
+
+
+
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=["*.json", "*.safetensors",
+                                                                                  *SIDE_FILES]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise HeaprError(f"{repo_id} is neither a local directory nor reachable on the Hub: "
+                         f"{first_line(error)}") from error

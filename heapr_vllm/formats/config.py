@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `quantization_config` block of a pruned model's config.json, which vLLM hands to the plugin."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.tensorfile import FORMAT_VERSION
+
+QUANT_METHOD = "heapr"
+MASKS_FILE = "heapr/masks.safetensors"
+LAYOUTS = ("masks", "compact")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The unpruned model: repository id or path, revision, and `Checkpoint.fingerprint()`."""
+
+    name_or_path: str = ""
+    revision: str | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """How to serve a pruned model.
+
+    `layout`: "compact" if the weights in the repository have the kept widths, "masks" if full-size weights (of
+    `base_model`, or in the repository itself) are sliced while loading. `masks`: path inside the repository, or a local
+    path or repository id given by the user. `repair`: method by which the kept weights were refitted, if they were.
+    `inner` is reserved for the base model's own quantization.
+    """
+
+    masks: str = MASKS_FILE
+    layout: str = "masks"
+    masks_sha256: str | None = None
+    sparsity: float | None = None
+    scope: str | None = None
+    align: int | None = None
+    repair: str | None = None
+    base_model: BaseModel = field(default_factory=BaseModel)
+    inner: dict[str, Any] | None = None
+    format_version: int = FORMAT_VERSION
+    quant_method: str = QUANT_METHOD
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, block: dict[str, Any]) -> "PruningConfig":
+        """Parses the block; unknown keys are ignored, so that later versions may add some.
+
+        Raises HeaprError on a newer format version, an unknown layout, or a quantized base model.
+        """
+        known = {f.name for f in fields(cls)}
+        values = {key: value for key, value in block.items() if key in known}
+        base_keys = {f.name for f in fields(BaseModel)}
+        base = {key: value for key, value in (values.pop("base_model", None) or {}).items() if key in base_keys}
+        config = cls(base_model=BaseModel(**base), **values)
+        if config.format_version > FORMAT_VERSION:
+            raise HeaprError(f"quantization_config has format_version {config.format_version}, this heapr-vllm reads "
+                             f"up to {FORMAT_VERSION}; upgrade heapr-vllm")
+        if config.layout not in LAYOUTS:
+            raise HeaprError(f"quantization_config.layout is {config.layout!r}, expected one of {', '.join(LAYOUTS)}")
+        if config.inner is not None:
+            raise HeaprError("quantized experts (quantization_config.inner) are not supported yet; "
+                             "prune and serve the unquantized base model")
+        return config

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Retained-neuron masks: which intermediate neurons every routed expert keeps.
+
+A neuron (the paper's "atomic expert") is row k of an expert's gate_proj and up_proj and column k of its down_proj.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from heapr_vllm.errors import HeaprError, first_line
+from heapr_vllm.formats.config import MASKS_FILE
+from heapr_vllm.formats.tensorfile import load_tensors, save_tensors
+
+
+def pack_bits(keep: torch.Tensor) -> torch.Tensor:
+    """bool [E, I] to uint8 [E, ceil(I/8)]; bit k of byte j is neuron 8j+k, padding bits are zero."""
+    return torch.from_numpy(np.packbits(keep.numpy(), axis=-1, bitorder="little"))
+
+
+def unpack_bits(packed: torch.Tensor, num_neurons: int) -> torch.Tensor:
+    """Inverse of `pack_bits`: uint8 [E, ceil(I/8)] to bool [E, I]."""
+    bits = np.unpackbits(packed.numpy(), axis=-1, count=num_neurons, bitorder="little")
+    return torch.from_numpy(bits.astype(bool))
+
+
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def check_masks_sha256(path: Path, expected: str | None) -> None:
+    """Raises HeaprError if the masks file is not the one config.json was written for; None expects nothing."""
+    if expected not in (None, file_sha256(path)):
+        raise HeaprError(f"{path} is damaged or changed: it differs from the masks_sha256 in config.json; create or "
+                         "download it again")
+
+
+@dataclass(frozen=True)
+class NeuronMasks:
+    """Masks of one model.
+
+    `keep`: MoE module prefix as in the checkpoint (`model.layers.3.mlp.experts`) to bool [num_experts,
+    moe_intermediate_size], true where the neuron stays. `metadata`: how they were made, JSON values only; under
+    "tokens", if there, prefix to how many calibration tokens each expert got.
+    """
+
+    keep: dict[str, torch.Tensor]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def widths(self) -> dict[str, torch.Tensor]:
+        """Kept neurons per expert, prefix to int64 [num_experts]."""
+        return {prefix: mask.sum(-1) for prefix, mask in self.keep.items()}
+
+    @property
+    def num_neurons(self) -> int:
+        return sum(mask.numel() for mask in self.keep.values())
+
+    @property
+    def num_kept(self) -> int:
+        return sum(int(mask.sum()) for mask in self.keep.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of routed neurons removed."""
+        return 1 - self.num_kept / self.num_neurons
+
+    def tokens(self, prefix: str) -> list[int] | None:
+        """Calibration tokens that each expert of a module got; None if the masks do not say."""
+        return self.metadata.get("tokens", {}).get(prefix)
+
+    def executed_reduction(self, tokens: dict[str, torch.Tensor]) -> float:
+        """Fraction of executed routed-expert FLOPs removed.
+
+        `tokens`: prefix to [num_experts] tokens routed to each expert; a token costs its expert's width.
+        """
+        full = sum(float(count.sum()) * self.keep[prefix].shape[1] for prefix, count in tokens.items())
+        kept = sum(float((count * self.widths[prefix]).sum()) for prefix, count in tokens.items())
+        return 1 - kept / full
+
+    def save(self, path: Path) -> None:
+        """Writes the masks file; equal masks give equal bytes."""
+        metadata = {**self.metadata, "kept": self.num_kept,
+                    "num_neurons": {prefix: mask.shape[1] for prefix, mask in self.keep.items()}}
+        save_tensors(path, {prefix: pack_bits(mask) for prefix, mask in self.keep.items()}, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> NeuronMasks:
+        """Reads a masks file. Raises HeaprError if it is missing, damaged or inconsistent."""
+        packed, metadata = load_tensors(path)
+        sizes, kept = metadata.pop("num_neurons", {}), metadata.pop("kept", None)
+        metadata.pop("format_version")
+        if sizes.keys() != packed.keys():
+            raise HeaprError(f"{path} is not a masks file; `heapr prune` writes one")
+        masks = cls({prefix: unpack_bits(packed[prefix], sizes[prefix]) for prefix in sorted(packed)}, metadata)
+        if masks.num_kept != kept:
+            raise HeaprError(f"{path} is damaged: it keeps {masks.num_kept} neurons, its header says {kept}; "
+                             "create or download it again")
+        for prefix, tokens in metadata.get("tokens", {}).items():
+            if len(tokens) != len(masks.keep.get(prefix, ())):
+                raise HeaprError(f"{path} is damaged: it counts the tokens of {len(tokens)} experts of {prefix}; "
+                                 "create or download it again")
+        return masks
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes `heapr/masks.safetensors` into `directory`."""
+        self.save(Path(directory) / MASKS_FILE)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None) -> NeuronMasks:
+        """Reads masks from a file, a directory that holds `heapr/masks.safetensors`, or a Hub repository."""
+        return cls.load(find_masks(str(name_or_path), revision))
+
+    def check_fits(self, expert_shapes: dict[str, tuple[int, int]], model: str) -> None:
+        """Raises HeaprError unless the masks cover exactly these MoE modules.
+
+        `expert_shapes`: prefix to (num_experts, moe_intermediate_size) of `model`.
+        """
+        for words, names in (("the masks lack", expert_shapes.keys() - self.keep.keys()),
+                             ("the model lacks", self.keep.keys() - expert_shapes.keys())):
+            if names:
+                raise HeaprError(f"masks do not belong to {model}: {words} {len(names)} MoE module(s), first "
+                                 f"{min(names)}; use the model they were made for")
+        for prefix, shape in expert_shapes.items():
+            if tuple(self.keep[prefix].shape) != tuple(shape):
+                raise HeaprError(f"masks do not belong to {model}: {prefix} has (experts, neurons) {tuple(shape)}, the "
+                                 f"masks have {tuple(self.keep[prefix].shape)}; use the model they were made for")
+
+
+def find_masks(name_or_path: str, revision: str | None = None) -> Path:
+    """Path of the masks file in a file, directory or Hub repository. Raises HeaprError if there is none."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / MASKS_FILE).is_file():
+            raise HeaprError(f"{path} holds no {MASKS_FILE}; create it with `heapr prune`")
+        return path / MASKS_FILE
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name_or_path, MASKS_FILE, revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise HeaprError(f"no masks at {name_or_path}: it is no local file or directory, and the Hub says: "
+                         f"{first_line(error)}") from error

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches the Triton kernels: blocks of routes, scratch, grids. No host sync, sizes from the token count alone.
+
+CUDA graphs and torch.compile therefore stay on: grids are upper bounds and idle programs return at once. An aligned
+layer is 5 launches (4 where vLLM's alignment needs one for up to 64 experts), a layer of few routes 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from heapr_vllm.model_executor.kernels.triton.jit import combine_kernel, ragged_down_kernel, ragged_up_kernel
+from heapr_vllm.model_executor.kernels.triton.route_blocks import RouteBlocks
+from heapr_vllm.model_executor.kernels.triton.tiles import (
+    TRITON_UNIT,
+    LayerShape,
+    TileConfig,
+    choose_config,
+    configs_up_to,
+)
+from heapr_vllm.model_executor.storage.layout import RaggedLayout
+
+PREFETCHED_SLABS = 4
+
+
+def pack(w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout) -> None:
+    """Brings both flat parameters into the kernels' layout, in place.
+
+    `w13` [2 * rows, H]: from a gate and an up block per expert to gate row and up row of every neuron side by side.
+    `w2` [rows, H]: from neurons as rows to slabs [rows / 64, H, 64].
+    """
+    hidden_size = w2.shape[1]
+    for row, width in layout.expert_table():
+        both = w13[2 * row : 2 * (row + width)]
+        both.copy_(both.view(2, width, hidden_size).transpose(0, 1).contiguous().view(both.shape))
+        slabs = w2[row : row + width]
+        slabs.copy_(slabs.view(-1, TRITON_UNIT, hidden_size).transpose(1, 2).contiguous().view(slabs.shape))
+
+
+def index_tables(slots: Sequence[int], layout: RaggedLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """(slot map int32 [E + 1], table int64 [E + 1 + num_slots]) of the kernels.
+
+    `slots`: storage slot of every global expert, `layout.num_slots` if it is not stored here. The slot map is -1, then
+    the slot or -1 per expert: vLLM's alignment takes it from its second element on, and versions of it that look up
+    expert id -1 find the first. The table is described in `jit.py`.
+    """
+    places = [row // TRITON_UNIT << 32 | width // TRITON_UNIT for row, width in layout.expert_table()]
+    by_expert = [*places, 0]
+    slot_map = [-1, *(slot if slot < layout.num_slots else -1 for slot in slots)]
+    table = [*(by_expert[slot] for slot in slots), 0, *places]
+    return torch.tensor(slot_map, dtype=torch.int32), torch.tensor(table, dtype=torch.int64)
+
+
+
+
+
+
+
+
+
+
+
+
+def up_projection(hidden: torch.Tensor, x: torch.Tensor, w13: torch.Tensor, table: torch.Tensor, top_k: int,
+                  blocks: RouteBlocks, config: TileConfig) -> None:
+    """Launches `ragged_up_kernel`: `x` [T, H] to `hidden` [blocks.hidden_rows, max_width]."""
+    tile = config.up
+    n_tiles = triton.cdiv(hidden.shape[1], tile.block_n)
+    weights = TensorDescriptor.from_tensor(w13, [2 * tile.block_n, tile.block_k]) if tile.tma else w13
+    ragged_up_kernel[(blocks.num_blocks * n_tiles,)](
+        x, x.stride(0), weights, table, hidden, hidden.stride(0), blocks.route_ids, blocks.block_slots,
+        blocks.num_rows, *blocks.sizes, n_tiles, H=x.shape[1], TOP_K=top_k, BLOCK_M=config.block_m,
+        ONE_ROUTE=config.one_route, PRECISION=_precision(x.dtype), FUSED=config.fused, **tile.meta(),
+        **config.launch())
+
+
+def down_projection(routed: torch.Tensor, hidden: torch.Tensor, w2: torch.Tensor, table: torch.Tensor,
+                    blocks: RouteBlocks, config: TileConfig) -> None:
+    """Launches `ragged_down_kernel`: `hidden` as `up_projection` left it to `routed` [T * k, H]."""
+    tile = config.down
+    n_tiles = routed.shape[1] // tile.block_n
+    inputs, weights = hidden, w2
+    if tile.tma:
+        inputs = TensorDescriptor.from_tensor(hidden, [config.block_m, tile.block_k])
+        weights = TensorDescriptor.from_tensor(w2.view(-1, TRITON_UNIT), [tile.block_n, tile.block_k])
+    ragged_down_kernel[(blocks.num_blocks * n_tiles,)](
+        inputs, hidden.stride(0), weights, table, routed, blocks.route_ids, blocks.block_slots, blocks.num_rows,
+        *blocks.sizes, n_tiles, H=routed.shape[1], BLOCK_M=config.block_m, ONE_ROUTE=config.one_route,
+        PRECISION=_precision(hidden.dtype), PREFETCH=PREFETCHED_SLABS if config.prefetch else 0, **tile.meta(),
+        **config.launch())
+
+
+def combine(output: torch.Tensor, routed: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor,
+            table: torch.Tensor, num_experts: int, config: TileConfig) -> None:
+    """Launches `combine_kernel`: `routed` [T * k, H] to the weighted sum `output` [T, H]."""
+    num_tokens, hidden_size = output.shape
+    block = min(1024, triton.next_power_of_2(hidden_size))
+    combine_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
+        routed, topk_weights, topk_ids, table, num_experts, output, output.stride(0), H=hidden_size,
+        TOP_K=topk_ids.shape[1], BLOCK_N=block, **config.launch())
+
+
+def triton_ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor,
+                      topk_weights: torch.Tensor, topk_ids: torch.Tensor, slot_map: torch.Tensor, table: torch.Tensor,
+                      max_width: int, config: TileConfig | None = None) -> None:
+    """Writes the MoE output [T, H] into `output`.
+
+    `hidden_states` [T, H]; `w13` [2 * rows, H] and `w2` as `pack` left them; `topk_weights` float and `topk_ids` int32
+    [T, k] with global expert ids, negative for absent ones; `slot_map` and `table` from `index_tables`; `max_width` the
+    widest stored width.
+    """
+    num_tokens, hidden_size = hidden_states.shape
+    top_k = topk_ids.shape[1]
+    if len(table) == len(slot_map):
+        output.zero_()
+        return
+    topk_weights, topk_ids = topk_weights.contiguous(), topk_ids.contiguous()
+    if config is None:
+        shape = layer_shape(w13, slot_map, table, top_k, max_width)
+        config = choose_config(shape, num_tokens)
+    config.check(hidden_size)
+    blocks = RouteBlocks.build(topk_ids, slot_map, table, config)
+    hidden = hidden_states.new_empty(blocks.hidden_rows, max_width)
+    routed = hidden_states.new_empty(num_tokens * top_k, hidden_size)
+    up_projection(hidden, hidden_states, w13, table, top_k, blocks, config)
+    down_projection(routed, hidden, w2, table, blocks, config)
+    combine(output, routed, topk_weights, topk_ids, table, len(slot_map) - 1, config)
+
+
+def layer_shape(w13: torch.Tensor, slot_map: torch.Tensor, table: torch.Tensor, top_k: int,
+                max_width: int) -> LayerShape:
+    """Shape of a layer with stored experts; arguments as in `triton_ragged_moe`."""
+    num_slots = len(table) - len(slot_map)
+    return LayerShape(w13.shape[1], top_k, num_slots, len(w13) // (2 * num_slots), max_width, w13.dtype)
+
+
+def warm_up(w13: torch.Tensor, w2: torch.Tensor, slot_map: torch.Tensor, table: torch.Tensor, top_k: int,
+            max_width: int, max_tokens: int) -> None:
+    """Compiles the kernels for all tiles that up to `max_tokens` tokens may choose, so that no request waits for it.
+
+    Every configuration runs once on a token of zeros; arguments as in `triton_ragged_moe`.
+    """
+    if len(table) == len(slot_map):
+        return
+    x = w2.new_zeros(1, w2.shape[1])
+    weights, ids = x.new_ones(1, top_k, dtype=torch.float32), slot_map.new_zeros(1, top_k)
+    shape = layer_shape(w13, slot_map, table, top_k, max_width)
+    for config in configs_up_to(shape, max_tokens):
+        triton_ragged_moe(torch.empty_like(x), x, w13, w2, weights, ids, slot_map, table, max_width, config=config)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 else "tf32"

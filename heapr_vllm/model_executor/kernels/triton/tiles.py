@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tiles the Triton kernels use: tuned ones from JSON where there are any, otherwise by routes per expert.
+
+A tuned file covers one hidden size, top-k, dtype and GPU, and holds per width profile and token count the fastest
+tiles found by `heapr tune`. Folders are searched in this order: HEAPR_CONFIG_FOLDER, the user's cache, the package.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TRITON_UNIT = 64  # the Triton kernels store widths in steps of it; also the slab of their w2
+
+FORMAT_VERSION = 2
+PACKAGED_FOLDER = Path(__file__).parent / "tile_configs"
+BATCH_INVARIANT_ROUTES = 40  # per expert: the middle of the default tiles
+MAX_RATIO = 1.6  # a tuned profile serves shapes whose number of experts times mean width differ by less than this
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures loggers below its own name only
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile of one GEMM: `block_n` outputs by `block_k` inputs.
+
+    `tma`: weights (and in the down GEMM the intermediate) are read through TMA descriptors; sm_90.
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 3
+    group_m: int = 1
+    tma: bool = False
+
+    def meta(self) -> dict[str, int | bool]:
+        """Launch arguments."""
+        return {"BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": self.group_m, "TMA": self.tma,
+                "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tiles of both GEMMs over the same blocks of `block_m` routes, and how the kernels run.
+
+    `fused`: gate and up in one product of twice the width. `chained`: programmatic dependent launch, sm_90. `prefetch`:
+    the first slabs of w2 go to L2 while the up GEMM drains. `one_route`: every route is a block of its own, which needs
+    no alignment.
+    """
+
+    block_m: int
+    up: Tile
+    down: Tile
+    fused: bool = True
+    chained: bool = False
+    prefetch: bool = False
+    one_route: bool = False
+
+    def launch(self) -> dict[str, bool]:
+        """Launch arguments that all kernels share."""
+        return {"CHAINED": True, "launch_pdl": True} if self.chained else {"CHAINED": False}
+
+    def check(self, hidden_size: int) -> None:
+        """Raises ValueError if the tiles do not fit the layout or each other."""
+        if hidden_size % self.up.block_k or hidden_size % self.down.block_n:
+            raise ValueError(f"hidden size {hidden_size} is no multiple of the tile {self}")
+        if TRITON_UNIT % self.down.block_k:
+            raise ValueError(f"down.block_k {self.down.block_k} does not divide {TRITON_UNIT}")
+        if self.up.tma and not self.fused:
+            raise ValueError("up.tma needs fused: one descriptor holds gate and up rows")
+        if self.down.tma and self.down.block_k != TRITON_UNIT:
+            raise ValueError(f"down.tma needs down.block_k {TRITON_UNIT}, a whole slab")
+        if self.prefetch and (self.down.tma or not self.chained):
+            raise ValueError("prefetch needs chained, and down without tma")
+
+    def is_possible(self, hidden_size: int) -> bool:
+        """Whether `check` finds nothing."""
+        with suppress(ValueError):
+            self.check(hidden_size)
+            return True
+        return False
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> TileConfig:
+        """Inverse of `dataclasses.asdict`; other keys are ignored."""
+        known = {field.name: entry[field.name] for field in fields(cls)}
+        return cls(**known | {"up": Tile(**entry["up"]), "down": Tile(**entry["down"])})
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What the choice of tiles depends on, besides the token count. Widths are stored widths."""
+
+    hidden_size: int
+    top_k: int
+    num_experts: int  # stored ones: zero-width and remote experts have no tiles
+    mean_width: int
+    max_width: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, widths: list[int], hidden_size: int, top_k: int, dtype: torch.dtype) -> LayerShape:
+        """Shape of a layer with these stored widths, zeros included."""
+        stored = [width for width in widths if width]
+        return cls(hidden_size, top_k, len(stored), sum(stored) // max(len(stored), 1), max(stored, default=0), dtype)
+
+    def file_name(self, device: str) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"hidden_size={self.hidden_size},top_k={self.top_k},dtype={dtype},device={device.replace(' ', '_')}.json"
+
+    def distance(self, other: LayerShape) -> float:
+        """How far apart experts and widths are, as a factor of at least 1."""
+        return math.exp(abs(math.log(self.num_experts / other.num_experts))
+                        + abs(math.log(self.mean_width / other.mean_width)))
+
+
+def choose_config(shape: LayerShape, num_tokens: int) -> TileConfig:
+    """Tiles for `num_tokens` tokens of this layer: tuned for the nearest profile and token count, or the defaults.
+
+    With vLLM's VLLM_BATCH_INVARIANT=1 one configuration serves every token count: the sums of a token then run in the
+    same order, whoever it shares a batch with.
+    """
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0":
+        return default_config(BATCH_INVARIANT_ROUTES * shape.num_experts // shape.top_k, shape)
+    tuned = _tuned(shape, device_name())
+    if not tuned:
+        return default_config(num_tokens, shape)
+    config = tuned[min(tuned, key=lambda tokens: abs(math.log(tokens / max(num_tokens, 1))))]
+    is_crowded = num_tokens * shape.top_k > shape.num_experts  # a block per route would read experts several times
+    return replace(config, one_route=False) if is_crowded else config
+
+
+def configs_up_to(shape: LayerShape, max_tokens: int) -> list[TileConfig]:
+    """All configurations that batches of up to `max_tokens` tokens get; token counts are tried in steps of 5 %."""
+    steps = math.ceil(math.log(max_tokens, 1.05))
+    counts = {min(math.ceil(1.05**power), max_tokens) for power in range(steps + 1)}
+    return list(dict.fromkeys(choose_config(shape, tokens) for tokens in sorted(counts)))
+
+
+def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = None) -> TileConfig:
+    """Tiles by routes per expert, for shapes without a tuned configuration.
+
+    Blocks are as tall as those of the files that vLLM ships for H200s. Smaller GPUs than Hopper get smaller tiles; fp32
+    is there to be right, not fast. `hopper` defaults to whether the GPU at hand has as much shared memory.
+    """
+    hopper = _has_hoppers_memory() if hopper is None else hopper
+    routes = num_tokens * shape.top_k / max(shape.num_experts, 1)
+    if shape.dtype.itemsize > 2:
+        config = TileConfig(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2))
+    elif routes <= 10:
+        config = TileConfig(16, Tile(32, 128, 4, 4) if num_tokens <= 8 else Tile(64, 64, 4, 3), Tile(64, 64, 4, 4))
+    elif routes <= 40:
+        config = TileConfig(32 if routes <= 20 else 64, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4))
+    elif hopper:
+        config = TileConfig(128, Tile(128, 64, 8, 4, 8), Tile(256, 64, 8, 3, 8))
+    else:
+        config = TileConfig(128, Tile(64, 64, 8, 3, 8), Tile(128, 64, 8, 3, 8))
+    up_k = largest_divisor(shape.hidden_size, config.up.block_k)
+    down_n = largest_divisor(shape.hidden_size, config.down.block_n)
+    return replace(config, up=replace(config.up, block_k=up_k), down=replace(config.down, block_n=down_n),
+                   one_route=use_one_route_blocks(num_tokens, shape.top_k, shape.num_experts))
+
+
+def use_one_route_blocks(num_tokens: int, top_k: int, num_experts: int) -> bool:
+    """Whether routes are so few that most experts get one: then no alignment is needed, as in stock vLLM."""
+    return num_tokens * top_k * 4 <= num_experts
+
+
+def largest_divisor(size: int, limit: int) -> int:
+    """The largest power of two up to `limit` that divides `size`."""
+    return min(limit, size & -size)
+
+
+def user_folder() -> Path:
+    """Where `heapr tune` writes and the plugin looks: HEAPR_CONFIG_FOLDER, or the user's cache."""
+    if folder := os.environ.get("HEAPR_CONFIG_FOLDER"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "heapr_vllm" / "tile_configs"
+
+
+@cache
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+@cache
+def _tuned(shape: LayerShape, device: str) -> dict[int, TileConfig]:
+    """Token count to tuned tiles of the nearest profile, the first folder winning ties; empty if none is near."""
+    profiles = [(shape.distance(replace(shape, num_experts=profile["num_experts"], mean_width=profile["mean_width"])),
+                 path, profile) for path, profile in _profiles(shape, device)]
+    distance, path, profile = min(profiles, key=lambda entry: entry[0], default=(math.inf, None, {}))
+    if distance > MAX_RATIO:
+        _announce(f"default tiles, none are tuned for hidden size {shape.hidden_size}, top-{shape.top_k} and these "
+                  f"widths on {device}; `heapr tune` finds faster ones")
+        return {}
+    try:
+        configs = {int(tokens): TileConfig.from_dict(entry) for tokens, entry in profile["tokens"].items()}
+        for config in configs.values():
+            config.check(shape.hidden_size)
+    except (KeyError, TypeError, ValueError) as error:
+        _announce(f"default tiles, {path} is damaged ({type(error).__name__}: {error}); run `heapr tune` again")
+        return {}
+    _announce(f"tiles tuned on {device}, from {path}")
+    return configs
+
+
+def _profiles(shape: LayerShape, device: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for folder in (user_folder(), PACKAGED_FOLDER):
+        path = folder / shape.file_name(device)
+        if path.is_file():
+            for profile in read_profiles(path):
+                if profile["tokens"]:
+                    yield path, profile
+
+
+def read_profiles(path: Path) -> list[dict[str, Any]]:
+    """Profiles of a tuned file; none if it is missing, damaged or of another format."""
+    try:
+        content = json.loads(path.read_text())
+        return content["profiles"] if content["format_version"] == FORMAT_VERSION else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+@cache
+def _announce(message: str) -> None:
+    """Logs `message` once, however many layers ask."""
+    logger.info("heapr::ragged_moe: %s", message)
+
+
+@cache
+def _has_hoppers_memory() -> bool:
+    if not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_properties().shared_memory_per_block_optin >= 224 * 1024
+
+
+def profile_entry(shape: LayerShape) -> dict[str, Any]:
+    """A new, empty profile of a tuned file."""
+    return {"num_experts": shape.num_experts, "mean_width": shape.mean_width, "max_width": shape.max_width,
+            "tokens": {}}
+
+
+def token_entry(config: TileConfig, microseconds: float) -> dict[str, Any]:
+    """One token count of a profile: the tiles and the time of the layer with them."""
+    return {**asdict(config), "microseconds": round(microseconds, 2)}

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random MoE layers of realistic shape, for tuning and benchmarks: sizes of the paper's models, ragged widths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from heapr_vllm.model_executor.kernels.reference import ragged_moe_reference
+from heapr_vllm.model_executor.kernels.triton.launch import index_tables, pack
+from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, LayerShape
+from heapr_vllm.model_executor.storage.layout import RaggedLayout
+
+WIDTH_SPREAD = 0.22
+
+
+class MoEShape(NamedTuple):
+    """One MoE layer of a model, unpruned."""
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    moe_intermediate_size: int
+
+
+PAPER_SHAPES = {
+    "Qwen3-30B-A3B": MoEShape(128, 8, 2048, 768),
+    "DeepSeekMoE-16B": MoEShape(64, 6, 2048, 1408),
+    "Qwen1.5-MoE-A2.7B": MoEShape(60, 4, 2048, 1408),
+    "Qwen2-57B-A14B": MoEShape(64, 8, 3584, 2560),
+    "tiny": MoEShape(8, 2, 128, 192),  # for a look at the commands without a GPU
+}
+
+
+def ragged_widths(num_experts: int, full: int, sparsity: float, unit: int = TRITON_UNIT, seed: int = 0) -> list[int]:
+    """Kept widths of a layer pruned to `sparsity`, multiples of `unit`, in random order.
+
+    Kept fractions are normal quantiles with a standard deviation of WIDTH_SPREAD, cut off at 0 and 1 and shifted to the
+    wanted mean: what `heapr prune` leaves inside the layers of the bundled model at 25 % and 50 % (0.08 to 0.32).
+    The mean is exact to one unit per layer. Sparsity 0 gives full widths.
+    """
+    if sparsity == 0:
+        return [full] * num_experts
+    quantiles = (torch.arange(num_experts, dtype=torch.double) + 0.5) / num_experts
+    spread = torch.special.ndtri(quantiles) * WIDTH_SPREAD
+    low, high = -2.0, 2.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (middle + spread).clamp(0, 1).mean() < 1 - sparsity else (low, middle)
+    exact = (low + spread).clamp(0, 1) * full / unit
+    ends = exact.cumsum(0).round()  # cumulative rounding keeps the total
+    units = ends.diff(prepend=ends.new_zeros(1)).long().clamp(max=full // unit)
+    order = torch.randperm(num_experts, generator=torch.Generator().manual_seed(seed))
+    return (units[order] * unit).tolist()
+
+
+class Batch(NamedTuple):
+    """Tokens of one call: `x` [T, H], `topk_weights` float32 and `topk_ids` int32 [T, k]."""
+
+    x: torch.Tensor
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+
+
+def random_batch(num_tokens: int, shape: MoEShape, dtype: torch.dtype, device: torch.device) -> Batch:
+    """Standard normal tokens, uniformly random routing."""
+    x = torch.randn(num_tokens, shape.hidden_size, device=device).to(dtype)
+    scores = torch.rand(num_tokens, shape.num_experts, device=device)
+    weights, ids = scores.softmax(-1).topk(shape.top_k)
+    return Batch(x, weights, ids.int())
+
+
+@dataclass(frozen=True)
+class SyntheticLayer:
+    """Random experts of given stored widths, packed for the Triton kernels, in several copies.
+
+    Copies and fresh routing per call keep weights out of the L2 cache, as other layers do in a model. `w13` and `w2`:
+    one tensor per copy; `slot_map` and `table` as in `triton_ragged_moe`; `plain`: w13, w2, slots and table of copy 0
+    as in `ragged_moe_reference`.
+    """
+
+    moe: MoEShape
+    widths: list[int]
+    w13: list[torch.Tensor]
+    w2: list[torch.Tensor]
+    slot_map: torch.Tensor
+    table: torch.Tensor
+    plain: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+    @classmethod
+    def build(cls, moe: MoEShape, widths: list[int], dtype: torch.dtype, device: torch.device,
+              copies: int = 1) -> SyntheticLayer:
+        """`widths` are multiples of 64, one per expert, 0 for dead ones."""
+        layout = RaggedLayout.build(widths, widths)
+        scale = moe.hidden_size**-0.5
+        w13, w2 = ([torch.empty(rows, moe.hidden_size, dtype=dtype, device=device).normal_(std=scale)
+                    for _ in range(copies)] for rows in (2 * layout.num_rows, layout.num_rows))
+        slots = torch.tensor([*layout.slots, layout.num_slots], dtype=torch.int32, device=device)
+        places = torch.tensor(layout.expert_table(), dtype=torch.int32, device=device).view(-1, 2)
+        plain = w13[0].clone(), w2[0].clone(), slots, places
+        for gate_up, down in zip(w13, w2, strict=True):
+            pack(gate_up, down, layout)
+        slot_map, table = (tensor.to(device) for tensor in index_tables(layout.slots, layout))
+        return cls(moe, widths, w13, w2, slot_map, table, plain)
+
+    @property
+    def shape(self) -> LayerShape:
+        return LayerShape.of(self.widths, self.moe.hidden_size, self.moe.top_k, self.w2[0].dtype)
+
+    def arguments(self, batch: Batch, copy: int = 0) -> tuple:
+        """Arguments of `triton_ragged_moe` after `output`."""
+        copy %= len(self.w13)
+        return (batch.x, self.w13[copy], self.w2[copy], batch.topk_weights, batch.topk_ids, self.slot_map, self.table,
+                max(self.widths))
+
+    def expected(self, batch: Batch) -> torch.Tensor:
+        """The reference's output [T, H] with the weights of copy 0."""
+        w13, w2, slots, places = self.plain
+        return ragged_moe_reference(batch.x, w13, w2, batch.topk_weights, batch.topk_ids, slots, places)

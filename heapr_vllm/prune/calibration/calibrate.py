@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One forward and one backward pass over calibration text: model in, neuron moments out."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heapr_vllm.environment import versions
+from heapr_vllm.formats.atomic import atomic_file, check_output
+from heapr_vllm.formats.checkpoint import TOKENIZER_FILES, Checkpoint
+from heapr_vllm.prune.calibration.in_memory import calibrate_in_memory
+from heapr_vllm.prune.calibration.moments import CALIBRATION_FILE, MOMENTS_FILE, NeuronMoments
+from heapr_vllm.prune.calibration.processes import ALONE, Processes
+from heapr_vllm.prune.calibration.saved_state import PARTIAL_FILE, SavedState
+from heapr_vllm.prune.calibration.settings import CalibrationSettings, NotFiniteError, calibration_blocks
+from heapr_vllm.prune.models.loading import check_device
+from heapr_vllm.prune.text.samples import fingerprint
+
+
+def calibrate(settings: CalibrationSettings, output: Path, *, device: str = "cpu", checkpoint_every: int = 8,
+              resume: bool = False, overwrite: bool = False, processes: Processes = ALONE) -> NeuronMoments:
+    """`heapr calibrate`: writes `moments.safetensors`, `calibration.json` and the model's config and tokenizer.
+
+    Every `checkpoint_every` batches the sums are saved; with `resume` a killed run continues from there and ends in the
+    same bytes, and a finished one is left as it is. `settings.stream` keeps one decoder layer in memory at a time and
+    hidden states in `output`/stream meanwhile. Several `processes` share the samples, and the first writes the result.
+    Raises HeaprError on bad input before anything is written, and if the loss becomes NaN on the way.
+    """
+    if not (resume and any((output / name).is_file() for name in (PARTIAL_FILE, MOMENTS_FILE, CALIBRATION_FILE))):
+        check_output(output, overwrite)
+    device = processes.device(device)
+    check_device(device, allow_auto=True)
+    checkpoint = Checkpoint.resolve(settings.model, settings.revision)
+    checkpoint.check_unquantized(allow_fp8=True)
+    checkpoint.expert_shapes()
+    blocks = calibration_blocks(settings, checkpoint)
+    mine = processes.share(blocks)
+    identity = {**asdict(settings), "revision": checkpoint.commit or settings.revision, "processes": processes.size,
+                "dataset_fingerprint": fingerprint(blocks), "base_fingerprint": checkpoint.fingerprint(),
+                "checkpoint_bytes": checkpoint.export_bytes(),
+                "routed_bytes": checkpoint.export_bytes(routed_only=True)}
+    state = SavedState(output, identity, processes)
+    if resume and (finished := state.finished()):
+        return finished
+    partial = state.load() if resume else None
+    processes.wait()
+    if processes.is_first and not resume:
+        state.remove()
+    processes.wait()
+    started = time.time()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if settings.stream:
+            from heapr_vllm.prune.calibration.streamed import calibrate_streamed
+
+            moments = calibrate_streamed(checkpoint, settings, mine, device, state, partial, checkpoint_every)
+        else:
+            moments = calibrate_in_memory(checkpoint, settings, mine, device, state, partial, checkpoint_every)
+    except NotFiniteError:
+        state.remove()
+        raise
+    moments = replace(processes.total(moments), metadata=identity)
+    if processes.is_first:
+        _write_provenance(output, checkpoint, identity, moments, blocks, time.time() - started)
+        moments.save_pretrained(output)
+        state.remove()
+    return moments
+
+
+
+
+
+
+
+
+
+
+
+
+def _write_provenance(output: Path, checkpoint: Checkpoint, identity: dict[str, Any], moments: NeuronMoments,
+                      blocks: torch.Tensor, seconds: float) -> None:
+    record = {**identity, "calibration_tokens": blocks.numel(), "wall_time_seconds": round(seconds, 1),
+              "versions": versions(), "tokens": {prefix: count.tolist() for prefix, count in moments.tokens.items()}}
+    output.mkdir(exist_ok=True)
+    atomic_file(output / CALIBRATION_FILE, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+    for name in ("config.json", *TOKENIZER_FILES):
+        if (checkpoint.path / name).is_file():
+            content = (checkpoint.path / name).read_bytes()
+            atomic_file(output / name, lambda path, content=content: path.write_bytes(content))

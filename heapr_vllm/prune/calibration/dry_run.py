@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory and disk a streamed calibration needs, from shapes alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.prune.calibration.collector import ROW_MULTIPLE, MomentCollector
+from heapr_vllm.prune.calibration.settings import CalibrationSettings, calibration_blocks
+from heapr_vllm.prune.models.layered import HEAD_TOKENS, LayeredModel
+from heapr_vllm.prune.models.loading import check_device
+
+RUNTIME_BYTES = 256 * 2**20  # kernel libraries, thread stacks and allocator rounding that come with the first step
+
+
+def streamed_plan(model: LayeredModel, num_samples: int, length: int, batch_size: int) -> dict[str, int]:
+    """Sizes in bytes for `num_samples` blocks of `length` tokens, an upper bound for every phase of the pass.
+
+    `peak_memory_bytes` is that of the device the layers run on; on the CPU it includes what this process holds now.
+    """
+    weights = {name: _weight_bytes(model, name) for name in (*model.layer_names, model.embedding_name, model.head_name)}
+    layer_weights = max(weights[name] for name in model.layer_names)
+    tokens, dtype = batch_size * length, next(model.model.parameters()).dtype
+    config = model.model.config.get_text_config()
+    hidden = tokens * config.hidden_size * dtype.itemsize
+    activations = max(_activation_bytes(model, layer, batch_size, length) for layer in model.layers)
+    head_tokens = batch_size * min(max(1, HEAD_TOKENS // batch_size), length)
+    logits = head_tokens * config.vocab_size * (2 * dtype.itemsize + 3 * 4)  # as computed, float32, softmax, gradients
+    collector = MomentCollector(model.model, torch.device("meta"))
+    accumulators = sum(tensor.nbytes for group in (collector.tokens, collector.sums, collector.outputs, collector.norms)
+                       for tensor in group.values())
+    phases = (weights[model.embedding_name] + 2 * hidden,
+              weights[model.head_name] + logits + 4 * hidden,
+              layer_weights + activations + 4 * hidden)
+    process = peak_resident_bytes() if model.device.type == "cpu" else 0
+    one_tensor = _tensor_in_flight_bytes(model.weights.checkpoint)
+    kept_layers = len(model.layers) - model.first_moe_layer + 1
+    return {"layer_weight_bytes": layer_weights, "embedding_bytes": weights[model.embedding_name],
+            "head_bytes": weights[model.head_name], "tensor_in_flight_bytes": one_tensor, "logits_bytes": logits,
+            "layer_activation_bytes": activations, "accumulator_bytes": accumulators, "process_bytes": process,
+            "peak_memory_bytes": process + RUNTIME_BYTES + 2 * accumulators + one_tensor + max(phases),
+            "disk_bytes": num_samples * length * config.hidden_size * dtype.itemsize * (kept_layers + 2)}
+
+
+def peak_resident_bytes(process: int | str = "self") -> int:
+    """The most memory a process has had so far; 0 where the system does not say (it is Linux that does)."""
+    status = Path(f"/proc/{process}/status")
+    match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return int(match[1]) * 1024 if match else 0
+
+
+def _weight_bytes(model: LayeredModel, name: str) -> int:
+    return sum(tensor.nbytes for tensor in model.model.get_submodule(name).state_dict().values())
+
+
+def _activation_bytes(model: LayeredModel, layer: nn.Module, batch: int, length: int) -> int:
+    """What one layer keeps for its backward pass, and the largest temporaries of that pass."""
+    size, tokens = next(layer.parameters()).dtype.itemsize, batch * length
+    config = model.model.config.get_text_config()
+    wide = 3 * 4 + 3 * size  # float32 copies inside norms and rotary embeddings, results in the model's dtype
+    linear = sum(module.out_features for module in layer.modules() if isinstance(module, nn.Linear))
+    total = tokens * (linear + 4 * config.hidden_size) * wide
+    total += batch * config.num_attention_heads * length * length * (2 * 4 + size) * _keeps_attention(config)
+    for module in model.experts_of(layer).values():
+        experts, _, width = module.down_proj.shape
+        routes = tokens * getattr(config, "num_experts_per_tok", experts) + experts * (ROW_MULTIPLE - 1)
+        total += routes * (5 * width + 2 * config.hidden_size) * size  # gate, up, silu, h; output, weighted output
+        total += tokens * (3 * 8 * width + 3 * 4 * config.hidden_size)  # squares in float64, gradients of the input
+    return total
+
+
+def _keeps_attention(config: PretrainedConfig) -> bool:
+    """Whether attention weights [L, L] are kept: kernels that avoid it need heads of one size."""
+    sizes = {getattr(config, "v_head_dim", None), getattr(config, "qk_head_dim", None)}
+    return config._attn_implementation == "eager" or len(sizes) > 1
+
+
+def _tensor_in_flight_bytes(checkpoint: Checkpoint) -> int:
+    """The largest tensor while it is read; FP8 passes through float32, and so do its scales."""
+    largest = max(checkpoint.headers, key=checkpoint.tensor_bytes)
+    return checkpoint.tensor_bytes(largest) * (1 if checkpoint.fp8_block is None else 9)
+
+
+def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
+    """`--dry-run`: sizes by formula from the config and the shard headers; no large weight is loaded.
+
+    With `settings.stream` also the peak memory; the text is read for it, since it counts too.
+    """
+    check_device(device, allow_auto=True)
+    checkpoint = Checkpoint.resolve(settings.model, settings.revision)
+    checkpoint.check_unquantized(allow_fp8=True)
+    shapes = checkpoint.expert_shapes()
+    neurons = sum(experts * width for experts, width in shapes.values())
+    text = checkpoint.config.get("text_config", checkpoint.config)
+    tokens = settings.batch_size * settings.max_seq_length
+    scale = 2 if settings.dtype == "float32" and text.get("dtype", text.get("torch_dtype")) == "bfloat16" else 1
+    scale *= 2 if checkpoint.fp8_block else 1
+    sizes = {"moe_layers": len(shapes), "experts": sum(experts for experts, _ in shapes.values()), "neurons": neurons,
+             "calibration_tokens": settings.num_calibration_samples * settings.max_seq_length,
+             "weight_bytes": checkpoint.num_bytes() * scale, "accumulator_bytes": 6 * 8 * neurons,
+             "logits_bytes": 2 * 4 * tokens * text["vocab_size"],
+             "checkpointed_activation_bytes": 4 * tokens * text["hidden_size"] * text["num_hidden_layers"],
+             "output_bytes": 6 * 4 * neurons}
+    if not settings.stream:
+        return sizes
+    from heapr_vllm.prune.models.layered import LayeredModel
+    
+
+    del sizes["checkpointed_activation_bytes"]  # on disk here
+    blocks = calibration_blocks(settings, checkpoint)
+    return sizes | streamed_plan(LayeredModel(checkpoint, settings.dtype, device), *blocks.shape, settings.batch_size)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a killed calibration leaves in its output folder, and how a resumed one finds it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.prune.calibration.collector import MomentCollector
+from heapr_vllm.prune.calibration.moments import MOMENTS_FILE, NeuronMoments
+from heapr_vllm.prune.calibration.processes import Processes
+
+PARTIAL_FILE = "partial.safetensors"
+STREAM_FOLDER = "stream"
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """The sums so far of this process, in `output`.
+
+    `identity`: all that the result depends on; a resumed run must have the same.
+    """
+
+    output: Path
+    identity: dict[str, Any]
+    processes: Processes
+
+    @property
+    def partial(self) -> Path:
+        rank = self.processes.rank
+        return self.output / (f"partial-{rank}.safetensors" if rank else PARTIAL_FILE)
+
+    @property
+    def stream_folder(self) -> Path:
+        """Where this process keeps hidden states."""
+        return self.output / STREAM_FOLDER / str(self.processes.rank)
+
+    def save(self, collector: MomentCollector, position: dict[str, int]) -> None:
+        """Writes the sums, which are complete up to `position`."""
+        collector.moments({**self.identity, **position}).save(self.partial, torch.float64)
+
+    def load(self) -> NeuronMoments | None:
+        """What `save` wrote last, with the position in its metadata; None if there is nothing."""
+        return self._load(self.partial)
+
+    def finished(self) -> NeuronMoments | None:
+        """The result, if the run had ended; the first process's sums are the last thing it removes."""
+        return None if (self.output / PARTIAL_FILE).is_file() else self._load(self.output / MOMENTS_FILE)
+
+    def remove(self) -> None:
+        """Removes the state of all processes, and the folder if nothing else is in it."""
+        shutil.rmtree(self.output / STREAM_FOLDER, ignore_errors=True)
+        for path in self.output.glob("partial-*.safetensors"):
+            path.unlink()
+        (self.output / PARTIAL_FILE).unlink(missing_ok=True)
+        if self.output.is_dir() and not any(self.output.iterdir()):
+            self.output.rmdir()
+
+    def _load(self, path: Path) -> NeuronMoments | None:
+        """Raises HeaprError if the sums belong to other settings."""
+        if not path.is_file():
+            return None
+        saved = NeuronMoments.load(path)
+        changed = sorted(key for key in self.identity if saved.metadata.get(key) != self.identity[key])
+        if changed:
+            raise HeaprError(f"{self.output} was started with another {', '.join(changed)}; repeat the original "
+                             "command with --resume, or start anew with --overwrite")
+        return saved

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration of a model larger than memory: the same moments with one decoder layer in memory at a time.
+
+Forward, the input of every layer goes to disk; at the head the loss gives the gradient of the last layer's output;
+backward, every layer runs again from its input and turns the gradient of its output into that of its input. This is
+gradient checkpointing per layer, as in `collect_moments`, with all samples going through a layer before the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from tqdm import tqdm
+
+from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.prune.calibration.collector import MomentCollector, check_experts
+from heapr_vllm.prune.calibration.moments import NeuronMoments
+from heapr_vllm.prune.calibration.saved_state import SavedState
+from heapr_vllm.prune.calibration.settings import CalibrationSettings, check_finite
+from heapr_vllm.prune.models.hidden_states import ActivationStore
+from heapr_vllm.prune.models.layered import LayeredModel
+
+
+@dataclass(frozen=True)
+class BackwardPosition:
+    """Sums are complete for the layers above `layer`, and there for the first `batches` batches."""
+
+    layer: int
+    batches: int
+
+
+def calibrate_streamed(checkpoint: Checkpoint, settings: CalibrationSettings, blocks: torch.Tensor, device: str,
+                       state: SavedState, partial: NeuronMoments | None, every: int) -> NeuronMoments:
+    """`heapr calibrate --stream`, between reading the text and writing the result.
+
+    Hidden states and gradients are on disk; the sums are saved every `every` batches of the backward pass and after
+    each of its layers, and come back as `partial` when the run is resumed.
+    """
+    model = LayeredModel(checkpoint, settings.dtype, device)
+    collector = MomentCollector(model.model, model.device)
+    check_experts(checkpoint, collector)
+    position = None
+    if partial is None:
+        state.save(collector, {})
+    else:
+        collector.restore(partial)
+        if "layer" in partial.metadata:
+            position = BackwardPosition(partial.metadata["layer"], partial.metadata["batches"])
+    batches = -(-len(blocks) // settings.batch_size)
+    first = 0 if position is None else num_steps(model, batches, position)
+    with tqdm(total=num_steps(model, batches), initial=first, unit="step", desc="streaming layers",
+              disable=state.processes.hides_progress) as bar:
+
+        def save_position(position: BackwardPosition) -> None:
+            if position.batches % every == 0:
+                state.save(collector, asdict(position))
+
+        return collect_moments_streamed(model, blocks, ActivationStore(state.stream_folder), settings.batch_size,
+                                        collector=collector, position=position, save=save_position,
+                                        after_steps=bar.update)
+
+
+def num_steps(model: LayeredModel, batches: int, position: BackwardPosition | None = None) -> int:
+    """Steps until `position`, by default of a whole run.
+
+    One per batch for the embedding, the head, every layer forward, and every layer backward down to the lowest with
+    experts.
+    """
+    layers = len(model.layers)
+    position = position or BackwardPosition(model.first_moe_layer - 1, 0)
+    return batches * (layers + 2 + layers - 1 - position.layer) + position.batches
+
+
+def collect_moments_streamed(model: LayeredModel, blocks: torch.Tensor, store: ActivationStore, batch_size: int = 1, *,
+                             collector: MomentCollector | None = None, position: BackwardPosition | None = None,
+                             save: Callable[[BackwardPosition], None] | None = None,
+                             after_steps: Callable[[int], None] | None = None) -> NeuronMoments:
+    """`collect_moments` for a `LayeredModel`: token `blocks` int64 [N, L] to moments.
+
+    Continues from what `store` holds; once the backward pass has begun, `collector` and `position` say how far it got.
+    `save(position)` is called whenever both could be saved, and `after_steps(n)` after n more steps of `num_steps`.
+    Raises HeaprError if the loss is not finite.
+    """
+    collector = collector or MomentCollector(model.model, model.device)
+    save, steps = save or (lambda _: None), after_steps or (lambda _: None)
+    batches, top, bottom = list(blocks.split(batch_size)), len(model.layers), model.first_moe_layer
+    with collector.attached():
+        if position is None:
+            position = BackwardPosition(top - 1, 0)
+            if store.complete("gradient", top, len(batches)):
+                steps(num_steps(model, len(batches), position))
+            else:
+                model.forward(batches, store, keep_from=bottom, after_steps=steps)
+                _head(model, batches, store, steps)
+            store.drop("input", top)
+        for layer in range(position.layer, bottom - 1, -1):
+            first = position.batches if layer == position.layer else 0
+            _backward(model, layer, range(first, len(batches)), store, save, steps, keep_gradient=layer > bottom)
+            save(BackwardPosition(layer - 1, 0))
+            store.drop("input", layer)
+            store.drop("gradient", layer + 1)
+    collector.check_reached()
+    return collector.moments({})
+
+
+def _head(model: LayeredModel, batches: list[torch.Tensor], store: ActivationStore,
+          steps: Callable[[int], None]) -> None:
+    top = len(model.layers)
+    with model.head():
+        for number, ids in enumerate(batches):
+            if not store.has("gradient", top, number):
+                loss, gradient = model.loss(store.load("input", top, number, model.device), ids)
+                check_finite(loss, number * len(batches[0]))
+                store.save("gradient", top, number, gradient)
+            steps(1)
+
+
+def _backward(model: LayeredModel, layer: int, numbers: range, store: ActivationStore,
+              save: Callable[[BackwardPosition], None], steps: Callable[[int], None], keep_gradient: bool) -> None:
+    with model.layer(layer) as run:
+        for number in numbers:
+            hidden = store.load("input", layer, number, model.device).requires_grad_()
+            run(hidden).backward(store.load("gradient", layer + 1, number, model.device))
+            if keep_gradient:
+                store.save("gradient", layer, number, hidden.grad)
+            save(BackwardPosition(layer, number + 1))
+            steps(1)

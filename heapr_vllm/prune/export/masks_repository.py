@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The masks repository: what `heapr prune` writes and vLLM serves like an adapter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.atomic import atomic_directory
+from heapr_vllm.formats.checkpoint import TOKENIZER_FILES
+from heapr_vllm.formats.config import MASKS_FILE, BaseModel, PruningConfig
+from heapr_vllm.formats.masks import NeuronMasks, file_sha256
+from heapr_vllm.prune.calibration.moments import CALIBRATION_FILE
+from heapr_vllm.prune.report.card import model_card
+from heapr_vllm.prune.report.summary import FRONTIER_FILE
+
+
+def write_masks_repository(masks: NeuronMasks, calibration: Path, output: Path, overwrite: bool = False,
+                           frontier: dict[str, Any] | None = None) -> None:
+    """Masks with the base model's config and tokenizer: under 1 MiB, and vLLM serves it like an adapter.
+
+    `calibration` is the folder `heapr calibrate` wrote, `frontier` what `sweep.frontier` returned for these masks.
+    """
+    if not (calibration / CALIBRATION_FILE).is_file():
+        raise HeaprError(f"{calibration / CALIBRATION_FILE} is missing; `heapr calibrate` writes it")
+    with atomic_directory(output, overwrite) as folder:
+        masks.save_pretrained(folder)
+        for name in TOKENIZER_FILES:
+            if (calibration / name).is_file():
+                shutil.copyfile(calibration / name, folder / name)
+        shutil.copyfile(calibration / CALIBRATION_FILE, folder / "heapr" / CALIBRATION_FILE)
+        if frontier is not None:
+            (folder / "heapr" / FRONTIER_FILE).write_text(json.dumps(frontier, indent=2) + "\n")
+        block = PruningConfig(masks_sha256=file_sha256(folder / MASKS_FILE), sparsity=masks.metadata["sparsity"],
+                              scope=masks.metadata["scope"], align=masks.metadata["align"],
+                              base_model=BaseModel(**masks.metadata["base_model"]))
+        write_config(folder, json.loads((calibration / "config.json").read_text()), block)
+        record = json.loads((calibration / CALIBRATION_FILE).read_text())
+        (folder / "README.md").write_text(model_card(masks, block, record))
+
+
+def read_pruning_config(masks_dir: Path) -> PruningConfig:
+    config_file = masks_dir / "config.json"
+    block = json.loads(config_file.read_text()).get("quantization_config") if config_file.is_file() else None
+    if block is None or block.get("quant_method") != "heapr":
+        raise HeaprError(f"{masks_dir} is not a masks repository; `heapr prune` writes one")
+    return PruningConfig.from_dict(block)
+
+
+def write_config(folder: Path, config: dict[str, Any], block: PruningConfig | None) -> None:
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    if block is not None:
+        config["quantization_config"] = block.to_dict()
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

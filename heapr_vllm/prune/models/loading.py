@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint as a transformers model: on one device or over all GPUs, FP8 weights dequantised."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from heapr_vllm.errors import HeaprError, first_line
+from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.prune.models.deepseek import register_deepseek_model
+from heapr_vllm.prune.models.module_weights import load_dequantized
+
+
+def check_device(device: str, allow_auto: bool = False) -> None:
+    """Raises HeaprError if torch does not have `device`: cpu, cuda, cuda:N, or "auto" where it is allowed."""
+    if device == "auto" and allow_auto:
+        return
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise HeaprError(f"--device {device} is not cpu, cuda or cuda:N")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise HeaprError(f"--device {device}: this torch ({torch.__version__}) sees {torch.cuda.device_count()} GPUs; "
+                         "use --device cpu")
+
+
+def load_model(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:
+    """The whole model on `device`, or with "auto" over all GPUs.
+
+    Raises HeaprError if transformers cannot load it or the devices are too small for it.
+    """
+    register_deepseek_model()
+    if checkpoint.fp8_block:
+        if device == "auto":
+            raise HeaprError("--device auto does not take FP8 checkpoints; use --device cuda or --stream")
+        return load_dequantized(checkpoint, dtype, device)
+    try:
+        if device != "auto":
+            return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype).to(device)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, device_map="auto")
+    except (ImportError, ValueError) as error:  # "auto" needs accelerate
+        raise HeaprError(f"transformers cannot load {checkpoint.path}: {first_line(error)}") from error
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise HeaprError(f"{checkpoint.path} does not fit these devices; use --stream with --device cuda or cpu")
+    return model

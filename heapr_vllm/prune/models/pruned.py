@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any checkpoint of ours as a full-size transformers model, for evaluation without vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.formats.config import PruningConfig
+from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.formats.names import ExpertTensor
+from heapr_vllm.prune.models.deepseek import register_deepseek_model
+from heapr_vllm.prune.models.experts import expert_modules, expert_shapes
+from heapr_vllm.prune.models.loading import load_model
+
+
+@contextmanager
+def opened(checkpoint: Checkpoint, dtype: str, device: str) -> Iterator[tuple[PreTrainedModel, NeuronMasks | None]]:
+    """The model and its masks, None for an unpruned one.
+
+    Masks repositories become their base model with the pruned neurons switched off, compact checkpoints are expanded
+    with zeros: both compute what the pruned model computes. Raises HeaprError on other quantizations and if the masks
+    belong to another base model.
+    """
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization is None or quantization.get("quant_method") != "heapr":
+        checkpoint.check_unquantized(allow_fp8=True)
+        yield load_model(checkpoint, dtype, device), None
+        return
+    block = PruningConfig.from_dict(quantization)
+    masks = NeuronMasks.from_pretrained(checkpoint.path)
+    if block.layout == "compact":
+        yield load_compact(checkpoint, masks, dtype).to(device), masks
+        return
+    base = checkpoint if checkpoint.has_weights else Checkpoint.resolve(block.base_model.name_or_path,
+                                                                        block.base_model.revision)
+    if block.base_model.fingerprint not in (None, base.fingerprint()):
+        raise HeaprError(f"{checkpoint.path} does not belong to {base.path}: its fingerprint differs from that of the "
+                         "calibrated model; restore the base model or export the masks with --no-verify")
+    with applied(masks, load_model(base, dtype, device)) as model:
+        yield model, masks
+
+
+@contextmanager
+def applied(masks: NeuronMasks, model: nn.Module) -> Iterator[nn.Module]:
+    """Runs a transformers model with the pruned neurons switched off; its weights are restored on exit.
+
+    Zeroing a neuron's down_proj column removes it exactly. Works on any model with stacked experts (`down_proj`
+    [E, H, I], Transformers 5). Raises HeaprError if the masks belong to another model.
+    """
+    masks.check_fits(expert_shapes(model), type(model).__name__)
+    saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    try:
+        for prefix, module in expert_modules(model).items():
+            weight = module.down_proj.data
+            pruned = ~masks.keep[prefix].to(weight.device)[:, None, :].expand_as(weight)
+            saved.append((weight, pruned, weight[pruned]))
+            weight[pruned] = 0
+        yield model
+    finally:
+        for weight, pruned, values in saved:
+            weight[pruned] = values
+
+
+def load_compact(checkpoint: Checkpoint, masks: NeuronMasks, dtype: str) -> PreTrainedModel:
+    """A compact checkpoint as a full-size model on the CPU, pruned neurons zero."""
+    tensors: dict[str, torch.Tensor] = {}
+    for shard, names in checkpoint.shards.items():
+        with checkpoint.open(shard) as file:
+            tensors |= {name: _expand(name, file.get_tensor(name), masks) for name in names}
+    register_deepseek_model()
+    config = AutoConfig.from_pretrained(checkpoint.path)
+    del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)  # of a vision-language model the language model
+    return type(model).from_pretrained(None, config=model.config, state_dict=tensors, dtype=dtype)
+
+
+def _expand(name: str, tensor: torch.Tensor, masks: NeuronMasks) -> torch.Tensor:
+    """Inverse of the compact layout: kept rows or columns at their places, zeros elsewhere."""
+    where = ExpertTensor.parse(name)
+    if where is None or where.prefix not in masks.keep:
+        return tensor
+    keep = masks.keep[where.prefix][where.expert]
+    if where.shard == "w2":
+        return tensor.new_zeros(len(tensor), len(keep)).index_copy_(1, keep.nonzero()[:, 0], tensor)
+    return tensor.new_zeros(len(keep), tensor.shape[1]).index_copy_(0, keep.nonzero()[:, 0], tensor)

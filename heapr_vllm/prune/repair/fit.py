@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`heapr export --repair`: second moments over the calibration text, compensations on disk, refitted tensors.
+
+Second moments take E I^2 doubles per layer, too many for the moments file and perhaps for memory, so the model runs
+over the text once per group of layers, or, after a streamed calibration, once with one layer in memory. What it leaves,
+one compensation per expert, is applied shard by shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.atomic import atomic_file
+from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.formats.names import ExpertTensor, natural_order
+from heapr_vllm.formats.tensorfile import save_tensors
+from heapr_vllm.prune.calibration.settings import CalibrationSettings, calibration_blocks
+from heapr_vllm.prune.models.experts import expert_modules
+from heapr_vllm.prune.models.hidden_states import ActivationStore
+from heapr_vllm.prune.models.layered import LayeredModel
+from heapr_vllm.prune.models.loading import check_device, load_model
+from heapr_vllm.prune.repair.least_squares import PRIOR, compensate, compensation, output_errors, repairable
+from heapr_vllm.prune.repair.second_moments import SecondMoment, collect_second_moments, stream_second_moments
+from heapr_vllm.prune.text.samples import fingerprint
+
+METHODS = ("least-squares",)
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class RepairSettings:
+    """`dataset` and `num_samples`: the text, that of the calibration by default. `memory`: bytes for second moments."""
+
+    method: str = "least-squares"
+    dataset: str | None = None
+    num_samples: int | None = None
+    memory: int = 8 * 2**30
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Compensations in `folder`, one file per MoE module; `record`: how they came about, JSON values only."""
+
+    folder: Path
+    masks: NeuronMasks
+    record: dict[str, Any]
+
+    def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The checkpoint tensor `name`; a down_proj gets its kept columns refitted and keeps its full size."""
+        where = ExpertTensor.parse(name)
+        if where is None or where.shard != "w2":
+            return tensor
+        if not _module_file(self.folder, where.prefix).is_file():
+            return tensor
+        stack = tensor.clone() if where.expert is None else tensor[None].clone()
+        with safe_open(_module_file(self.folder, where.prefix), framework="pt") as file:
+            for index, expert in enumerate(range(len(stack)) if where.expert is None else [where.expert]):
+                if str(expert) in file.keys():  # noqa: SIM118
+                    keep = self.masks.keep[where.prefix][expert]
+                    stack[index] = compensate(stack[index], keep, file.get_tensor(str(expert)))
+        return stack.view_as(tensor)
+
+    def discard(self) -> None:
+        """Removes the folder."""
+        _discard(self.folder)
+
+
+def fit_repair(base: Checkpoint, masks: NeuronMasks, calibration: dict[str, Any], settings: RepairSettings,
+               folder: Path) -> Repair:
+    """Writes the compensations of every expert that loses some neurons into `folder`, and returns them.
+
+    `calibration` is the content of calibration.json: text, seed, length, batch size and dtype are those of the
+    calibration. What an interrupted run with the same input left in `folder` is not computed again. Raises HeaprError
+    if the text is missing, changed or too short, or if `settings` cannot be met, before anything is written.
+    """
+    if settings.method not in METHODS:
+        raise HeaprError(f"repair {settings.method!r} is not one of {', '.join(METHODS)}")
+    check_device(settings.device)
+    experts = repairable(masks)
+    if not experts:
+        raise HeaprError("every expert is kept whole or removed whole, so there is nothing to repair; export without "
+                         "--repair")
+    groups = layer_groups(masks, experts, settings.memory)
+    blocks = _blocks(base, calibration, settings)
+    thin = check_tokens(masks, experts, calibration, len(blocks))
+    record = {"method": settings.method, "dataset": settings.dataset or calibration["dataset"],
+              "dataset_fingerprint": fingerprint(blocks), "num_samples": len(blocks),
+              "max_seq_length": blocks.shape[1], "seed": calibration["seed"], "tokens": blocks.numel(), "prior": PRIOR,
+              "experts": sum(map(len, experts.values())), "experts_with_few_tokens": thin}
+    inputs = {**record, "dtype": calibration["dtype"], "batch_size": calibration["batch_size"],
+              "base": [str(base.path.resolve()), base.fingerprint()],
+              "keep": hashlib.sha256(b"".join(masks.keep[prefix].numpy().tobytes() for prefix in experts)).hexdigest()}
+    identity = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    errors = _load_state(folder, identity)
+    if not errors:
+        _discard(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {prefix: chosen for prefix, chosen in experts.items() if prefix not in errors}
+    if wanted:
+        if calibration.get("stream"):
+            model = LayeredModel(base, calibration["dtype"], settings.device)
+            collected = _streamed(model, blocks, calibration["batch_size"], wanted, folder)
+        else:
+            model = load_model(base, calibration["dtype"], settings.device)
+            collected = _in_memory(model, blocks, calibration["batch_size"], wanted, groups)
+        for prefix, moments, weights in collected:
+            errors[prefix] = _fit_module(weights, moments, masks.keep[prefix], _module_file(folder, prefix))
+            _save_state(folder, identity, errors)
+    before, after = torch.tensor(list(errors.values())).double().sum(0).tolist()
+    return Repair(folder, masks, {**record, "output_error_removed": 1 - after / before if before else 0.0})
+
+
+Collected = Iterator[tuple[str, dict[int, SecondMoment], torch.Tensor]]  # MoE module prefix, moments, down_proj
+
+
+def _in_memory(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int, wanted: dict[str, list[int]],
+               groups: list[list[str]]) -> Collected:
+    """One forward pass of the whole model per group of layers in which any is wanted."""
+    missing = [group for group in groups if wanted.keys() & set(group)]
+    modules = expert_modules(model)
+    with tqdm(total=len(missing) * blocks.numel(), unit="tok", unit_scale=True, desc="repairing", disable=None) as bar:
+        for group in missing:
+            experts = {prefix: wanted[prefix] for prefix in group if prefix in wanted}
+            moments = collect_second_moments(model, blocks, batch_size, experts=experts,
+                                             after_batch=lambda samples: bar.update(samples * blocks.shape[1]))
+            for prefix in experts:
+                yield prefix, moments.pop(prefix), modules[prefix].down_proj
+
+
+def _streamed(model: LayeredModel, blocks: torch.Tensor, batch_size: int, wanted: dict[str, list[int]],
+              folder: Path) -> Collected:
+    """One forward pass with one layer in memory; hidden states are in `folder` meanwhile."""
+    with (tqdm(total=len(model.layers) * len(blocks), unit="sample", desc="repairing", disable=None) as bar,
+          TemporaryDirectory(dir=folder) as store):
+        yield from stream_second_moments(model, blocks, ActivationStore(Path(store)), batch_size, wanted, bar.update)
+
+
+def layer_groups(masks: NeuronMasks, experts: dict[str, list[int]], memory: int) -> list[list[str]]:
+    """MoE module prefixes in order, cut into groups whose second moments take at most `memory` bytes.
+
+    Raises HeaprError if those of one layer take more.
+    """
+    groups: list[list[str]] = [[]]
+    used = 0
+    for prefix in sorted(experts, key=natural_order):
+        size = 8 * len(experts[prefix]) * masks.keep[prefix].shape[1] ** 2
+        if size > memory:
+            raise HeaprError(f"the second moments of {prefix} take {size / 2**20:,.1f} MiB; pass --repair-memory "
+                             f"{math.ceil(size / 2**20)}MiB or more")
+        if used + size > memory:
+            groups.append([])
+            used = 0
+        groups[-1].append(prefix)
+        used += size
+    return groups
+
+
+def check_tokens(masks: NeuronMasks, experts: dict[str, list[int]], calibration: dict[str, Any],
+                 num_samples: int) -> int:
+    """How many experts see fewer tokens than they keep neurons, going by the routing of the calibration.
+
+    They stay close to their original weights: a warning, and a HeaprError if they are the majority. Both say how many
+    samples would do.
+    """
+    scale = num_samples / calibration["num_calibration_samples"]
+    pairs = [(int(masks.widths[prefix][expert]), calibration["tokens"][prefix][expert] * scale)
+             for prefix, chosen in experts.items() for expert in chosen]
+    thin = sum(tokens < width for width, tokens in pairs)
+    if thin:
+        needed = math.ceil(num_samples * max((width / tokens for width, tokens in pairs if tokens), default=1))
+        message = (f"{thin} of the {len(pairs)} experts to repair see fewer tokens than they keep neurons with "
+                   f"{num_samples} samples; --repair-samples {needed} would do for all that see any")
+        if thin > len(pairs) / 2:
+            raise HeaprError(f"too little text for a repair: {message}")
+        warnings.warn(f"{message}; they stay close to their original weights", stacklevel=2)
+    return thin
+
+
+def _blocks(base: Checkpoint, calibration: dict[str, Any], settings: RepairSettings) -> torch.Tensor:
+    """Token blocks as `heapr calibrate` draws them, after checking that its text is still the same."""
+    names = {field.name for field in fields(CalibrationSettings)}
+    recorded = CalibrationSettings(**{name: value for name, value in calibration.items() if name in names})
+    if settings.dataset is None:
+        try:
+            blocks = calibration_blocks(recorded, base)
+        except HeaprError as error:
+            raise HeaprError(f"a repair needs the calibration text: {error}; or name another text with "
+                             "--repair-dataset") from error
+        if fingerprint(blocks) != calibration["dataset_fingerprint"]:
+            raise HeaprError(f"{recorded.dataset} is not the text of the calibration any more (its fingerprint "
+                             "differs); restore it, calibrate again, or accept a text with --repair-dataset")
+        if settings.num_samples in (None, len(blocks)):
+            return blocks
+    return calibration_blocks(replace(recorded, dataset=settings.dataset or recorded.dataset,
+                                      num_calibration_samples=settings.num_samples or recorded.num_calibration_samples),
+                              base)
+
+
+def _fit_module(weights: torch.Tensor, moments: dict[int, SecondMoment], keep: torch.Tensor,
+                path: Path) -> tuple[float, float]:
+    """Writes the compensations of one MoE module; returns its output error without and with them.
+
+    `weights`: down_proj [E, H, I], `keep`: bool [E, I].
+    """
+    matrices = {expert: compensation(moment, keep[expert]) for expert, moment in moments.items()}
+    errors = [output_errors(weights[expert], moments[expert], keep[expert], matrix)
+              for expert, matrix in matrices.items()]
+    save_tensors(path, {str(expert): matrix.float().contiguous().cpu() for expert, matrix in matrices.items()}, {})
+    return sum(before for before, _ in errors), sum(after for _, after in errors)
+
+
+def _module_file(folder: Path, prefix: str) -> Path:
+    return folder / f"{prefix}.safetensors"
+
+
+def _load_state(folder: Path, identity: str) -> dict[str, tuple[float, float]]:
+    """Finished modules with their output errors; empty if there are none, or of another repair."""
+    path = folder / STATE_FILE
+    state = json.loads(path.read_text()) if path.is_file() else {}
+    return state["errors"] if state.get("identity") == identity else {}
+
+
+def _discard(folder: Path) -> None:
+    """Removes `folder`; the state goes first, so that it never promises a file that is gone or of another repair."""
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _save_state(folder: Path, identity: str, errors: dict[str, tuple[float, float]]) -> None:
+    text = json.dumps({"identity": identity, "errors": errors})
+    atomic_file(folder / STATE_FILE, lambda path: path.write_text(text))

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Closed-form repair: down_proj is refitted so that the kept neurons reproduce the unpruned expert's output.
+
+With W [H, I] the expert's down_proj, h [I] its SwiGLU product, p its router weight, S = sum over tokens of p^2 h h^T,
+kept neurons K and removed ones R, the refitted columns minimise
+
+    sum p^2 |W h - W'_K h_K|^2 + lambda |W'_K - W_K|^2,
+
+a ridge regression centred on the original weights, whose solution is W'_K = W_K + W_R B with the compensation
+B = S_RK (S_KK + lambda I)^-1: what the kept neurons say about each removed one. B does not depend on W. The prior is
+worth as much as PRIOR |K| average tokens, lambda = PRIOR |K| / T * trace(S_KK) / |K| for an expert that saw T tokens:
+without tokens W' = W, with many tokens W' is the least-squares optimum. Compensation by least squares goes back to the
+optimal brain surgeon (Hassibi and Stork, 1993).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.prune.models.experts import expert_modules
+from heapr_vllm.prune.models.pruned import applied
+from heapr_vllm.prune.repair.second_moments import SecondMoment, SecondMoments
+
+PRIOR = 3.0  # weight of the original weights, in tokens per kept neuron
+MIN_RIDGE = 1e-6  # of trace(S_KK) / |K|: above the rounding of sums of float32 products
+
+Compensations = dict[str, dict[int, torch.Tensor]]  # MoE module prefix, expert: B float64 [|R|, |K|]
+
+
+def repairable(masks: NeuronMasks) -> dict[str, list[int]]:
+    """MoE module prefix to the experts that lose some of their neurons, not none and not all."""
+    experts = {prefix: ((widths > 0) & (widths < masks.keep[prefix].shape[1])).nonzero()[:, 0].tolist()
+               for prefix, widths in masks.widths.items()}
+    return {prefix: chosen for prefix, chosen in experts.items() if chosen}
+
+
+def compensation(moment: SecondMoment, keep: torch.Tensor, prior: float = PRIOR) -> torch.Tensor:
+    """B float64 [|R|, |K|] for `keep` bool [I]. Raises HeaprError if the second moment is not finite."""
+    keep = keep.to(moment.sums.device)
+    if not moment.sums.isfinite().all():
+        raise HeaprError("the activations are not finite; calibrate again with --dtype float32")
+    kept = moment.sums[keep][:, keep]
+    crossed = moment.sums[keep][:, ~keep]
+    power = kept.diagonal().mean()
+    if not moment.tokens or power == 0:
+        return torch.zeros_like(crossed.T)
+    ridge = power * max(prior * len(kept) / moment.tokens, MIN_RIDGE)
+    kept.diagonal().add_(ridge)
+    return torch.cholesky_solve(crossed, torch.linalg.cholesky(kept)).T
+
+
+def compensate(weight: torch.Tensor, keep: torch.Tensor, compensation: torch.Tensor) -> torch.Tensor:
+    """`weight` down_proj [H, I] with its kept columns refitted, in its own dtype; the removed ones stay."""
+    keep, compensation = keep.to(weight.device), compensation.to(weight.device)
+    refitted = weight.to(torch.float64, copy=True)
+    refitted[:, keep] += refitted[:, ~keep] @ compensation.double()
+    return refitted.to(weight.dtype)
+
+
+def output_errors(weight: torch.Tensor, moment: SecondMoment, keep: torch.Tensor,
+                  compensation: torch.Tensor) -> tuple[float, float]:
+    """Sum over tokens of the squared error of the expert's weighted output, without and with the compensation."""
+    keep = keep.to(weight.device)
+    removed = weight[:, ~keep].double()
+    error = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
+    error[:, ~keep] = -removed
+    before = ((error @ moment.sums) * error).sum().item()
+    error[:, keep] = removed @ compensation
+    return before, ((error @ moment.sums) * error).sum().item()
+
+
+def compensations(moments: SecondMoments, masks: NeuronMasks, prior: float = PRIOR) -> Compensations:
+    """B of every expert that loses some neurons."""
+    return {prefix: {expert: compensation(moments[prefix][expert], masks.keep[prefix][expert], prior)
+                     for expert in experts} for prefix, experts in repairable(masks).items()}
+
+
+@contextmanager
+def repaired(model: PreTrainedModel, masks: NeuronMasks, found: Compensations) -> Iterator[PreTrainedModel]:
+    """Like `applied(masks, model)`, with the kept columns refitted; the model's weights are restored on exit."""
+    weights = {prefix: module.down_proj.data for prefix, module in expert_modules(model).items() if prefix in found}
+    originals = {prefix: weight.clone() for prefix, weight in weights.items()}
+    try:
+        for prefix, experts in found.items():
+            for expert, matrix in experts.items():
+                weights[prefix][expert] = compensate(weights[prefix][expert], masks.keep[prefix][expert], matrix)
+        with applied(masks, model):
+            yield model
+    finally:
+        for prefix, weight in weights.items():
+            weight.copy_(originals[prefix])

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Neurons as blocks of `align` that stay or go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.names import natural_order
+
+SCOPES = ("global", "layer", "expert")
+
+
+@dataclass(frozen=True)
+class NeuronBlocks:
+    """All B blocks of a model: layers in natural order, then experts, then blocks by falling saliency.
+
+    `order`: prefix to int64 [E, I], the neurons of every expert by falling saliency, `align` in a row being a block.
+    `saliency`: float64 [B], mean over the block, infinite where it must stay. `frequency`: float64 [B], how often the
+    block's expert runs, 1 for the average expert of the model.
+    """
+
+    order: dict[str, torch.Tensor]
+    saliency: torch.Tensor
+    frequency: torch.Tensor
+    align: int
+
+    @classmethod
+    def build(cls, saliency: dict[str, torch.Tensor], align: int, floors: dict[str, torch.Tensor],
+              tokens: dict[str, torch.Tensor] | None = None) -> NeuronBlocks:
+        """Sorts `saliency` [E, I]. At least `floors` int64 [E] neurons of every expert stay.
+
+        `tokens`: int64 [E] tokens routed to each expert; None if no cost is asked for. Raises HeaprError if `align`
+        does not divide a width, or on NaN.
+        """
+        order, means, frequencies = {}, [], []
+        total = 1.0 if tokens is None else sum(int(count.sum()) for count in tokens.values())
+        num_experts = sum(len(scores) for scores in saliency.values())
+        for prefix in sorted(saliency, key=natural_order):
+            scores = saliency[prefix].double()
+            if scores.isnan().any():
+                raise HeaprError(f"{prefix} has NaN saliency; calibrate again in float32")
+            experts, width = scores.shape
+            if width % align:
+                raise HeaprError(f"align {align} does not divide the {width} neurons of {prefix}; "
+                                 f"use --align {torch.gcd(torch.tensor(align), torch.tensor(width)).item()}")
+            ranked, order[prefix] = scores.sort(dim=-1, descending=True, stable=True)
+            blocks = ranked.view(experts, width // align, align).mean(-1)
+            blocks[torch.arange(width // align) < (-(-floors[prefix] // align))[:, None]] = torch.inf
+            count = torch.ones(experts) if tokens is None else tokens[prefix] * (num_experts / max(total, 1))
+            means.append(blocks.flatten())
+            frequencies.append(count.double().repeat_interleave(width // align))
+        return cls(order, torch.cat(means), torch.cat(frequencies), align)
+
+    def groups(self, scope: str) -> list[slice]:
+        """Blocks that compete with each other. Raises HeaprError on an unknown scope."""
+        if scope not in SCOPES:
+            raise HeaprError(f"scope {scope!r} is not one of {', '.join(SCOPES)}")
+        sizes = [(len(neurons), neurons.shape[1] // self.align) for neurons in self.order.values()]
+        if scope == "global":
+            lengths = [len(self.saliency)]
+        elif scope == "layer":
+            lengths = [experts * blocks for experts, blocks in sizes]
+        else:
+            lengths = [blocks for experts, blocks in sizes for _ in range(experts)]
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        return [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+
+    def totals(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
+        """float64 [B]: sums over each block of per-neuron `values` [E, I]."""
+        return torch.cat([values[prefix].double().gather(1, neurons).view(-1, self.align).sum(-1)
+                          for prefix, neurons in self.order.items()])
+
+    def masks(self, kept: torch.Tensor) -> dict[str, torch.Tensor]:
+        """bool [E, I] by prefix from bool [B]."""
+        return {prefix: torch.zeros(self.order[prefix].shape, dtype=torch.bool)
+                .scatter_(1, self.order[prefix], part.repeat_interleave(self.align, -1))
+                for prefix, part in self._per_layer(kept).items()}
+
+    def kept_per_expert(self, kept: torch.Tensor) -> torch.Tensor:
+        """int64 [sum of E]: blocks each expert keeps, from bool [B]."""
+        return torch.cat([part.sum(-1) for part in self._per_layer(kept).values()])
+
+    def _per_layer(self, kept: torch.Tensor) -> dict[str, torch.Tensor]:
+        parts = kept.split([neurons.numel() // self.align for neurons in self.order.values()])
+        return {prefix: part.view(len(neurons), -1)
+                for (prefix, neurons), part in zip(self.order.items(), parts, strict=True)}

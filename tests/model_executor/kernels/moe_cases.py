@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random MoE layers of variable width: the table of edge cases that every kernel is held against."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+
+from heapr_vllm.model_executor.kernels.reference import ragged_moe_reference
+from heapr_vllm.model_executor.kernels.triton.launch import index_tables, pack, triton_ragged_moe
+from heapr_vllm.model_executor.kernels.triton.tiles import LayerShape, Tile, TileConfig
+from heapr_vllm.model_executor.storage.layout import RaggedLayout, round_up
+
+FENCE = 1024  # elements
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = TileConfig(16, Tile(32, 32), Tile(32, 32))
+DECODE = replace(SMALL, one_route=True)
+WIDE = TileConfig(16, Tile(128, 64, group_m=4), Tile(64, 64, group_m=2))
+TALL = TileConfig(32, Tile(32, 16), Tile(16, 16))
+UNFUSED = replace(SMALL, fused=False)
+TMA = TileConfig(16, Tile(32, 64, tma=True), Tile(64, 64, tma=True))
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+class Case(NamedTuple):
+    """`routing`: "random", "skewed" (expert 1 gets most), "one" (all to expert 2), "nobody" (every third id is -1)."""
+
+    tokens: int
+    widths: list[int]
+    top_k: int
+    hidden_size: int
+    config: TileConfig | None = SMALL
+    remote: tuple[int, ...] = ()  # experts on another rank
+    routing: str = "random"
+
+    def __str__(self) -> str:
+        return f"T{self.tokens}-{'_'.join(map(str, self.widths[:6]))}-{self.routing}"
+
+
+CASES = [
+    Case(1, [64, 128, 64, 192, 64, 64, 64, 64], 2, 64, DECODE),  # decode: a block per route, no alignment
+    Case(1, [0, 64, 0, 0, 0, 64, 0, 128], 2, 64, DECODE),  # decode, mostly dead experts
+    Case(2, [64] * 16, 2, 64, None, (3, 5, 7)),  # decode, expert parallel, default tiles
+    Case(2, [64, 128] * 8, 2, 64, DECODE, routing="nobody"),  # decode, ids of nobody
+    Case(7, [0, 1, 13, 64], 2, 32),  # widths 0, 1, odd and full
+    Case(40, [64, 192, 128, 64], 2, 64, WIDE),  # tile wider than most experts, grouped order
+    Case(40, [64, 192, 128, 64], 2, 96, routing="skewed"),  # hidden no power of two; one expert gets most tokens
+    Case(33, [64, 64, 128], 1, 64, routing="one"),  # every token to one expert, T % BLOCK_M = 1
+    Case(33, [64, 64, 128], 2, 64, TALL, routing="nobody"),  # ids of nobody; blocks taller than tiles are wide
+    Case(16, [128, 64], 2, 64, WIDE),  # k = E, blocks exactly full
+    Case(33, [128], 1, 128, WIDE),  # one expert: all blocks in use, the last group of blocks smaller
+    Case(50, [64, 0, 128, 64, 320], 3, 64, SMALL, (0, 4)),  # expert parallel: most routes elsewhere
+    Case(5, [64, 64], 1, 64, SMALL, (0, 1)),  # no local expert at all
+    Case(9, [0, 0, 64], 2, 64),  # one live expert
+    Case(20, [64, 0, 192, 128], 2, 64, UNFUSED),  # gate and up as two products
+    Case(20, [64, 0, 192, 128], 2, 128, TMA, routing="nobody"),  # weights and intermediate through descriptors
+    Case(1, [64, 128] * 4, 2, 128, replace(TMA, one_route=True)),  # the same, a block per route
+    Case(9, [64, 128], 1, 64, DECODE),  # a block per route although routes are many
+    Case(70, [64, 128] * 3, 2, 128, None),  # default tiles
+]
+
+
+class Layer(NamedTuple):
+    """A layer on DEVICE: `inputs` are the arguments of `triton_ragged_moe` after `output`.
+
+    `plain`: w13, w2, slots and table as in `ragged_moe_reference`.
+    """
+
+    inputs: tuple
+    plain: tuple
+
+    @property
+    def shape(self) -> LayerShape:
+        x, *_, ids, _, _, _ = self.inputs
+        return LayerShape.of(self.plain[-1][:, 1].tolist(), x.shape[1], ids.shape[1], x.dtype)
+
+    @property
+    def x(self) -> torch.Tensor:
+        return self.inputs[0]
+
+    def expected(self) -> torch.Tensor:
+        """The reference's output in float64."""
+        x, _, _, weights, ids, *_ = self.inputs
+        w13, w2, slots, table = self.plain
+        return ragged_moe_reference(x.double(), w13.double(), w2.double(), weights, ids, slots, table)
+
+    def run(self, config: TileConfig | None) -> torch.Tensor:
+        """The kernels' output, into memory full of NaN."""
+        output = fenced(torch.full_like(self.x, torch.nan))
+        triton_ragged_moe(output, *self.inputs, config=config)
+        return output
+
+    def error(self, output: torch.Tensor) -> float:
+        """Largest deviation from the reference relative to the largest output; infinite if anything is NaN."""
+        expected = self.expected()
+        error = (output.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-9)
+        return float(error.nan_to_num(torch.inf))
+
+
+def build(case: Case, dtype: torch.dtype, seed: int = 0) -> Layer:
+    """Random weights and routing for `case`; padding neurons are zero."""
+    generator = torch.Generator(DEVICE).manual_seed(seed + case.tokens)
+    local = [width if expert not in case.remote else 0 for expert, width in enumerate(case.widths)]
+    layout = RaggedLayout.build(local, [round_up(width, 64) for width in local])
+    w13, w2 = (torch.zeros(rows, case.hidden_size, dtype=dtype, device=DEVICE)
+               for rows in (2 * layout.num_rows, layout.num_rows))
+    for expert, width in enumerate(local):
+        if width:
+            row, stored = layout.place(expert)
+            for flat, first in ((w13, 2 * row), (w13, 2 * row + stored), (w2, row)):
+                values = torch.randn(width, case.hidden_size, generator=generator, device=DEVICE).mul(0.2)
+                flat[first : first + width] = values.to(dtype)
+    weights, ids = route(case, generator)
+    is_local = torch.tensor([*map(bool, local), False], device=DEVICE)
+    weights = weights.where(is_local[ids], torch.nan)  # of experts that are not here, which nobody may use
+    x = torch.randn(case.tokens, case.hidden_size, generator=generator, device=DEVICE).to(dtype)
+    slots = torch.tensor([*layout.slots, layout.num_slots], dtype=torch.int32, device=DEVICE)
+    places = torch.tensor(layout.expert_table(), dtype=torch.int32, device=DEVICE).view(-1, 2)
+    plain = w13.clone(), w2.clone(), slots, places
+    pack(w13, w2, layout)
+    slot_map, table = (tensor.to(DEVICE) for tensor in index_tables(layout.slots, layout))
+    tensors = map(fenced, (x, w13, w2, weights, ids, slot_map, table))
+    return Layer((*tensors, layout.max_width), plain)
+
+
+def fenced(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with a page of NaN, or of absurd integers, before and after it."""
+    poison = torch.nan if tensor.is_floating_point() else 2**24
+    memory = tensor.new_full((tensor.numel() + 2 * FENCE,), poison)
+    view = memory[FENCE : FENCE + tensor.numel()].view(tensor.shape)
+    return view.copy_(tensor)
+
+
+@contextmanager
+def fenced_scratch() -> Iterator[None]:
+    """Scratch of the launcher starts as NaN between fences; raises AssertionError if a fence was written over."""
+    scratch: list[torch.Tensor] = []
+    original = torch.Tensor.new_empty
+
+    def new_empty(self: torch.Tensor, *shape: int, **options) -> torch.Tensor:
+        if shape == (0,):  # Triton's interpreter makes its views this way
+            return original(self, *shape, **options)
+        scratch.append(fenced(self.new_full(shape, torch.nan, **options)))
+        return scratch[-1]
+
+    with patch.object(torch.Tensor, "new_empty", new_empty):
+        yield
+    for tensor in scratch:
+        assert is_fenced(tensor), "written outside of the scratch"
+
+
+def is_fenced(tensor: torch.Tensor) -> bool:
+    """Whether both fences of a `fenced` floating-point tensor are whole."""
+    memory = tensor.new_empty(0).set_(tensor.untyped_storage())
+    return bool(memory[:FENCE].isnan().all() and memory[-FENCE:].isnan().all())
+
+
+def route(case: Case, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """(topk_weights float32, topk_ids int32), [T, k]."""
+    scores = torch.rand(case.tokens, len(case.widths), generator=generator, device=DEVICE)
+    if case.routing == "skewed":
+        scores[:, 1] += 0.5
+    if case.routing == "one":
+        scores[:, 2] += 1
+    weights, ids = scores.topk(case.top_k)
+    if case.routing == "nobody":
+        ids.view(-1)[::3] = -1
+    return weights, ids.int()

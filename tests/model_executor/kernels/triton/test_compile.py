@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every Triton of the supported window makes of the kernels, for Hopper and Ampere. Needs no GPU."""
+
+import pytest
+
+from tools import compile_table, ptx, triton_window
+
+EXAMPLE = """
+    @%p1 ld.global.b16 { %rs1 }, [ %rd1 + 0 ];
+    ld.global.L1::evict_last.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd2 + 0 ];
+    ld.global.nc.b64 { %rd3 }, [ %rd2 + 8 ];
+    ld.shared.b16 %rs2, [%r5];
+    @%p2 st.global.v2.b16 [ %rd1 + 0 ], { %rs1, %rs2 };
+    st.global.b8 [ %rd1 + 0 ], { %r1 };
+    cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;
+    cp.async.ca.shared.global.L2::128B [ %r1 + 0 ], [ %rd1 + 0 ], 4;
+    cp.async.commit_group;
+    cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd1, {%r2, %r3}], [%r4];
+    wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, %p1, 1, 1, 0, 1;
+    wgmma.wait_group.sync.aligned 0;
+"""
+GEMMS = ("ragged_up_kernel", "ragged_down_kernel")
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, str]]:
+    return compile_table.committed()
+
+
+def test_the_table_is_what_is_compiled_here(rows: list[dict[str, str]]) -> None:
+    fresh = compile_table.compiled()
+    differing = [row for row in fresh if row not in rows] + [row for row in rows if row not in fresh]
+    assert not differing, f"run `make compile-table` and look at the diff; first: {differing[0]}"
+
+
+def test_the_table_covers_the_window(rows: list[dict[str, str]]) -> None:
+    assert {row["triton"] for row in rows} == set(triton_window.versions())
+    assert len({row["triton"] for row in rows}) >= 4
+    kernels = {(row["triton"], row["arch"], row["kernel"]) for row in rows}
+    assert len(kernels) == 3 * len(compile_table.ARCHES) * len(triton_window.versions())
+    for switch in ("TMA", "CHAINED", "PREFETCH"):
+        assert any(row[switch] not in ("", "0", "False") for row in rows), switch
+    assert {row["FUSED"] for row in rows} == {"", "True", "False"}
+
+
+def test_nothing_spills(rows: list[dict[str, str]]) -> None:
+    assert not [row for row in rows if int(row["spill_bytes"]) or int(row["registers"]) > 255]
+
+
+def test_no_access_is_narrow(rows: list[dict[str, str]]) -> None:
+    """Of 2 bytes or less: single numbers instead of vectors."""
+    assert not [row for row in rows if int(row["narrow_loads"]) or int(row["narrow_stores"])]
+
+
+def test_weights_come_by_wide_asynchronous_copies(rows: list[dict[str, str]]) -> None:
+    """16 bytes each, and exactly the tiles of both operands in every stage; or whole tiles by TMA."""
+    for row in (row for row in rows if row["kernel"] in GEMMS):
+        assert row["async_other"] == "0", row
+        if row["TMA"] == "True":
+            assert int(row["tma"]) > 0, row
+            continue
+        block_m, block_n, block_k, stages, warps, copies = (int(row[name]) for name in (
+            "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages", "num_warps", "async_16"))
+        weight_rows = 2 * block_n if row["kernel"] == "ragged_up_kernel" else block_n
+        assert copies * 16 * 32 * warps == stages * (block_m + weight_rows) * block_k * 2, row
+
+
+def test_instructions_are_counted() -> None:
+    assert ptx.loads(EXAMPLE) == {2: 1, 16: 1, 8: 1} and ptx.stores(EXAMPLE) == {4: 1, 1: 1}
+    assert ptx.narrow(ptx.loads(EXAMPLE)) == ptx.narrow(ptx.stores(EXAMPLE)) == 1
+    assert ptx.async_copies(EXAMPLE) == {16: 1, 4: 1}
+    assert ptx.tma_copies(EXAMPLE) == ptx.wgmmas(EXAMPLE) == 1
+    assert ptx.describe(ptx.loads(EXAMPLE)) == "1 x 2 B, 1 x 8 B, 1 x 16 B"
+
+
+def test_large_tiles_use_wgmma_on_hopper(rows: list[dict[str, str]]) -> None:
+    large = [row for row in rows if row["kernel"] in GEMMS and row["arch"] == "sm_90a" and int(row["BLOCK_M"]) >= 64]
+    assert large and all(int(row["wgmma"]) for row in large)
+
+
+def test_tiles_fit_shared_memory(rows: list[dict[str, str]]) -> None:
+    limits = {"sm_90a": 227 * 1024, "sm_80": 163 * 1024}
+    assert all(int(row["shared_bytes"]) <= limits[row["arch"]] for row in rows)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`heapr search` on a layer small enough for Triton's interpreter; its candidates for the paper's models."""
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from heapr_vllm.cli.main import main
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.model_executor.kernels.triton import tiles
+from heapr_vllm.model_executor.kernels.triton.tiles import (
+    LayerShape,
+    Tile,
+    choose_config,
+    default_config,
+    use_one_route_blocks,
+)
+from heapr_vllm.model_executor.tuning import search
+from heapr_vllm.model_executor.tuning.jobs import Job, jobs_of_model, jobs_of_shapes
+from heapr_vllm.model_executor.tuning.synthetic import PAPER_SHAPES, MoEShape, SyntheticLayer, ragged_widths
+
+JOB = Job(MoEShape(3, 1, 64, 128), (64, 128, 0), torch.float16)
+TILES = [Tile(16, 64), Tile(32, 64), Tile(64, 64)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty HEAPR_CONFIG_FOLDER, and three candidates per GEMM."""
+    monkeypatch.setenv("HEAPR_CONFIG_FOLDER", str(tmp_path))
+    monkeypatch.setattr(search, "candidates", lambda *_: TILES)
+    tiles._tuned.cache_clear()
+    yield tmp_path
+    tiles._tuned.cache_clear()
+
+
+def results(folder: Path) -> dict[str, dict]:
+    """Token count to entry of the only profile of the only file."""
+    path, = folder.glob("*.json")
+    profile, = json.loads(path.read_text())["profiles"]
+    return profile["tokens"]
+
+
+def test_the_plugin_uses_what_was_tuned(folder: Path) -> None:
+    (path,), missing = search.tune([JOB], [1, 40], folder, 60)
+    assert not missing
+    assert path.name == "hidden_size=64,top_k=1,dtype=float16,device=cpu.json" or torch.cuda.is_available()
+    assert set(results(folder)) == {"1", "40"}
+    for tokens, entry in results(folder).items():
+        config = choose_config(JOB.shape, int(tokens))
+        assert entry["up"]["block_n"] == config.up.block_n and entry["microseconds"] > 0
+        default = default_config(int(tokens), JOB.shape)
+        assert (config.up, config.down) == (default.up, default.down) or {config.up, config.down} <= set(TILES)
+
+
+def test_a_killed_run_continues(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fastest, calls = search.fastest, []
+
+    def killed(layer, num_tokens: int, deadline: float):
+        calls.append(num_tokens)
+        if calls == [1, 2]:
+            raise KeyboardInterrupt
+        return fastest(layer, num_tokens, deadline)
+
+    monkeypatch.setattr(search, "fastest", killed)
+    with pytest.raises(KeyboardInterrupt):
+        search.tune([JOB], [1, 2], folder, 60)
+    first = results(folder)["1"]
+    search.tune([JOB], [1, 2], folder, 60)
+    assert calls == [1, 2, 2] and results(folder)["1"] == first and "2" in results(folder)
+    assert search.tune([JOB], [1, 2], folder, 60) == ([], 0) and len(calls) == 3
+    search.tune([JOB], [1], folder, 60, overwrite=True)
+    assert calls[3:] == [1]
+
+
+def test_without_time_nothing_is_written(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert search.tune([JOB], [1], folder, 0) == ([], 1) and not list(folder.iterdir())
+    assert main.main(["tune", "--shape", "tiny", "--tokens", "1", "2", "--sparsity", "0", "--time-budget", "0s",
+                     "-o", str(folder)]) == 0
+    assert "no time was left for 2 token counts" in capsys.readouterr().out
+
+
+def test_without_gpu_and_interpreter_it_says_what_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch,
+                                                              capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main.main(["tune", "--shape", "tiny"]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER_SHAPES if name != "tiny"])
+@pytest.mark.parametrize("tokens", [1, 32, 1024, 8192, 65536])
+def test_candidates_fit_the_layout_and_the_machine(name: str, tokens: int) -> None:
+    moe = PAPER_SHAPES[name]
+    shape = LayerShape.of(ragged_widths(moe.num_experts, moe.moe_intermediate_size, 0.25), moe.hidden_size, moe.top_k,
+                          torch.bfloat16)
+    for block_m in search.block_sizes(shape, tokens):
+        for kind in ("up", "down"):
+            tiles = search.candidates(kind, shape, block_m, tokens)
+            assert 8 <= len(tiles) == len(set(tiles)) <= search.MAX_CANDIDATES
+            for tile in tiles:
+                assert shape.hidden_size % (tile.block_k if kind == "up" else tile.block_n) == 0
+                shared = tile.num_stages * tile.block_k * (block_m + (2 if kind == "up" else 1) * tile.block_n) * 2
+                assert shared <= 227 * 1024
+    default = default_config(tokens, shape, hopper=True)
+    assert default.block_m in search.block_sizes(shape, tokens)
+
+
+@pytest.mark.parametrize(("name", "width"), [("Qwen3-30B-A3B", 768), ("Qwen2-57B-A14B", 2560)])
+def test_what_stock_vllm_was_tuned_to_is_tried(name: str, width: int) -> None:
+    """The winners of the files that vLLM ships: the same tile for down, half as wide a tile of gate and up for up."""
+    folder = Path(importlib.util.find_spec("vllm").origin).parent / "model_executor/layers/fused_moe/configs"
+    moe = PAPER_SHAPES[name]
+    shape = LayerShape.of(ragged_widths(moe.num_experts, width, 0.25), moe.hidden_size, moe.top_k, torch.bfloat16)
+    file = json.loads((folder / f"E={moe.num_experts},N={width},device_name=NVIDIA_H200.json").read_text())
+    winners = {int(tokens): entry for tokens, entry in file.items() if tokens.isdigit()}
+    assert len(winners) >= 18
+    for tokens, entry in winners.items():
+        block_m, block_n, block_k = (entry[f"BLOCK_SIZE_{axis}"] for axis in "MNK")
+        rest = (entry["num_warps"], entry["num_stages"], entry["GROUP_SIZE_M"])
+        one_route = use_one_route_blocks(tokens, moe.top_k, moe.num_experts)
+        assert block_m in search.block_sizes(shape, tokens)
+        assert Tile(block_n // 2, block_k, *rest) in search.candidates("up", shape, block_m, tokens)
+        assert one_route or Tile(block_n, 64, *rest) in search.candidates("down", shape, block_m, tokens)
+
+
+def test_every_way_to_run_is_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after another, on top of the best so far; what a machine without Hopper cannot do is left out."""
+    timed = []
+
+    def pretend(calls: list, device: torch.device) -> Callable[[], float]:
+        timed.append(calls[0].keywords["config"])
+        return lambda: 1 / len(timed)  # every attempt is faster than the one before
+
+    monkeypatch.setattr(search, "try_stopwatch", pretend)
+    monkeypatch.setattr(search, "block_sizes", lambda *_: [])
+    monkeypatch.setattr(search, "_has_hopper", lambda: True)
+    layer = SyntheticLayer.build(MoEShape(16, 2, 64, 64), [64] * 16, torch.float16, torch.device("cpu"))
+    config, _ = search.fastest(layer, 2, time.monotonic() + 60)
+    assert config == timed[-1] and not config.fused and config.chained and config.prefetch
+    assert config.one_route is False and not config.up.tma, "tma of up needs fused"
+    assert [config for config in timed if config.down.tma] and not config.down.tma, "prefetch reads w2 by pointers"
+    monkeypatch.setattr(search, "_has_hopper", lambda: False)
+    config, _ = search.fastest(layer, 2, time.monotonic() + 60)
+    assert not config.chained and not config.down.tma
+
+
+def test_jobs_of_a_model(masks_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, = jobs_of_model(masks_repository)
+    assert whole.moe[1:3] == (2, 64) and whole.dtype == torch.float32, "from config.json"
+    assert all(width % 64 == 0 for width in whole.widths) and 0 in whole.widths
+    half, = jobs_of_model(masks_repository, torch.bfloat16, tp_size=2)
+    assert sum(half.widths) < sum(whole.widths) and half.dtype == torch.bfloat16
+    with pytest.raises(HeaprError, match="unknown shape 'nope'; choose from Qwen3-30B-A3B"):
+        jobs_of_shapes(["nope"], [0.25], torch.bfloat16)
+    with pytest.raises(HeaprError, match="heapr prune"):
+        jobs_of_model(masks_repository.parent)
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.25, 0.5, 0.9])
+def test_ragged_widths_have_the_wanted_mean(sparsity: float) -> None:
+    widths = ragged_widths(128, 768, sparsity)
+    assert abs(sum(widths) - 128 * 768 * (1 - sparsity)) <= 64 + 1
+    assert all(width % 64 == 0 and 0 <= width <= 768 for width in widths) and len(set(widths)) > 4
+    assert ragged_widths(128, 768, sparsity) == widths != ragged_widths(128, 768, sparsity, seed=1)

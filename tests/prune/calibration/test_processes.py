@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration by two processes under torchrun equals that of one, in memory and streamed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.prune import CalibrationSettings, NeuronMoments
+from heapr_vllm.prune.calibration import calibrate
+from heapr_vllm.prune.calibration.moments import NORMS, OUTPUTS, SUMS
+from heapr_vllm.prune.calibration.processes import Processes
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_two_processes_equal_one(stream: bool, qwen3: Path, corpus: Path, tmp_path: Path) -> None:
+    alone = calibrate(CalibrationSettings(str(qwen3), str(corpus), 5, 64, stream=stream), tmp_path / "alone")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+               "heapr_vllm", "calibrate", str(qwen3), "--dataset", str(corpus), "-o", str(tmp_path / "two"),
+               "--num-calibration-samples", "5", "--max-seq-length", "64", *(["--stream"] if stream else [])]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("wrote ") == 1
+    two = NeuronMoments.from_pretrained(tmp_path / "two")
+    assert two.metadata == alone.metadata | {"processes": 2}
+    for prefix, tokens in alone.tokens.items():
+        assert torch.equal(two.tokens[prefix], tokens)
+        for name in (*SUMS, *OUTPUTS, *NORMS):  # the file holds float32, the sums were float64
+            torch.testing.assert_close(getattr(two, name)[prefix], getattr(alone, name)[prefix].float(), rtol=1e-6,
+                                       atol=0)
+    names = {path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*")}
+    assert {path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*")} == names
+
+
+def test_shares_cover_every_sample_once() -> None:
+    blocks = torch.arange(14).view(7, 2)
+    shares = [Processes(rank, 3).share(blocks) for rank in range(3)]
+    assert sorted(torch.cat(shares).flatten().tolist()) == list(range(14))
+    with pytest.raises(HeaprError, match="8 processes cannot share 7 samples; start 7"):
+        Processes(0, 8).share(blocks)
+
+
+def test_devices() -> None:
+    assert Processes(3, 4, 1).device("cuda") == "cuda:1" and Processes().device("cuda") == "cuda"
+    with pytest.raises(HeaprError, match="with torchrun use --device cuda"):
+        Processes(0, 2).device("auto")
+
+
+def test_device_auto_loads_through_accelerate(qwen3: Path, corpus: Path, tmp_path: Path) -> None:
+    settings = CalibrationSettings(str(qwen3), str(corpus), 2, 32)
+    auto, cpu = (calibrate(settings, tmp_path / device, device=device) for device in ("auto", "cpu"))
+    assert all(torch.equal(auto.fisher[prefix], fisher) for prefix, fisher in cpu.fisher.items())

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Breaks every computation of the kernels and their launcher in turn; the table of edge cases must notice each time.
+
+    python -m tools.mutants
+
+A mutant has one operator or comparison exchanged. It runs in a process of its own, because wrong addresses crash.
+Mutants that cannot change any output are listed in EQUIVALENT with the reason.
+"""
+
+import ast
+import copy
+import importlib.util
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has asked for GPUs cannot be forked
+
+import torch
+from tqdm import tqdm
+
+from heapr_vllm.model_executor.kernels.triton import launch
+from tests.model_executor.kernels import moe_cases
+
+SECONDS = 60
+PACKAGE = "heapr_vllm.model_executor.kernels.triton"
+SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv,
+         ast.Div: ast.Mult, ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.BitOr: ast.BitAnd,
+         ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq}
+KERNELS = ("_place", "_tile", "_block", "ragged_up_kernel", "ragged_down_kernel", "combine_kernel")
+LAUNCHED = KERNELS[3:]
+ROUTE_BLOCKS = ("align_routes", "max_blocks", "build")
+LAUNCHER = ("pack", "index_tables", "up_projection", "down_projection", "combine", "triton_ragged_moe")
+EQUIVALENT = {
+    "ragged_up_kernel: pid_n * BLOCK_N >= width  ->  pid_n * BLOCK_N > width": "an idle tile, masked at the store",
+    "ragged_up_kernel: offs_n < width  ->  offs_n <= width": "reads one row too many, masked at the store",
+    "ragged_up_kernel: offs_2n < 2 * width  ->  offs_2n <= 2 * width": "as above",
+    "_block: first_row < total  ->  first_row <= total": "a block of padding more, masked at the stores",
+    "index_tables: slot < layout.num_slots  ->  slot <= layout.num_slots":
+        "torch's alignment drops both; vLLM's does not: test_index_tables",
+    "align_routes: block_starts < ends[-1]  ->  block_starts <= ends[-1]": "an idle block, whose slot nobody uses",
+    "build: len(table) - len(slot_map)  ->  len(table) + len(slot_map)": "more idle blocks: test_blocks_are_not_wasted",
+}  # each stands for one place: where the same expression occurs twice, later places are numbered
+
+
+class Mutant(NamedTuple):
+    """`name`: function, original expression and operator put in; `source`: of the whole module."""
+
+    module: str
+    name: str
+    source: str
+
+
+def mutants(module: str, functions: tuple[str, ...]) -> Iterator[Mutant]:
+    """One mutant per operator inside `functions` of a module of `PACKAGE`."""
+    tree = ast.parse(Path(sys.modules[f"{PACKAGE}.{module}"].__file__).read_text())
+    places: Counter[str] = Counter()
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef) or function.name not in functions:
+            continue
+        for node in chain.from_iterable(map(ast.walk, function.body)):
+            holder, field = (node, "op") if isinstance(node, ast.BinOp | ast.AugAssign) else (node, "ops")
+            if not isinstance(node, ast.BinOp | ast.AugAssign | ast.Compare):
+                continue
+            operators = [holder.op] if field == "op" else holder.ops
+            if len(operators) != 1 or type(operators[0]) not in SWAPS:
+                continue
+            before = ast.unparse(node)
+            saved = copy.copy(operators)
+            changed = SWAPS[type(operators[0])]()
+            setattr(holder, field, changed if field == "op" else [changed])
+            name = f"{function.name}: {before}  ->  {ast.unparse(node)}"
+            places[name] += 1
+            number = f" #{places[name]}" if places[name] > 1 else ""
+            yield Mutant(module, name + number, ast.unparse(tree))
+            setattr(holder, field, saved[0] if field == "op" else saved)
+
+
+def load(mutant: Mutant, folder: str) -> None:
+    """Puts the mutant's functions in place of the real ones."""
+    path = Path(folder) / f"{mutant.module}.py"
+    path.write_text(mutant.source)
+    spec = importlib.util.spec_from_file_location(f"{PACKAGE}.{mutant.module}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    if mutant.module == "jit":
+        for kernel in LAUNCHED:
+            setattr(launch, kernel, getattr(module, kernel))
+    elif mutant.module == "route_blocks":
+        launch.RouteBlocks = module.RouteBlocks
+    else:
+        for name in ("triton_ragged_moe", "pack", "index_tables"):
+            setattr(moe_cases, name, getattr(module, name))
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether every edge case still passes."""
+    process = multiprocessing.get_context("fork").Process(target=_check, args=(mutant,))
+    process.start()
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
+    process.join()
+    return process.exitcode == 0
+
+
+def _check(mutant: Mutant) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    with tempfile.TemporaryDirectory() as folder:
+        load(mutant, folder)
+        if sys.modules[f"{PACKAGE}.route_blocks"].max_blocks(40, 8, 16) != 10:
+            os._exit(1)  # more would only cost time
+        for case in moe_cases.CASES:
+            layer = moe_cases.build(case, torch.float32)
+            with moe_cases.fenced_scratch():
+                output = layer.run(case.config)
+            if layer.error(output) > moe_cases.TOLERANCE[torch.float32] or not moe_cases.is_fenced(output):
+                os._exit(1)
+    os._exit(0)
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    control = Path(launch.__file__).read_text()
+    if not survives(Mutant("launch", "control", control)):
+        raise RuntimeError("the kernels fail without any mutation; run pytest "
+                           "tests/model_executor/kernels/triton/test_launch.py")
+    found = [*mutants("jit", KERNELS), *mutants("route_blocks", ROUTE_BLOCKS), *mutants("launch", LAUNCHER)]
+    survivors = [mutant.name for mutant in tqdm(found, unit="mutant", disable=None) if survives(mutant)]
+    unexpected = [name for name in survivors if name not in EQUIVALENT]
+    stale = EQUIVALENT.keys() - set(survivors)
+    print(f"{len(found)} mutants, {len(found) - len(survivors)} noticed, {len(survivors) - len(unexpected)} equivalent")
+    for name in unexpected:
+        print(f"not noticed: {name}")
+    for name in stale:
+        print(f"noticed or gone, but listed as equivalent: {name}")
+    return 1 if unexpected or stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
