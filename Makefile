@@ -46,5 +46,6 @@ mutants: setup  ## break every index computation of the kernels in turn: some te
 compile-table: setup  ## compile the GPU kernels with every Triton of the window; the diff shows what changed
 	$(BIN)/python -m tools.compile_table
 
-lint: setup  ## check style
+lint: setup  ## check style and types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

@@ -46,8 +46,13 @@ class Arm:
     def build(cls, moe: MoEShape, widths: list[int], stored: list[int], dtype: torch.dtype, kernel: str) -> "Arm":
         """Raises RuntimeError if the arm's output is off by more than 2 % of the largest one."""
         layout = RaggedLayout.build(widths, stored)
-        weights = [tuple(torch.randn(rows, moe.hidden_size).mul_(moe.hidden_size**-0.5).to(dtype)
-                         for rows in (2 * layout.num_rows, layout.num_rows)) for _ in range(COPIES)]
+        weights = [
+            tuple(
+                torch.randn(rows, moe.hidden_size).mul_(moe.hidden_size**-0.5).to(dtype)
+                for rows in (2 * layout.num_rows, layout.num_rows)
+            )
+            for _ in range(COPIES)
+        ]
         slots = torch.tensor([*layout.slots, layout.num_slots], dtype=torch.int32)
         batch = random_batch(8, moe, dtype, torch.device("cpu"))
         expected = ragged_moe_reference(*_arguments(batch, weights[0]), slots, torch.tensor(layout.expert_table()))
@@ -93,24 +98,43 @@ def build_arms(moe: MoEShape, sparsities: list[float], buckets: list[int], dtype
 def measure(arms: dict[str, Arm], batches: list[Batch], moe: MoEShape, rounds: int) -> list[dict]:
     """One row per arm. `vs_vllm` is the time of vLLM's op on unpruned weights over the arm's; `kept` counts padding."""
     device = torch.device("cpu")
-    watches = {name: stopwatch([lambda arm=arm, i=i, batch=batch: arm.run(batch, i)
-                                for i, batch in enumerate(batches)], device) for name, arm in arms.items()}
+    watches = {
+        name: stopwatch(
+            [lambda arm=arm, i=i, batch=batch: arm.run(batch, i) for i, batch in enumerate(batches)], device
+        )
+        for name, arm in arms.items()
+    }
     seconds = interleave(watches, rounds)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     rows = []
     for name, arm in arms.items():
         ordered = sorted(seconds[name])
         spread = (ordered[9 * rounds // 10] - ordered[rounds // 10]) / medians[name]
-        rows.append({"tokens": len(batches[0].x), "threads": torch.get_num_threads(), "arm": name,
-                     "microseconds": round(1e6 * medians[name], 1), "spread": round(spread, 3),
-                     "vs_vllm": round(medians[STOCK] / medians[name], 3),
-                     "kept": round(arm.layout.num_rows / moe.num_experts / moe.moe_intermediate_size, 3),
-                     "load": round(os.getloadavg()[0], 2), "rounds": rounds})
+        rows.append(
+            {
+                "tokens": len(batches[0].x),
+                "threads": torch.get_num_threads(),
+                "arm": name,
+                "microseconds": round(1e6 * medians[name], 1),
+                "spread": round(spread, 3),
+                "vs_vllm": round(medians[STOCK] / medians[name], 3),
+                "kept": round(arm.layout.num_rows / moe.num_experts / moe.moe_intermediate_size, 3),
+                "load": round(os.getloadavg()[0], 2),
+                "rounds": rounds,
+            }
+        )
     return rows
 
 
-def timings(arms: dict[str, Arm], moe: MoEShape, dtype: torch.dtype, tokens: list[int], threads: list[int],
-            rounds: int, show: Callable[[dict], None]) -> list[dict]:
+def timings(
+    arms: dict[str, Arm],
+    moe: MoEShape,
+    dtype: torch.dtype,
+    tokens: list[int],
+    threads: list[int],
+    rounds: int,
+    show: Callable[[dict], None],
+) -> list[dict]:
     """Rows of all token and thread counts; `show` gets each one at once."""
     rows = []
     default = torch.get_num_threads()
@@ -148,9 +172,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{shape}, {args.dtype}, vLLM's op: {native_isa(dtype, args.hidden)}, ours: {build.isa()}")
 
     def show(row: dict) -> None:
-        print(f"  {row['threads']} threads, {row['tokens']:>4} tokens  {row['arm']:<26}{row['microseconds']:>9.0f} us  "
-              f"{row['vs_vllm']:>5.2f}x  kept {row['kept']:.2f}  spread {row['spread']:>4.0%}  load {row['load']:.1f}",
-              flush=True)
+        print(
+            f"  {row['threads']} threads, {row['tokens']:>4} tokens  {row['arm']:<26}{row['microseconds']:>9.0f} us  "
+            f"{row['vs_vllm']:>5.2f}x  kept {row['kept']:.2f}  spread {row['spread']:>4.0%}  load {row['load']:.1f}",
+            flush=True,
+        )
 
     arms = build_arms(moe, args.sparsity, args.buckets, dtype)
     rows = timings(arms, moe, dtype, args.tokens, args.threads, args.rounds, show)

@@ -49,8 +49,11 @@ def occupy(stack: ExitStack) -> None:
 def start(stack: ExitStack, model: Path, plugins: str | None) -> subprocess.Popen:
     env = {**ENVIRONMENT, **os.environ} | ({} if plugins is None else {"VLLM_PLUGINS": plugins})
     command = [sys.executable, "-m", "benchmarks.decode", "--worker", str(model)]
-    process = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                                   stderr=subprocess.DEVNULL, text=True, env=env))
+    process = stack.enter_context(
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+        )
+    )
     stack.callback(process.kill)
     if process.stdout.readline().strip() != "ready":
         raise RuntimeError(f"the engine of {model} did not start; try: {' '.join(command)}")
@@ -101,9 +104,12 @@ def main() -> None:
 
 def show(row: dict) -> None:
     ratios, quarter = row["ratios"], len(row["ratios"]) // 4
-    print(f"batch {row['batch']:>3}: dense {statistics.median(row['dense']):.0f} tokens/s, pruned "
-          f"{statistics.median(row['pruned']):.0f} tokens/s, ratio {statistics.median(ratios):.3f} (middle half of "
-          f"{len(ratios)} rounds {ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f})", flush=True)
+    print(
+        f"batch {row['batch']:>3}: dense {statistics.median(row['dense']):.0f} tokens/s, pruned "
+        f"{statistics.median(row['pruned']):.0f} tokens/s, ratio {statistics.median(ratios):.3f} (middle half of "
+        f"{len(ratios)} rounds {ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f})",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def simulate(grid: Grid, gpu: Gpu) -> float:
         phase[begins_loop], left[begins_loop] = MAIN_LOOP, 1.0
         phase[begins_epilogue], left[begins_epilogue] = EPILOGUE, grid.epilogue_s
         if leaves.any():
-            freed = np.flatnonzero(leaves)[:len(grid) - launched]
+            freed = np.flatnonzero(leaves)[: len(grid) - launched]
             cta[freed] = np.arange(launched, launched + len(freed))
             phase[freed], left[freed] = PROLOGUE, grid.prologue_s[cta[freed]]
             launched += len(freed)
@@ -110,5 +110,11 @@ def _main_loop_s(grid: Grid, gpu: Gpu, cta: np.ndarray, sm: np.ndarray) -> np.nd
     dram_rate = min(gpu.dram_bandwidth / dram_readers, grid.bytes_in_flight / gpu.dram_latency_s)
     l2_rate = min(gpu.l2_bandwidth / len(cta), grid.bytes_in_flight / gpu.l2_latency_s)
     takers = np.bincount(sm, minlength=gpu.sms)[sm]
-    return np.maximum.reduce([grid.dram_bytes[cta] / dram_rate, grid.l2_bytes[cta] / l2_rate,
-                              grid.tensor_s[cta] * takers, grid.serial_s[cta]])
+    return np.maximum.reduce(
+        [
+            grid.dram_bytes[cta] / dram_rate,
+            grid.l2_bytes[cta] / l2_rate,
+            grid.tensor_s[cta] * takers,
+            grid.serial_s[cta],
+        ]
+    )

@@ -70,13 +70,32 @@ def vllm_skips_alignment(tokens: int, top_k: int, num_experts: int) -> bool:
 
 
 # Loads, launches and widths of stores [code]; times [guess], longer where the SASS has more instructions.
-STOCK = Code("vllm", dependent_loads=2, address_s=0.5e-6, idle_cta_s=0.6e-6, up_epilogue_s=0.3e-6, up_element_s=6e-9,
-             one_route=vllm_skips_alignment, one_route_launches=1, fused=False)
-BEFORE = Code("before", dependent_loads=4, address_s=0.25e-6, idle_cta_s=1.2e-6, up_epilogue_s=0.4e-6,
-              up_element_s=22e-9, one_route=vllm_skips_alignment, products=2, mapping_launches=2, extra_experts=1,
-              scalar_down=True, combine_s=2.5e-6)
-AFTER = Code("after", dependent_loads=2, address_s=0.25e-6, idle_cta_s=0.9e-6, up_epilogue_s=0.35e-6,
-             up_element_s=9e-9)
+STOCK = Code(
+    "vllm",
+    dependent_loads=2,
+    address_s=0.5e-6,
+    idle_cta_s=0.6e-6,
+    up_epilogue_s=0.3e-6,
+    up_element_s=6e-9,
+    one_route=vllm_skips_alignment,
+    one_route_launches=1,
+    fused=False,
+)
+BEFORE = Code(
+    "before",
+    dependent_loads=4,
+    address_s=0.25e-6,
+    idle_cta_s=1.2e-6,
+    up_epilogue_s=0.4e-6,
+    up_element_s=22e-9,
+    one_route=vllm_skips_alignment,
+    products=2,
+    mapping_launches=2,
+    extra_experts=1,
+    scalar_down=True,
+    combine_s=2.5e-6,
+)
+AFTER = Code("after", dependent_loads=2, address_s=0.25e-6, idle_cta_s=0.9e-6, up_epilogue_s=0.35e-6, up_element_s=9e-9)
 
 
 class LayerTime(NamedTuple):
@@ -115,8 +134,12 @@ class Blocks(NamedTuple):
         rows = total + experts_aligned * (block_m - 1)
         if total < experts_aligned:
             rows = min(rows, total * block_m)
-        return cls(expert, np.minimum(counts[expert] - position * block_m, block_m), position == 0,
-                   -(-rows // block_m) - len(expert))
+        return cls(
+            expert,
+            np.minimum(counts[expert] - position * block_m, block_m),
+            position == 0,
+            -(-rows // block_m) - len(expert),
+        )
 
     @classmethod
     def one_route_each(cls, counts: np.ndarray) -> "Blocks":
@@ -127,8 +150,10 @@ class Blocks(NamedTuple):
 
 def predict(code: Code, moe: MoEShape, widths: list[int], tokens: int, gpu: Gpu, tiles: LayerTiles) -> LayerTime:
     """Mean over random routings. `widths`: stored neurons of each expert; 0 takes part in routing only."""
-    times = [_predict_routing(code, moe, np.sort(widths)[::-1], counts, tokens, gpu, tiles)  # ours store widest first
-             for counts in route_counts(moe.num_experts, moe.top_k, tokens)]
+    times = [
+        _predict_routing(code, moe, np.sort(widths)[::-1], counts, tokens, gpu, tiles)  # ours store widest first
+        for counts in route_counts(moe.num_experts, moe.top_k, tokens)
+    ]
     return LayerTime(*np.mean(times, axis=0).tolist())
 
 
@@ -143,12 +168,16 @@ def route_counts(num_experts: int, top_k: int, tokens: int) -> list[np.ndarray]:
 
 def chained(time: LayerTime) -> LayerTime:
     """The same layer with programmatic dependent launch of down and combine: prologues and first loads overlap."""
-    return time._replace(down=time.down - min(CHAINED_OVERLAP_S, CHAINED_OVERLAP * time.down),
-                         combine=max(time.combine - BOUNDARY_S, CHAINED_COMBINE_S), between=2 * CHAINED_BOUNDARY_S)
+    return time._replace(
+        down=time.down - min(CHAINED_OVERLAP_S, CHAINED_OVERLAP * time.down),
+        combine=max(time.combine - BOUNDARY_S, CHAINED_COMBINE_S),
+        between=2 * CHAINED_BOUNDARY_S,
+    )
 
 
-def _predict_routing(code: Code, moe: MoEShape, widths: np.ndarray, counts: np.ndarray, tokens: int, gpu: Gpu,
-                     tiles: LayerTiles) -> LayerTime:
+def _predict_routing(
+    code: Code, moe: MoEShape, widths: np.ndarray, counts: np.ndarray, tokens: int, gpu: Gpu, tiles: LayerTiles
+) -> LayerTime:
     routes = tokens * moe.top_k
     one_route = code.one_route(tokens, moe.top_k, np.count_nonzero(widths))
     experts_aligned = moe.num_experts + code.extra_experts
@@ -180,8 +209,9 @@ def up_grid(code: Code, blocks: Blocks, widths: np.ndarray, hidden_size: int, gp
     accumulators = tiles.block_m * matrices * tiles.up.block_n / (32 * tiles.up.num_warps)
     grid = _gemm_grid(code, blocks, tiles.block_m, tiles.up, outputs, np.full_like(widths, hidden_size), gpu, matrices)
     slowdown = TWO_PRODUCTS if code.products > 1 and tiles.block_m >= WGMMA_ROWS else 1.0
-    return replace(grid, tensor_s=slowdown * grid.tensor_s,
-                   epilogue_s=code.up_epilogue_s + code.up_element_s * accumulators)
+    return replace(
+        grid, tensor_s=slowdown * grid.tensor_s, epilogue_s=code.up_epilogue_s + code.up_element_s * accumulators
+    )
 
 
 def down_grid(code: Code, blocks: Blocks, widths: np.ndarray, hidden_size: int, gpu: Gpu, tiles: LayerTiles) -> Grid:
@@ -199,8 +229,16 @@ def down_grid(code: Code, blocks: Blocks, widths: np.ndarray, hidden_size: int, 
     return replace(grid, serial_s=serial_s, ctas_per_sm=2 if block_m == WGMMA_ROWS else 1)  # 255 registers [code]
 
 
-def _gemm_grid(code: Code, blocks: Blocks, block_m: int, tile: GemmTile, outputs: np.ndarray, inputs: np.ndarray,
-               gpu: Gpu, matrices: int = 1) -> Grid:
+def _gemm_grid(
+    code: Code,
+    blocks: Blocks,
+    block_m: int,
+    tile: GemmTile,
+    outputs: np.ndarray,
+    inputs: np.ndarray,
+    gpu: Gpu,
+    matrices: int = 1,
+) -> Grid:
     """Blocks times tiles of `outputs`, all tiles of a block in a row; `outputs` and `inputs` are of each expert.
 
     A tile reads its columns of `matrices` weights and its block's rows. The epilogue is that of down.
@@ -225,7 +263,9 @@ def _gemm_grid(code: Code, blocks: Blocks, block_m: int, tile: GemmTile, outputs
         tensor_s=with_idle(flops / (gpu.sm_flops * tensor_share(block_m, width))),
         serial_s=np.zeros(works.size + blocks.idle * len(start)),
         epilogue_s=DOWN_EPILOGUE_S + DOWN_ELEMENT_S * block_m * width / (32 * tile.num_warps),
-        ctas_per_sm=ctas_per_sm, bytes_in_flight=bytes_in_flight)
+        ctas_per_sm=ctas_per_sm,
+        bytes_in_flight=bytes_in_flight,
+    )
 
 
 def tensor_share(block_m: int, columns: int) -> float:
@@ -252,6 +292,10 @@ def residency(block_m: int, columns: int, tile: GemmTile) -> tuple[int, float]:
     copies = columns * tile.block_k * ITEM_BYTES / (16 * threads)  # of 16 bytes, of weights, per thread and step
     registers = 50 + 1.15 * accumulators if wgmma else 30 + 1.75 * accumulators + 2.5 * copies
     thread_registers = min(registers, THREAD_REGISTERS) // 8 * 8 + 8  # allocated by eights
-    limits = (SHARED_MEMORY // (stage_bytes * buffers + CTA_SHARED_MEMORY),
-              REGISTERS // (thread_registers * threads), WARPS // tile.num_warps, CTAS)
+    limits = (
+        SHARED_MEMORY // (stage_bytes * buffers + CTA_SHARED_MEMORY),
+        REGISTERS // (thread_registers * threads),
+        WARPS // tile.num_warps,
+        CTAS,
+    )
     return max(1, int(min(limits))), stage_bytes * (tile.num_stages - 1)

@@ -72,10 +72,14 @@ def predict_ours(shape: str, gpu: str, tokens: int, sparsity: float) -> list[Pre
     moe = PAPER_SHAPES[shape]
     widths = ragged_widths(moe.num_experts, moe.moe_intermediate_size, sparsity)
     old, new = tiles_before(moe, widths, tokens), tiles_after(moe, widths, tokens)
-    before, after = (predict(code, moe, widths, tokens, GPUS[gpu], tiles)
-                     for code, tiles in ((BEFORE, old), (AFTER, new)))
-    return [Prediction(BEFORE.name, before, old), Prediction(AFTER.name, after, new),
-            Prediction(f"{AFTER.name}, chained", chained(after), new)]
+    before, after = (
+        predict(code, moe, widths, tokens, GPUS[gpu], tiles) for code, tiles in ((BEFORE, old), (AFTER, new))
+    )
+    return [
+        Prediction(BEFORE.name, before, old),
+        Prediction(AFTER.name, after, new),
+        Prediction(f"{AFTER.name}, chained", chained(after), new),
+    ]
 
 
 def table(shape: str, gpu: str, tokens: int, sparsity: float) -> list[dict]:
@@ -84,13 +88,23 @@ def table(shape: str, gpu: str, tokens: int, sparsity: float) -> list[dict]:
     rows = []
     for prediction in (stock, tuned, *predict_ours(shape, gpu, tokens, sparsity)):
         up, down = 1e6 * prediction.time.up, 1e6 * prediction.time.down
-        rows.append({"shape": shape, "gpu": gpu, "tokens": tokens, "sparsity": sparsity, "arm": prediction.arm,
-                     "microseconds": round(prediction.microseconds, 1),
-                     "speedup": round(stock.microseconds / prediction.microseconds, 3),
-                     "speedup_over_tuned": round(tuned.microseconds / prediction.microseconds, 3),
-                     "up_us": round(up, 1), "down_us": round(down, 1),
-                     "other_us": round(prediction.microseconds - up - down, 1),
-                     "tiles_from": prediction.tiles.source, "tiles": str(prediction.tiles)})
+        rows.append(
+            {
+                "shape": shape,
+                "gpu": gpu,
+                "tokens": tokens,
+                "sparsity": sparsity,
+                "arm": prediction.arm,
+                "microseconds": round(prediction.microseconds, 1),
+                "speedup": round(stock.microseconds / prediction.microseconds, 3),
+                "speedup_over_tuned": round(tuned.microseconds / prediction.microseconds, 3),
+                "up_us": round(up, 1),
+                "down_us": round(down, 1),
+                "other_us": round(prediction.microseconds - up - down, 1),
+                "tiles_from": prediction.tiles.source,
+                "tiles": str(prediction.tiles),
+            }
+        )
     return rows
 
 
@@ -99,8 +113,11 @@ def show(rows: list[dict]) -> None:
     first = rows[0]
     print(f"{first['shape']}, {first['gpu']}, {first['tokens']} tokens, {first['sparsity']:.0%} pruned")
     for row in rows:
-        print(f"  {row['arm']:<14} {row['microseconds']:>8.1f} us  x{row['speedup']:<5.2f} {row['tiles']} "
-              f"({row['tiles_from']})", flush=True)
+        print(
+            f"  {row['arm']:<14} {row['microseconds']:>8.1f} us  x{row['speedup']:<5.2f} {row['tiles']} "
+            f"({row['tiles_from']})",
+            flush=True,
+        )
 
 
 def predict_measured(arm: str, shape: str, device: str, tokens: int) -> list[Prediction]:
@@ -133,13 +150,22 @@ def compare(measured: Iterable[dict[str, str]]) -> list[dict]:
             continue
         has_stock = row["baseline"] == TUNED
         tuned = predict_measured(TUNED, row["shape"], row["device"], tokens)[0]
-        found.append({
-            "shape": row["shape"], "device": row["device"], "tokens": tokens, "arm": row["arm"],
-            "microseconds": float(row["microseconds"]),
-            "predicted": {prediction.arm: prediction.microseconds for prediction in predictions},
-            "speedup": 1 / float(row["vs_baseline"]) if has_stock else None,
-            "predicted_speedup": {prediction.arm: tuned.microseconds / prediction.microseconds
-                                  for prediction in predictions if has_stock}})
+        found.append(
+            {
+                "shape": row["shape"],
+                "device": row["device"],
+                "tokens": tokens,
+                "arm": row["arm"],
+                "microseconds": float(row["microseconds"]),
+                "predicted": {prediction.arm: prediction.microseconds for prediction in predictions},
+                "speedup": 1 / float(row["vs_baseline"]) if has_stock else None,
+                "predicted_speedup": {
+                    prediction.arm: tuned.microseconds / prediction.microseconds
+                    for prediction in predictions
+                    if has_stock
+                },
+            }
+        )
     return found
 
 
@@ -149,10 +175,14 @@ def show_comparison(found: list[dict]) -> None:
         predicted = []
         for arm, microseconds in row["predicted"].items():
             speedup = row["predicted_speedup"].get(arm)
-            predicted.append(f"{arm} {_figures(microseconds, speedup)}, measured / predicted "
-                             f"{row['microseconds'] / microseconds:.2f}")
-        print(f"{row['shape']}, {row['device']}, {row['tokens']} tokens, {row['arm']}: measured "
-              f"{_figures(row['microseconds'], row['speedup'])}; predicted {'; '.join(predicted)}")
+            predicted.append(
+                f"{arm} {_figures(microseconds, speedup)}, measured / predicted "
+                f"{row['microseconds'] / microseconds:.2f}"
+            )
+        print(
+            f"{row['shape']}, {row['device']}, {row['tokens']} tokens, {row['arm']}: measured "
+            f"{_figures(row['microseconds'], row['speedup'])}; predicted {'; '.join(predicted)}"
+        )
 
 
 def _figures(microseconds: float, speedup: float | None) -> str:
@@ -162,8 +192,9 @@ def _figures(microseconds: float, speedup: float | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", nargs="+", choices=GPUS, default=["H200", "H100"])
-    parser.add_argument("--shape", nargs="+", choices=PAPER_SHAPES,
-                        default=[name for name in PAPER_SHAPES if name != "tiny"])
+    parser.add_argument(
+        "--shape", nargs="+", choices=PAPER_SHAPES, default=[name for name in PAPER_SHAPES if name != "tiny"]
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.0, 0.25, 0.5])
     parser.add_argument("--csv", type=Path, help="write the rows here, over earlier predictions")

@@ -107,6 +107,7 @@ def tiles_after(moe: MoEShape, widths: list[int], tokens: int) -> LayerTiles:
     """Our defaults as the code is now, on Hopper."""
     shape = LayerShape.of(widths, moe.hidden_size, moe.top_k, torch.bfloat16)
     config = default_config(tokens, shape, hopper=True)
-    up, down = (GemmTile(tile.block_n, tile.block_k, tile.num_warps, tile.num_stages)
-                for tile in (config.up, config.down))
+    up, down = (
+        GemmTile(tile.block_n, tile.block_k, tile.num_warps, tile.num_stages) for tile in (config.up, config.down)
+    )
     return LayerTiles(config.block_m, up, down, "defaults of the code")

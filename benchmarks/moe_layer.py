@@ -87,18 +87,23 @@ def as_uniform(layer: SyntheticLayer) -> UniformLayer:
 class Contest:
     """All arms of one model shape."""
 
-    def __init__(self, moe: MoEShape, sparsities: list[float], dtype: torch.dtype, device: torch.device,
-                 stock: bool) -> None:
+    def __init__(
+        self, moe: MoEShape, sparsities: list[float], dtype: torch.dtype, device: torch.device, stock: bool
+    ) -> None:
         self.moe = moe
         full = moe.moe_intermediate_size
-        self.ragged = {sparsity: SyntheticLayer.build(moe, ragged_widths(moe.num_experts, full, sparsity), dtype,
-                                                      device, COPIES) for sparsity in (0.0, *sparsities)}
+        self.ragged = {
+            sparsity: SyntheticLayer.build(moe, ragged_widths(moe.num_experts, full, sparsity), dtype, device, COPIES)
+            for sparsity in (0.0, *sparsities)
+        }
         self.full: dict[float, UniformLayer] = {}
         self.narrow: dict[float, UniformLayer] = {}
         if stock:
             self.full = {sparsity: as_uniform(layer) for sparsity, layer in self.ragged.items()}
-            self.narrow = {sparsity: UniformLayer.build(moe, round(full * (1 - sparsity) / 32) * 32, dtype, device,
-                                                        COPIES) for sparsity in sparsities}
+            self.narrow = {
+                sparsity: UniformLayer.build(moe, round(full * (1 - sparsity) / 32) * 32, dtype, device, COPIES)
+                for sparsity in sparsities
+            }
         has_flashinfer = stock and importlib.util.find_spec("flashinfer") is not None
         self.swapped = self.full[0.0].swapped() if has_flashinfer else None
 
@@ -112,11 +117,16 @@ class Contest:
 
         Raises RuntimeError if ours do not.
         """
-        ragged = [Arm(f"heapr {sparsity:.0%} pruned" if sparsity else UNPRUNED, layer.widths, ours(layer), sparsity)
-                  for sparsity, layer in self.ragged.items()]
+        ragged = [
+            Arm(f"heapr {sparsity:.0%} pruned" if sparsity else UNPRUNED, layer.widths, ours(layer), sparsity)
+            for sparsity, layer in self.ragged.items()
+        ]
         expected = {sparsity: layer.expected(batches[0]) for sparsity, layer in self.ragged.items()}
-        found = [arm for arm in [*self.opponents(batches, configs, tune_seconds), *ragged]
-                 if arm.sparsity is None or _is_right(arm, batches[0], expected[arm.sparsity])]
+        found = [
+            arm
+            for arm in [*self.opponents(batches, configs, tune_seconds), *ragged]
+            if arm.sparsity is None or _is_right(arm, batches[0], expected[arm.sparsity])
+        ]
         if missing := {arm.name for arm in ragged} - {arm.name for arm in found}:
             raise RuntimeError(f"{', '.join(missing)} is wrong here; run make test-gpu")
         return found
@@ -138,11 +148,22 @@ class Contest:
             found.append(Arm("flashinfer_cutlass", full, self.swapped.flashinfer, 0.0))
         if best:
             found.append(Arm(TUNED, full, dense.vllm, 0.0, best))
-        found += [Arm(f"vllm zeroed {sparsity:.0%}", full, layer.vllm, sparsity, best or from_file)
-                  for sparsity, layer in self.full.items() if sparsity]
+        found += [
+            Arm(f"vllm zeroed {sparsity:.0%}", full, layer.vllm, sparsity, best or from_file)
+            for sparsity, layer in self.full.items()
+            if sparsity
+        ]
         if best:
-            found += [Arm(f"{TUNED}, uniformly {sparsity:.0%} narrower", [layer.width] * self.moe.num_experts,
-                          layer.vllm, None, tuned(layer)) for sparsity, layer in self.narrow.items()]
+            found += [
+                Arm(
+                    f"{TUNED}, uniformly {sparsity:.0%} narrower",
+                    [layer.width] * self.moe.num_experts,
+                    layer.vllm,
+                    None,
+                    tuned(layer),
+                )
+                for sparsity, layer in self.narrow.items()
+            ]
         return found
 
 
@@ -170,8 +191,9 @@ def measure(arms: list[Arm], moe: MoEShape, batches: list[Batch], peaks: Peaks, 
     watches = {}
     for arm in arms:
         with stock_moe.using(arm.config):
-            watches[arm.name] = stopwatch([lambda arm=arm, i=i, b=b: arm.run(b, i) for i, b in enumerate(batches)],
-                                          batches[0].x.device)
+            watches[arm.name] = stopwatch(
+                [lambda arm=arm, i=i, b=b: arm.run(b, i) for i, b in enumerate(batches)], batches[0].x.device
+            )
     interleave(watches, max(rounds // 5, 1))
     seconds = interleave(watches, rounds)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
@@ -181,25 +203,38 @@ def measure(arms: list[Arm], moe: MoEShape, batches: list[Batch], peaks: Peaks, 
         todo = work(moe, arm.widths, batches)
         median, ordered = medians[arm.name], sorted(seconds[arm.name])
         spread = (ordered[9 * len(ordered) // 10] - ordered[len(ordered) // 10]) / median
-        rows.append({"tokens": len(batches[0].x), "arm": arm.name, "dtype": str(batches[0].x.dtype).split(".")[1],
-                     "microseconds": round(1e6 * median, 2), "spread": round(spread, 3), "baseline": baseline,
-                     "vs_baseline": round(median / medians[baseline], 3),
-                     "vs_unpruned": round(median / medians[UNPRUNED], 3),
-                     "kept": round(sum(arm.widths) / moe.num_experts / moe.moe_intermediate_size, 3),
-                     "kept_routed": round(todo.routed_width / moe.moe_intermediate_size, 3),
-                     "experts_hit": round(todo.experts, 1), "floor_us": round(1e6 * todo.floor(peaks), 2),
-                     "roofline": float(f"{todo.floor(peaks) / median:.3g}"),
-                     "tflops": round(todo.flops / median / 1e12, 1), "rounds": rounds})
+        rows.append(
+            {
+                "tokens": len(batches[0].x),
+                "arm": arm.name,
+                "dtype": str(batches[0].x.dtype).split(".")[1],
+                "microseconds": round(1e6 * median, 2),
+                "spread": round(spread, 3),
+                "baseline": baseline,
+                "vs_baseline": round(median / medians[baseline], 3),
+                "vs_unpruned": round(median / medians[UNPRUNED], 3),
+                "kept": round(sum(arm.widths) / moe.num_experts / moe.moe_intermediate_size, 3),
+                "kept_routed": round(todo.routed_width / moe.moe_intermediate_size, 3),
+                "experts_hit": round(todo.experts, 1),
+                "floor_us": round(1e6 * todo.floor(peaks), 2),
+                "roofline": float(f"{todo.floor(peaks) / median:.3g}"),
+                "tflops": round(todo.flops / median / 1e12, 1),
+                "rounds": rounds,
+            }
+        )
     return rows
 
 
 def show(shape: str, rows: list[dict]) -> None:
     print(f"\n{shape}, {rows[0]['tokens']} tokens, {rows[0]['experts_hit']:.0f} experts hit")
     for row in rows:
-        print(f"  {row['arm']:<36} {row['microseconds']:>10.1f} us  x{row['vs_baseline']:<6} "
-              f"(x{row['vs_unpruned']:<6} of {UNPRUNED})  kept {row['kept']:.2f} "
-              f"(routed {row['kept_routed']:.2f})  {row['roofline']:>4.0%} of roofline  {row['tflops']:>6.1f} TFLOP/s  "
-              f"spread {row['spread']:.0%}", flush=True)
+        print(
+            f"  {row['arm']:<36} {row['microseconds']:>10.1f} us  x{row['vs_baseline']:<6} "
+            f"(x{row['vs_unpruned']:<6} of {UNPRUNED})  kept {row['kept']:.2f} "
+            f"(routed {row['kept_routed']:.2f})  {row['roofline']:>4.0%} of roofline  {row['tflops']:>6.1f} TFLOP/s  "
+            f"spread {row['spread']:.0%}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -210,10 +245,12 @@ def main() -> None:
         from benchmarks import cpu_layer  # needs vLLM
 
         return cpu_layer.main(others)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     parents=[device_parser])
-    parser.add_argument("--shape", nargs="+", choices=PAPER_SHAPES,
-                        default=[name for name in PAPER_SHAPES if name != "tiny"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[device_parser]
+    )
+    parser.add_argument(
+        "--shape", nargs="+", choices=PAPER_SHAPES, default=[name for name in PAPER_SHAPES if name != "tiny"]
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))

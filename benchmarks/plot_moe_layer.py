@@ -31,8 +31,13 @@ def plot(rows: list[dict[str, str]], output: Path) -> None:
     axes = figure.subplots(-(-len(panels) // 2), min(len(panels), 2), squeeze=False).flatten()
     for axis, (shape, arms) in zip(axes, panels.items(), strict=False):
         for arm, points in arms.items():
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=arm,
-                      linestyle="-" if arm.startswith("heapr") else "--")
+            axis.plot(
+                *zip(*points, strict=True),
+                marker="o",
+                markersize=3,
+                label=arm,
+                linestyle="-" if arm.startswith("heapr") else "--",
+            )
         axis.set(title=shape, xlabel="tokens", ylabel=f"time / {rows[-1]['baseline']}", xscale="log", ylim=(0, None))
         axis.axhline(1, color="grey", linewidth=0.5)
     axes[0].legend(fontsize=6)

@@ -19,37 +19,106 @@ from heapr_vllm.model_executor.tuning.synthetic import ragged_widths
 
 TOKENIZER = Path(__file__).parent.parent / "serving_examples" / "tiny_qwen3_moe"
 LAYER_SPREAD = 0.15  # standard deviation of the kept fraction over layers: that of the bundled model's masks
-QWEN = {"hidden_act": "silu", "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-        "tie_word_embeddings": False, "vocab_size": 151936, "decoder_sparse_step": 1, "torch_dtype": "bfloat16"}
+QWEN = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "vocab_size": 151936,
+    "decoder_sparse_step": 1,
+    "torch_dtype": "bfloat16",
+}
 QWEN2 = {**QWEN, "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "norm_topk_prob": False}
 QWEN3 = {**QWEN, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "norm_topk_prob": True}
 SMALL = "Qwen3-MoE-1.7GB"
 CONFIGS: dict[str, dict[str, Any]] = {
-    "Qwen3-30B-A3B": {**QWEN3, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
-                      "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "num_experts": 128,
-                      "num_experts_per_tok": 8, "moe_intermediate_size": 768},
-    "Qwen1.5-MoE-A2.7B": {**QWEN2, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16,
-                          "num_key_value_heads": 16, "intermediate_size": 5632, "num_experts": 60,
-                          "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
-                          "shared_expert_intermediate_size": 5632},
-    "Qwen2-57B-A14B": {**QWEN2, "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
-                       "num_key_value_heads": 4, "intermediate_size": 18944, "num_experts": 64,
-                       "num_experts_per_tok": 8, "moe_intermediate_size": 2560,
-                       "shared_expert_intermediate_size": 20480},
-    "DeepSeekMoE-16B": {"architectures": ["DeepseekForCausalLM"], "model_type": "deepseek", "vocab_size": 102400,
-                        "hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16,
-                        "num_key_value_heads": 16, "intermediate_size": 10944, "n_routed_experts": 64,
-                        "n_shared_experts": 2, "num_experts_per_tok": 6, "moe_intermediate_size": 1408,
-                        "first_k_dense_replace": 1, "moe_layer_freq": 1, "norm_topk_prob": False,
-                        "scoring_func": "softmax", "hidden_act": "silu", "max_position_embeddings": 4096,
-                        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
-                        "torch_dtype": "bfloat16"},
-    SMALL: {**QWEN3, "vocab_size": 32768, "hidden_size": 1024, "num_hidden_layers": 10, "num_attention_heads": 8,
-            "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 3072, "num_experts": 32,
-            "num_experts_per_tok": 4, "moe_intermediate_size": 768},
-    "tiny": {**QWEN3, "vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 256, "num_experts": 8,
-             "num_experts_per_tok": 2, "moe_intermediate_size": 192},
+    "Qwen3-30B-A3B": {
+        **QWEN3,
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "intermediate_size": 6144,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
+    "Qwen1.5-MoE-A2.7B": {
+        **QWEN2,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "intermediate_size": 5632,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+    },
+    "Qwen2-57B-A14B": {
+        **QWEN2,
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2560,
+        "shared_expert_intermediate_size": 20480,
+    },
+    "DeepSeekMoE-16B": {
+        "architectures": ["DeepseekForCausalLM"],
+        "model_type": "deepseek",
+        "vocab_size": 102400,
+        "hidden_size": 2048,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "intermediate_size": 10944,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 1408,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "norm_topk_prob": False,
+        "scoring_func": "softmax",
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    },
+    SMALL: {
+        **QWEN3,
+        "vocab_size": 32768,
+        "hidden_size": 1024,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "intermediate_size": 3072,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 768,
+    },
+    "tiny": {
+        **QWEN3,
+        "vocab_size": 4096,
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 256,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 192,
+    },
 }
 
 
@@ -67,8 +136,9 @@ def write_pruned(name: str, sparsity: float, folder: Path) -> Path:
     masks = random_masks(config, sparsity)
     (path / MASKS_FILE).parent.mkdir(parents=True, exist_ok=True)
     masks.save_pretrained(path)
-    block = PruningConfig(layout="compact", masks_sha256=file_sha256(path / MASKS_FILE), sparsity=sparsity,
-                          scope="global", align=64)
+    block = PruningConfig(
+        layout="compact", masks_sha256=file_sha256(path / MASKS_FILE), sparsity=sparsity, scope="global", align=64
+    )
     _write(path, {**config, "quantization_config": block.to_dict()})
     return path
 

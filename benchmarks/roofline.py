@@ -50,6 +50,12 @@ def work(moe: MoEShape, widths: list[int], batches: list[Batch]) -> Work:
         hit = ids.unique()
         weight_bytes = 3 * moe.hidden_size * width[hit].sum() * batch.x.element_size()
         flops = 6 * moe.hidden_size * width[ids].sum()
-        totals += torch.stack([weight_bytes + 2 * batch.x.nbytes, flops, width[ids].mean(),
-                               torch.tensor(float(len(hit)), dtype=torch.double)])
+        totals += torch.stack(
+            [
+                weight_bytes + 2 * batch.x.nbytes,
+                flops,
+                width[ids].mean(),
+                torch.tensor(float(len(hit)), dtype=torch.double),
+            ]
+        )
     return Work(*(totals / len(batches)).tolist())

@@ -16,11 +16,14 @@ def append_csv(path: Path, rows: list[dict]) -> None:
     """Adds `rows` to `path`, which gets a header if it is new. Raises ValueError if its columns are others."""
     environment = report()
     versions = environment["versions"]
-    shared = {"date": datetime.date.today().isoformat(), "device": ", ".join(environment["gpus"]) or
-              f"CPU {platform.processor() or platform.machine()} {environment['cpu']['capability']}, "
-              f"{environment['cpu']['threads']} threads",
-              "versions": " ".join(f"{name}={versions[name]}" for name in PACKAGES if name in versions),
-              "command": f"python -m {_module()} {' '.join(sys.argv[1:])}".strip()}
+    shared = {
+        "date": datetime.date.today().isoformat(),
+        "device": ", ".join(environment["gpus"])
+        or f"CPU {platform.processor() or platform.machine()} {environment['cpu']['capability']}, "
+        f"{environment['cpu']['threads']} threads",
+        "versions": " ".join(f"{name}={versions[name]}" for name in PACKAGES if name in versions),
+        "command": f"python -m {_module()} {' '.join(sys.argv[1:])}".strip(),
+    }
     fields = [*rows[0], *shared]
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and (header := path.open().readline().strip()) != ",".join(fields):

@@ -58,29 +58,46 @@ class Arm(NamedTuple):
     plugins: str | None
 
 
-def measure_served(arms: dict[str, Arm], workloads: dict[str, Workload], rounds: int, options: list[str],
-                   log_dir: Path, together: bool) -> dict[str, dict[str, list[float]]]:
+def measure_served(
+    arms: dict[str, Arm], workloads: dict[str, Workload], rounds: int, options: list[str], log_dir: Path, together: bool
+) -> dict[str, dict[str, list[float]]]:
     """Workload to arm to output tokens/s per round, over HTTP."""
     speeds: dict[str, dict[str, list[float]]] = {name: {} for name in workloads}
-    for group in ([arms] if together else [{name: arm} for name, arm in arms.items()]):
+    for group in [arms] if together else [{name: arm} for name, arm in arms.items()]:
         with ExitStack() as stack:
-            urls = {name: (stack.enter_context(serve(arm.model, *SERVE_OPTIONS, *options, log=log_dir / f"{name}.log",
-                                                     plugins=arm.plugins)), arm.model) for name, arm in group.items()}
+            urls = {
+                name: (
+                    stack.enter_context(
+                        serve(arm.model, *SERVE_OPTIONS, *options, log=log_dir / f"{name}.log", plugins=arm.plugins)
+                    ),
+                    arm.model,
+                )
+                for name, arm in group.items()
+            }
             for name, load in workloads.items():
                 speeds[name] |= alternate(urls, rounds, **load._asdict())
     return speeds
 
 
-def measure_offline(arms: dict[str, Arm], workloads: dict[str, Workload], rounds: int, options: list[str],
-                    log_dir: Path) -> dict[str, dict[str, list[float]]]:
+def measure_offline(
+    arms: dict[str, Arm], workloads: dict[str, Workload], rounds: int, options: list[str], log_dir: Path
+) -> dict[str, dict[str, list[float]]]:
     """The same from `vllm bench throughput`, a fresh engine per round and arm."""
     speeds: dict[str, dict[str, list[float]]] = {name: {arm: [] for arm in arms} for name in workloads}
     for name, load in workloads.items():
         for number in range(rounds):
             for arm in list(arms)[:: -1 if number % 2 else 1]:
-                speeds[name][arm].append(throughput(arms[arm].model, *options, plugins=arms[arm].plugins,
-                                                    log=log_dir / f"{arm}.log", num_prompts=load.num_prompts,
-                                                    input_len=load.input_len, output_len=load.output_len))
+                speeds[name][arm].append(
+                    throughput(
+                        arms[arm].model,
+                        *options,
+                        plugins=arms[arm].plugins,
+                        log=log_dir / f"{arm}.log",
+                        num_prompts=load.num_prompts,
+                        input_len=load.input_len,
+                        output_len=load.output_len,
+                    )
+                )
     return speeds
 
 
@@ -91,38 +108,55 @@ def memory(log: Path) -> tuple[str, str]:
     return tuple(matches[-1].replace(",", "") if matches else "" for matches in found)
 
 
-def table(label: str, workloads: dict[str, Workload], speeds: dict[str, dict[str, list[float]]],
-          log_dir: Path) -> list[dict]:
+def table(
+    label: str, workloads: dict[str, Workload], speeds: dict[str, dict[str, list[float]]], log_dir: Path
+) -> list[dict]:
     """One row per workload: medians of both arms, median and range of the per-round ratios, memory."""
     weights, kv_tokens = zip(*(memory(log_dir / f"{arm}.log") for arm in ("dense", "pruned")), strict=True)
     rows = []
     for name, load in workloads.items():
         dense, pruned = speeds[name]["dense"], speeds[name]["pruned"]
         ratios = [p / d for p, d in zip(pruned, dense, strict=True)]
-        rows.append({"model": label, "workload": name, **load._asdict(),
-                     "dense_tok_s": round(statistics.median(dense), 1),
-                     "pruned_tok_s": round(statistics.median(pruned), 1),
-                     "ratio": round(statistics.median(ratios), 3), "ratio_min": round(min(ratios), 3),
-                     "ratio_max": round(max(ratios), 3), "rounds": len(ratios), "dense_weights_gib": weights[0],
-                     "pruned_weights_gib": weights[1], "dense_kv_tokens": kv_tokens[0],
-                     "pruned_kv_tokens": kv_tokens[1]})
+        rows.append(
+            {
+                "model": label,
+                "workload": name,
+                **load._asdict(),
+                "dense_tok_s": round(statistics.median(dense), 1),
+                "pruned_tok_s": round(statistics.median(pruned), 1),
+                "ratio": round(statistics.median(ratios), 3),
+                "ratio_min": round(min(ratios), 3),
+                "ratio_max": round(max(ratios), 3),
+                "rounds": len(ratios),
+                "dense_weights_gib": weights[0],
+                "pruned_weights_gib": weights[1],
+                "dense_kv_tokens": kv_tokens[0],
+                "pruned_kv_tokens": kv_tokens[1],
+            }
+        )
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="what vLLM is built for; decides the defaults below")
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="what vLLM is built for; decides the defaults below",
+    )
     parser.add_argument("--model", choices=CONFIGS, help="random weights at this model's size")
     parser.add_argument("--sparsity", type=float, default=0.25, help="with --model")
     parser.add_argument("--dense", type=Path, help="a checkpoint instead")
     parser.add_argument("--pruned", type=Path, help="its pruned version")
-    parser.add_argument("--workload", nargs="+", choices=WORKLOADS,
-                        help="default: decode prefill, on a CPU single batch")
+    parser.add_argument(
+        "--workload", nargs="+", choices=WORKLOADS, help="default: decode prefill, on a CPU single batch"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--offline", action="store_true", help="vllm bench throughput instead of vllm serve")
-    parser.add_argument("--together", action=argparse.BooleanOptionalAction,
-                        help="both servers at once, the default on a CPU")
+    parser.add_argument(
+        "--together", action=argparse.BooleanOptionalAction, help="both servers at once, the default on a CPU"
+    )
     parser.add_argument("--csv", type=Path, help="append the rows here")
     parser.add_argument("--work", type=Path, default=Path("build/serving"), help="models and logs")
     parser.add_argument("options", nargs="*", help="further vLLM options for both, after --")
@@ -133,8 +167,10 @@ def main() -> None:
     if on_cpu and not (args.dense or args.pruned):
         args.model = args.model or SMALL
     if args.model:
-        args.dense, args.pruned = (write_dense(args.model, args.work),
-                                   write_pruned(args.model, args.sparsity, args.work))
+        args.dense, args.pruned = (
+            write_dense(args.model, args.work),
+            write_pruned(args.model, args.sparsity, args.work),
+        )
         options = ["--load-format", "dummy", *options]
     if not args.dense or not args.pruned:
         parser.error("name a --model, or --dense and --pruned")
@@ -145,14 +181,17 @@ def main() -> None:
     if args.offline:
         speeds = measure_offline(arms, workloads, args.rounds, options, args.work)
     else:
-        speeds = measure_served(arms, workloads, args.rounds, options, args.work,
-                                on_cpu if args.together is None else args.together)
+        speeds = measure_served(
+            arms, workloads, args.rounds, options, args.work, on_cpu if args.together is None else args.together
+        )
     rows = table(f"{args.model} {args.sparsity:.0%}" if args.model else args.pruned.name, workloads, speeds, args.work)
     for row in rows:
-        print(f"{row['model']}, {row['workload']} ({row['input_len']} in, {row['output_len']} out, "
-              f"{row['concurrency']} at once): dense {row['dense_tok_s']:.0f} output tokens/s, pruned "
-              f"{row['pruned_tok_s']:.0f}, ratio {row['ratio']:.3f} ({row['ratio_min']:.3f} to {row['ratio_max']:.3f} "
-              f"over {row['rounds']} rounds)")
+        print(
+            f"{row['model']}, {row['workload']} ({row['input_len']} in, {row['output_len']} out, "
+            f"{row['concurrency']} at once): dense {row['dense_tok_s']:.0f} output tokens/s, pruned "
+            f"{row['pruned_tok_s']:.0f}, ratio {row['ratio']:.3f} ({row['ratio_min']:.3f} to {row['ratio_max']:.3f} "
+            f"over {row['rounds']} rounds)"
+        )
     if args.csv:
         append_csv(args.csv, rows)
 

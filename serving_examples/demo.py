@@ -42,8 +42,20 @@ def prune(work: Path, sparsity: float) -> tuple[Path, Path]:
     """Folders of the masks and of the compact checkpoint."""
     heapr = Path(sys.executable).with_name("heapr")
     step(sys.executable, HERE / "python_corpus.py", "-o", work / "corpus")
-    step(heapr, "calibrate", MODEL, "--dataset", work / "corpus" / "calibration.jsonl", "-o", work / "calib",
-         "--max-seq-length", 512, "--dtype", "float32", "--overwrite")
+    step(
+        heapr,
+        "calibrate",
+        MODEL,
+        "--dataset",
+        work / "corpus" / "calibration.jsonl",
+        "-o",
+        work / "calib",
+        "--max-seq-length",
+        512,
+        "--dtype",
+        "float32",
+        "--overwrite",
+    )
     step(heapr, "prune", work / "calib", "--sparsity", sparsity, "-o", work / "masks", "--overwrite")
     step(heapr, "export", work / "masks", "-o", work / "pruned", "--overwrite")
     step(heapr, "inspect", work / "pruned", "--plot", work / "widths.png")
@@ -71,7 +83,7 @@ def ask_served(work: Path, pruned: Path) -> None:
 
 def measure_speed(pruned: Path) -> tuple[float, float]:
     """Median output tokens/s of both models in the same engine, asked in turn."""
-    row, = compare(MODEL, pruned, [BATCH], BENCH_ROUNDS, output_len=256)
+    (row,) = compare(MODEL, pruned, [BATCH], BENCH_ROUNDS, output_len=256)
     return statistics.median(row["dense"]), statistics.median(row["pruned"])
 
 
@@ -84,26 +96,32 @@ def executed_flops(masks: NeuronMasks, tokens: dict[str, list[int]], hidden_size
     return 6 * hidden_size * neurons
 
 
-def table(work: Path, pruned: Path, masks: NeuronMasks, perplexities: tuple[float, float],
-          speeds: tuple[float, float]) -> str:
+def table(
+    work: Path, pruned: Path, masks: NeuronMasks, perplexities: tuple[float, float], speeds: tuple[float, float]
+) -> str:
     config = Checkpoint(MODEL).config
     tokens = json.loads((work / "calib" / "calibration.json").read_text())["tokens"]
     whole = NeuronMasks({prefix: torch.ones_like(keep) for prefix, keep in masks.keep.items()})
     flops = [executed_flops(m, tokens, config["hidden_size"], config["num_experts_per_tok"]) for m in (whole, masks)]
-    rows = [("routed-expert parameters, M", *(routed_parameters(path) / 1e6 for path in (MODEL, pruned)), 2),
-            ("weight bytes, MB", *(Checkpoint(path).num_bytes() / 1e6 for path in (MODEL, pruned)), 1),
-            ("executed expert FLOPs per token, M", flops[0] / 1e6, flops[1] / 1e6, 2),
-            ("held-out perplexity (fp32)", *perplexities, 2),
-            (f"output tokens/s, batch {BATCH}", *speeds, 0)]
+    rows = [
+        ("routed-expert parameters, M", *(routed_parameters(path) / 1e6 for path in (MODEL, pruned)), 2),
+        ("weight bytes, MB", *(Checkpoint(path).num_bytes() / 1e6 for path in (MODEL, pruned)), 1),
+        ("executed expert FLOPs per token, M", flops[0] / 1e6, flops[1] / 1e6, 2),
+        ("held-out perplexity (fp32)", *perplexities, 2),
+        (f"output tokens/s, batch {BATCH}", *speeds, 0),
+    ]
     lines = [f"{'':<38} {'dense':>9} {'pruned':>9} {'change':>8}"]
-    lines += [f"{name:<38} {dense:>9.{digits}f} {small:>9.{digits}f} {small / dense - 1:>+8.1%}"
-              for name, dense, small, digits in rows]
+    lines += [
+        f"{name:<38} {dense:>9.{digits}f} {small:>9.{digits}f} {small / dense - 1:>+8.1%}"
+        for name, dense, small, digits in rows
+    ]
     return "\n".join(lines)
 
 
 def routed_parameters(path: Path) -> int:
-    return sum(torch.Size(shape).numel() for name, (_, shape) in Checkpoint(path).headers.items()
-               if ExpertTensor.parse(name))
+    return sum(
+        torch.Size(shape).numel() for name, (_, shape) in Checkpoint(path).headers.items() if ExpertTensor.parse(name)
+    )
 
 
 def main() -> None:

@@ -20,8 +20,19 @@ from collections.abc import Iterable, Iterator
 from itertools import combinations
 from pathlib import Path
 
-PACKAGES = ("accelerate", "datasets", "huggingface_hub", "matplotlib", "networkx", "numpy", "pandas", "sympy", "torch",
-            "transformers", "vllm")
+PACKAGES = (
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "matplotlib",
+    "networkx",
+    "numpy",
+    "pandas",
+    "sympy",
+    "torch",
+    "transformers",
+    "vllm",
+)
 SPLITS = ("train", "calibration", "held_out")
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "third_party", "_vendor", "pgen2"}
 MIN_BYTES, MAX_BYTES = 500, 200_000
@@ -75,8 +86,9 @@ def near_duplicate_groups(texts: dict[str, str]) -> Iterator[list[str]]:
     for path, sketch in sketches.items():
         for value in sketch:
             files_by_hash[value].append(path)
-    shared = Counter(pair for paths in files_by_hash.values() if 1 < len(paths) <= 60
-                     for pair in combinations(paths, 2))
+    shared = Counter(
+        pair for paths in files_by_hash.values() if 1 < len(paths) <= 60 for pair in combinations(paths, 2)
+    )
     parent = {path: path for path in texts}
 
     def find(path: str) -> str:
@@ -106,8 +118,10 @@ def build() -> dict[str, dict[str, str]]:
     splits: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
     for group in near_duplicate_groups(texts):
         splits[split_of(group)].update({path: texts[path] for path in group})
-    return {split: dict(sorted(files.items(), key=lambda item: zlib.crc32(item[0][::-1].encode())))
-            for split, files in splits.items()}
+    return {
+        split: dict(sorted(files.items(), key=lambda item: zlib.crc32(item[0][::-1].encode())))
+        for split, files in splits.items()
+    }
 
 
 def write_jsonl(path: Path, files: Iterable[tuple[str, str]]) -> None:

@@ -37,8 +37,12 @@ def train_tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=[END],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(itertools.islice(documents(corpus / "train.jsonl"), 1500), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, model_max_length=CONTEXT)
 
@@ -54,8 +58,9 @@ def token_blocks(tokenizer: PreTrainedTokenizerFast, path: Path, num_blocks: int
     return torch.tensor(ids[:usable]).view(-1, CONTEXT)[:num_blocks]
 
 
-def padded_experts(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor,
-                   top_k_weights: torch.Tensor) -> torch.Tensor:
+def padded_experts(
+    self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
     """Experts as two batched matmuls over rows padded to the fullest expert (training only)."""
     flat = top_k_index.flatten()
     order = flat.argsort(stable=True)
@@ -88,10 +93,24 @@ def learning_rate(step: int, steps: int) -> float:
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
     config = Qwen3MoeConfig(
-        vocab_size=VOCAB, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=64, num_experts=24, num_experts_per_tok=4, moe_intermediate_size=96, intermediate_size=384,
-        norm_topk_prob=True, tie_word_embeddings=True, max_position_embeddings=CONTEXT, rope_theta=10000.0,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        vocab_size=VOCAB,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=24,
+        num_experts_per_tok=4,
+        moe_intermediate_size=96,
+        intermediate_size=384,
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+        max_position_embeddings=CONTEXT,
+        rope_theta=10000.0,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return Qwen3MoeForCausalLM(config)
 
 
@@ -105,11 +124,15 @@ def train(corpus: Path, output: Path, steps: int, batch_size: int, device: str) 
     model.set_experts_implementation("padded")
     decayed = [p for p in model.parameters() if p.dim() > 1]
     other = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}],
-                                  lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}],
+        lr=PEAK_LR,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
     start = time.time()
     for step in range(steps):
-        ids = blocks[order[step * batch_size:(step + 1) * batch_size]].to(device)
+        ids = blocks[order[step * batch_size : (step + 1) * batch_size]].to(device)
         with torch.autocast(device, torch.bfloat16):
             out = model(ids, output_router_logits=True, use_cache=False)
         loss = F.cross_entropy(out.logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
@@ -151,8 +174,12 @@ def measure(corpus: Path, model_dir: Path, num_blocks: int) -> dict[str, float]:
             top = logits.topk(config.num_experts_per_tok, -1).indices.flatten()
             counts[layer] += top.bincount(minlength=config.num_experts)
     share = counts / counts.sum(1, keepdim=True) * config.num_experts
-    return {"perplexity": math.exp(nll / (len(blocks) * (CONTEXT - 1))), "tokens": blocks.numel(),
-            "least_expert_share": share.min().item(), "most_expert_share": share.max().item()}
+    return {
+        "perplexity": math.exp(nll / (len(blocks) * (CONTEXT - 1))),
+        "tokens": blocks.numel(),
+        "least_expert_share": share.min().item(),
+        "most_expert_share": share.max().item(),
+    }
 
 
 def main() -> None:

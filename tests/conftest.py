@@ -8,9 +8,9 @@ import torch
 
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.prune import CalibrationSettings, export_checkpoint, write_masks_repository
-from heapr_vllm.prune.calibration import calibrate
+from heapr_vllm.prune.calibration.calibrate import calibrate
 from heapr_vllm.prune.calibration.moments import NeuronMoments
-from heapr_vllm.prune.selection import selector
+from heapr_vllm.prune.selection.selector import select
 from tests import tiny_models
 
 BUNDLED = Path(__file__).parent.parent / "serving_examples" / "tiny_qwen3_moe"
@@ -75,9 +75,11 @@ def python_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prune(base: Path, corpus: Path, folder: Path, sparsity: float, num_samples: int = 4) -> None:
     """Writes `masks` and `compact` of a base model into `folder`."""
-    calibrate(CalibrationSettings(str(base), str(corpus), num_calibration_samples=num_samples, max_seq_length=64),
-              folder / "calib")
-    masks = selector(NeuronMoments.from_pretrained(folder / "calib"), sparsity=sparsity)
+    calibrate(
+        CalibrationSettings(str(base), str(corpus), num_calibration_samples=num_samples, max_seq_length=64),
+        folder / "calib",
+    )
+    masks = select(NeuronMoments.from_pretrained(folder / "calib"), sparsity=sparsity)
     write_masks_repository(masks, folder / "calib", folder / "masks")
     export_checkpoint(folder / "masks", folder / "compact")
 
@@ -92,8 +94,17 @@ def awkward(moments: NeuronMoments) -> NeuronMasks:
         counts = counts[layer:] + counts[:layer]
         rank = torch.rand(experts, width, generator=generator).argsort(-1).argsort(-1)
         keep[prefix] = rank < torch.tensor(counts)[:, None]
-    metadata = {"criterion": "random", "scope": "expert", "align": 1, "min_width": 0, "sparsity": None,
-                "tokens": {prefix: tokens.tolist() for prefix, tokens in moments.tokens.items()},
-                "base_model": {"name_or_path": moments.metadata["model"], "revision": None,
-                               "fingerprint": moments.metadata["base_fingerprint"]}}
+    metadata = {
+        "criterion": "random",
+        "scope": "expert",
+        "align": 1,
+        "min_width": 0,
+        "sparsity": None,
+        "tokens": {prefix: tokens.tolist() for prefix, tokens in moments.tokens.items()},
+        "base_model": {
+            "name_or_path": moments.metadata["model"],
+            "revision": None,
+            "fingerprint": moments.metadata["base_fingerprint"],
+        },
+    }
     return NeuronMasks(keep, metadata)

@@ -24,8 +24,11 @@ def imports_of(path: Path) -> set[str]:
 def test_layers() -> None:
     """`prune` and the root never import vLLM, `model_executor` never imports `prune`."""
     for path in (ROOT / "heapr_vllm").rglob("*.py"):
-        forbidden = {"prune": ("vllm.", "heapr_vllm.model_executor."), "model_executor": ("heapr_vllm.prune.",),
-                     "heapr_vllm": ("vllm.",)}[path.parent.name]
+        forbidden = {
+            "prune": ("vllm.", "heapr_vllm.model_executor."),
+            "model_executor": ("heapr_vllm.prune.",),
+            "heapr_vllm": ("vllm.",),
+        }[path.parent.name]
         for name in imports_of(path):
             assert not (name + ".").startswith(forbidden), f"{path} imports {name}"
 

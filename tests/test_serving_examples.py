@@ -32,13 +32,13 @@ def pip_arguments() -> list[str]:
 
 
 def ray_config() -> dict[str, Any]:
-    application, = yaml.safe_load((EXAMPLES / "ray_serve" / "heapr.yaml").read_text())["applications"]
-    config, = application["args"]["llm_configs"]
+    (application,) = yaml.safe_load((EXAMPLES / "ray_serve" / "heapr.yaml").read_text())["applications"]
+    (config,) = application["args"]["llm_configs"]
     return config
 
 
 def model_spec() -> dict[str, Any]:
-    spec, = yaml.safe_load((EXAMPLES / "kubernetes" / "values.yaml").read_text())["servingEngineSpec"]["modelSpec"]
+    (spec,) = yaml.safe_load((EXAMPLES / "kubernetes" / "values.yaml").read_text())["servingEngineSpec"]["modelSpec"]
     return spec
 
 
@@ -63,8 +63,17 @@ def test_kubernetes_runs_the_image_that_the_dockerfile_builds() -> None:
     spec = model_spec()
     assert f"{spec['repository']}:{spec['tag']}" in (EXAMPLES / "kubernetes" / "values.yaml").read_text()
     assert spec["tag"] == f"v{dockerfile_version()}" and f"vllm-openai-heapr:{spec['tag']}" in DOCKERFILE
-    required = {"name": str, "repository": str, "tag": str, "modelURL": str, "replicaCount": int, "requestCPU": int,
-                "requestMemory": str, "requestGPU": int, "vllmConfig": dict}
+    required = {
+        "name": str,
+        "repository": str,
+        "tag": str,
+        "modelURL": str,
+        "replicaCount": int,
+        "requestCPU": int,
+        "requestMemory": str,
+        "requestGPU": int,
+        "vllmConfig": dict,
+    }
     assert {key: type(spec[key]) for key in required} == required
 
 
@@ -76,7 +85,10 @@ def test_engine_options_exist() -> None:
     assert set(ray_config()["engine_kwargs"]) <= {field.name for field in fields(EngineArgs)}
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(exit_on_error=False))
     names = {re.sub("([A-Z])", r"_\1", key).lower(): value for key, value in model_spec()["vllmConfig"].items()}
-    flags = [part for name, value in names.items() for part in
-             ([f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)])]
+    flags = [
+        part
+        for name, value in names.items()
+        for part in ([f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)])
+    ]
     parsed: argparse.Namespace = parser.parse_args(flags)
     assert all(getattr(parsed, name) == value for name, value in names.items())

@@ -19,40 +19,104 @@ from transformers import (
 from heapr_vllm.prune.models.deepseek import register_deepseek_model
 
 VOCAB, END = 320, "<|endoftext|>"
-COMMON = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
-          "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
-          "intermediate_size": 96, "max_position_embeddings": 512, "eos_token_id": 256, "pad_token_id": 256,
-          "bos_token_id": None, "initializer_range": 0.2}
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "eos_token_id": 256,
+    "pad_token_id": 256,
+    "bos_token_id": None,
+    "initializer_range": 0.2,
+}
 SHARED = {"first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": COMMON["num_experts"]}
-MLA = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32,
-       "n_group": 2, "topk_group": 1, "tie_word_embeddings": False}
-HYBRID = {"num_hidden_layers": 2, "head_dim": 32, "shared_expert_intermediate_size": 32, "partial_rotary_factor": 0.5,
-          "linear_num_value_heads": 4, "linear_num_key_heads": 2,
-          "linear_key_head_dim": 128, "linear_value_head_dim": 128}  # vLLM's op on CPUs takes no other sizes
+MLA = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+    "n_group": 2,
+    "topk_group": 1,
+    "tie_word_embeddings": False,
+}
+HYBRID = {
+    "num_hidden_layers": 2,
+    "head_dim": 32,
+    "shared_expert_intermediate_size": 32,
+    "partial_rotary_factor": 0.5,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}  # vLLM's op on CPUs takes no other sizes
 FULL_ATTENTION = {**HYBRID, "layer_types": ["full_attention"] * 2}
-VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "num_position_embeddings": 16,
-          "patch_size": 4, "out_hidden_size": COMMON["hidden_size"]}
+VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "num_position_embeddings": 16,
+    "patch_size": 4,
+    "out_hidden_size": COMMON["hidden_size"],
+}
 OWN = {  # by name: model type, what differs from COMMON
     "qwen3_moe": ("qwen3_moe", {"head_dim": 32, "norm_topk_prob": True, "tie_word_embeddings": False}),
-    "dense_between": ("qwen3_moe", {"num_hidden_layers": 5, "head_dim": 32, "mlp_only_layers": [0, 2],
-                                    "tie_word_embeddings": True}),
+    "dense_between": (
+        "qwen3_moe",
+        {"num_hidden_layers": 5, "head_dim": 32, "mlp_only_layers": [0, 2], "tie_word_embeddings": True},
+    ),
     "qwen2_moe": ("qwen2_moe", {"shared_expert_intermediate_size": 32, "norm_topk_prob": False}),
     "qwen3_next": ("qwen3_next", FULL_ATTENTION),
-    "qwen3_next_linear": ("qwen3_next", {**HYBRID, "layer_types": ["linear_attention", "full_attention"],
-                                         "dtype": "bfloat16"}),  # vLLM's linear attention takes no other on CPUs
+    "qwen3_next_linear": (
+        "qwen3_next",
+        {**HYBRID, "layer_types": ["linear_attention", "full_attention"], "dtype": "bfloat16"},
+    ),  # vLLM's linear attention takes no other on CPUs
     "qwen3_5_moe": ("qwen3_5_moe_text", FULL_ATTENTION),
     "qwen3_5_moe_vl": ("qwen3_5_moe", {"text_config": {**COMMON, **FULL_ATTENTION}, "vision_config": VISION}),
     "deepseek": ("deepseek", {**SHARED, "n_shared_experts": 2}),
     "deepseek_v2": ("deepseek_v2", {**SHARED, **MLA, "q_lora_rank": None, "topk_method": "group_limited_greedy"}),
     "deepseek_v3": ("deepseek_v3", {**SHARED, **MLA, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}),
-    "glm4_moe": ("glm4_moe", {**SHARED, "head_dim": 32, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
-                              "routed_scaling_factor": 1.5, "partial_rotary_factor": 0.5}),
-    "mixtral": ("mixtral", {"intermediate_size": COMMON["moe_intermediate_size"], "num_local_experts":
-                            COMMON["num_experts"], "tie_word_embeddings": False}),
+    "glm4_moe": (
+        "glm4_moe",
+        {
+            **SHARED,
+            "head_dim": 32,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.5,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
+    "mixtral": (
+        "mixtral",
+        {
+            "intermediate_size": COMMON["moe_intermediate_size"],
+            "num_local_experts": COMMON["num_experts"],
+            "tie_word_embeddings": False,
+        },
+    ),
     "olmoe": ("olmoe", {"intermediate_size": COMMON["moe_intermediate_size"], "norm_topk_prob": False}),
-    "ernie4_5_moe": ("ernie4_5_moe", {"moe_num_experts": COMMON["num_experts"], "moe_k": 2, "head_dim": 32,
-                                      "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
-                                      "moe_layer_end_index": 2, "moe_layer_interval": 1, "tie_word_embeddings": True}),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {
+            "moe_num_experts": COMMON["num_experts"],
+            "moe_k": 2,
+            "head_dim": 32,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 2,
+            "moe_layer_interval": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 DRAFT = {"deepseek_v3": "model.layers.3.", "qwen3_next": "mtp.layers.0."}  # their layers for multi-token prediction
 

@@ -32,9 +32,20 @@ from tools import ptx
 
 ARCHES = {"sm_90a": 90, "sm_80": 80}
 TOKENS = (1, 8, 32, 64, 256, 1024, 4096, 8192)
-POINTERS = {"x": "*bf16", "w13": "*bf16", "w2": "*bf16", "hidden": "*bf16", "routed": "*bf16", "output": "*bf16",
-            "topk_weights": "*fp32", "topk_ids": "*i32", "table": "*i64", "route_ids": "*i32",
-            "block_slots": "*i32", "num_rows": "*i32"}
+POINTERS = {
+    "x": "*bf16",
+    "w13": "*bf16",
+    "w2": "*bf16",
+    "hidden": "*bf16",
+    "routed": "*bf16",
+    "output": "*bf16",
+    "topk_weights": "*fp32",
+    "topk_ids": "*i32",
+    "table": "*i64",
+    "route_ids": "*i32",
+    "block_slots": "*i32",
+    "num_rows": "*i32",
+}
 ARGUMENTS = chain(ragged_up_kernel.arg_names, ragged_down_kernel.arg_names, combine_kernel.arg_names)
 CONSTEXPRS = tuple(dict.fromkeys(name for name in ARGUMENTS if name.isupper()))
 
@@ -64,8 +75,10 @@ def variants_of(launch: Launch) -> Iterator[Variant]:
     shared = {"H": hidden_size, **config.launch()}
     blocks = {"BLOCK_M": config.block_m, "ONE_ROUTE": config.one_route, "PRECISION": "tf32"}
     yield Variant(ragged_up_kernel, shared | {"TOP_K": top_k, "FUSED": config.fused} | blocks | config.up.meta())
-    yield Variant(ragged_down_kernel, shared | {"PREFETCH": PREFETCHED_SLABS if config.prefetch else 0} | blocks
-                  | config.down.meta())
+    yield Variant(
+        ragged_down_kernel,
+        shared | {"PREFETCH": PREFETCHED_SLABS if config.prefetch else 0} | blocks | config.down.meta(),
+    )
     block_n = min(1024, triton.next_power_of_2(hidden_size))
     yield Variant(combine_kernel, shared | {"TOP_K": top_k, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 3})
 
@@ -76,8 +89,14 @@ def launches(arch: str) -> Iterator[Launch]:
     for name, moe in PAPER_SHAPES.items():
         if name == "tiny":
             continue
-        shape = LayerShape(moe.hidden_size, moe.top_k, moe.num_experts, moe.moe_intermediate_size,
-                           moe.moe_intermediate_size, torch.bfloat16)
+        shape = LayerShape(
+            moe.hidden_size,
+            moe.top_k,
+            moe.num_experts,
+            moe.moe_intermediate_size,
+            moe.moe_intermediate_size,
+            torch.bfloat16,
+        )
         for tokens in TOKENS:
             default = default_config(tokens, shape, hopper=is_hopper)
             switched = ways_to_run(default) if is_hopper and name == next(iter(PAPER_SHAPES)) else []
@@ -93,8 +112,12 @@ def launches(arch: str) -> Iterator[Launch]:
 def ways_to_run(config: TileConfig) -> list[TileConfig]:
     """`config` with each of the switches for Hopper the other way."""
     tma = replace(config, up=replace(config.up, tma=True), down=replace(config.down, tma=True))
-    return [replace(config, fused=not config.fused), tma, replace(config, chained=True),
-            replace(config, chained=True, prefetch=True)]
+    return [
+        replace(config, fused=not config.fused),
+        tma,
+        replace(config, chained=True),
+        replace(config, chained=True, prefetch=True),
+    ]
 
 
 def variants(arch: str) -> list[Variant]:
@@ -109,8 +132,11 @@ def source_of(variant: Variant) -> ASTSource:
     types = POINTERS | (descriptors(variant) if meta.get("TMA") else {})
     signature = {name: "constexpr" if name in meta else types.get(name, "i32") for name in names}
     constexprs = {(i,): meta[name] for i, name in enumerate(names) if name in meta}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
-               if types.get(name, "").startswith("*") or name.startswith("stride")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if types.get(name, "").startswith("*") or name.startswith("stride")
+    }
     return ASTSource(kernel, signature, constexprs, aligned)
 
 
@@ -128,15 +154,25 @@ def compile_one(arch: str, variant: Variant) -> dict[str, Any]:
     compiled = triton.compile(source_of(variant), target=GPUTarget("cuda", ARCHES[arch], 32), options=options)
     assembly = compiled.asm["ptx"]
     log = assemble(assembly, arch)
-    registers, = map(int, re.findall(r"Used (\d+) registers", log))
+    (registers,) = map(int, re.findall(r"Used (\d+) registers", log))
     loads, stores, copies = ptx.loads(assembly), ptx.stores(assembly), ptx.async_copies(assembly)
-    return {"triton": triton.__version__, "arch": arch, "kernel": variant.kernel.fn.__name__,
-            **{name: variant.meta.get(name, "") for name in (*CONSTEXPRS, "num_warps", "num_stages")},
-            "registers": registers,
-            "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
-            "shared_bytes": compiled.metadata.shared, "loads": ptx.describe(loads), "narrow_loads": ptx.narrow(loads),
-            "stores": ptx.describe(stores), "narrow_stores": ptx.narrow(stores), "async_16": copies[16],
-            "async_other": copies.total() - copies[16], "wgmma": ptx.wgmmas(assembly), "tma": ptx.tma_copies(assembly)}
+    return {
+        "triton": triton.__version__,
+        "arch": arch,
+        "kernel": variant.kernel.fn.__name__,
+        **{name: variant.meta.get(name, "") for name in (*CONSTEXPRS, "num_warps", "num_stages")},
+        "registers": registers,
+        "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+        "shared_bytes": compiled.metadata.shared,
+        "loads": ptx.describe(loads),
+        "narrow_loads": ptx.narrow(loads),
+        "stores": ptx.describe(stores),
+        "narrow_stores": ptx.narrow(stores),
+        "async_16": copies[16],
+        "async_other": copies.total() - copies[16],
+        "wgmma": ptx.wgmmas(assembly),
+        "tma": ptx.tma_copies(assembly),
+    }
 
 
 def assemble(assembly: str, arch: str) -> str:
@@ -145,8 +181,12 @@ def assemble(assembly: str, arch: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(assembly)
-        return subprocess.run([ptxas, "-v", "--gpu-name", arch, "-o", Path(folder) / "kernel.cubin", source],
-                              check=True, capture_output=True, text=True).stderr
+        return subprocess.run(
+            [ptxas, "-v", "--gpu-name", arch, "-o", Path(folder) / "kernel.cubin", source],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stderr
 
 
 def check_backend() -> None:
@@ -159,7 +199,7 @@ def check_backend() -> None:
 
 def main() -> None:
     check_backend()
-    arch, = sys.argv[1:]
+    (arch,) = sys.argv[1:]
     rows = [compile_one(arch, variant) for variant in variants(arch)]
     writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
     writer.writeheader()

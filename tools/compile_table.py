@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of what every Triton of the supported window makes of the kernels, kept in compile_table.csv.
 
-    python -m tools.compile_table   # writes it; the diff shows what a change of the kernels did
+python -m tools.compile_table   # writes it; the diff shows what a change of the kernels did
 """
 
 import csv
@@ -35,8 +35,13 @@ def committed() -> list[dict[str, str]]:
 
 def _compile(version: str, arch: str) -> list[dict[str, str]]:
     """Rows of one Triton and architecture, from a process of its own: here kernels may be interpreted."""
-    process = subprocess.run([sys.executable, "-m", "tools.compile_kernels", arch], cwd=ROOT, text=True,
-                             capture_output=True, env=triton_window.environment(version))
+    process = subprocess.run(
+        [sys.executable, "-m", "tools.compile_kernels", arch],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=triton_window.environment(version),
+    )
     if process.returncode:
         raise RuntimeError(f"Triton {version}, {arch}: {process.stderr[-4000:]}")
     return list(csv.DictReader(io.StringIO(process.stdout)))

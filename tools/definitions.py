@@ -24,10 +24,11 @@ class Function:
     def rejects(self, positional: int, keywords: list[str | None]) -> str:
         """Why a call with so many positional arguments and these keywords (None for **) fails; "" if it does not."""
         arguments, names = self.node.args, self.names()
-        optional = names[len(names) - len(arguments.defaults):] if arguments.defaults else []
+        optional = names[len(names) - len(arguments.defaults) :] if arguments.defaults else []
         allowed = {*names, *(a.arg for a in arguments.kwonlyargs)}
-        required = {*names} - {*optional} | {a.arg for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults,
-                                                                         strict=True) if default is None}
+        required = {*names} - {*optional} | {
+            a.arg for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if default is None
+        }
         if positional > len(names) and not arguments.vararg:
             return f"takes {len(names)} positional arguments"
         if unknown := {k for k in keywords if k} - allowed if not arguments.kwarg else set():
@@ -62,8 +63,11 @@ class Class:
         return {item.name: item for item in self.node.body if isinstance(item, FunctionNode)}
 
     def abstract(self) -> set[str]:
-        return {name for name, node in self.methods().items()
-                if any("abstractmethod" in ast.unparse(d) for d in node.decorator_list)}
+        return {
+            name
+            for name, node in self.methods().items()
+            if any("abstractmethod" in ast.unparse(d) for d in node.decorator_list)
+        }
 
     @cache  # noqa: B019
     def members(self) -> dict[str, ast.expr | FunctionNode | None]:

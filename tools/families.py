@@ -24,7 +24,7 @@ import torch
 
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.prune import CalibrationSettings, NeuronMoments, export_checkpoint, write_masks_repository
-from heapr_vllm.prune.calibration import calibrate
+from heapr_vllm.prune.calibration.calibrate import calibrate
 from heapr_vllm.prune.models.loading import load_model
 from tests import tiny_models
 from tests.conftest import awkward
@@ -57,8 +57,15 @@ MODES = {
     "masks": Mode("masks", {"load_format": "heapr"}),
     "TP=2": Mode("compact", {"tensor_parallel_size": 2}, engine.TWO_RANKS),
     # vLLM's CPU workers allocate what a pipeline stage receives in their warm-up, which they skip without a compiler
-    "PP=2": Mode("compact", {"pipeline_parallel_size": 2, "enforce_eager": False,
-                             "compilation_config": {**CUSTOM_OPS, "mode": 2, "backend": "eager"}}, engine.TWO_RANKS),
+    "PP=2": Mode(
+        "compact",
+        {
+            "pipeline_parallel_size": 2,
+            "enforce_eager": False,
+            "compilation_config": {**CUSTOM_OPS, "mode": 2, "backend": "eager"},
+        },
+        engine.TWO_RANKS,
+    ),
     "EP=2": Mode("compact", {"tensor_parallel_size": 2, "enable_expert_parallel": True}, engine.TWO_RANKS),
     "compile": Mode("compact", {"enforce_eager": False}),
 }
@@ -81,8 +88,9 @@ def prepare(family: str, folder: Path, corpus: Path, edit_base: Callable[[Path],
 
 def serve(folders: list[Path], mode: Mode) -> Iterator[tuple[str, Output]]:
     """Family and output of every model."""
-    outputs = engine.generate_many([folder / mode.folder for folder in folders], env=ENVIRONMENT | mode.env,
-                                   **ARGUMENTS | mode.arguments)
+    outputs = engine.generate_many(
+        [folder / mode.folder for folder in folders], env=ENVIRONMENT | mode.env, **ARGUMENTS | mode.arguments
+    )
     return zip((folder.name for folder in folders), outputs, strict=True)
 
 
@@ -98,8 +106,12 @@ def in_transformers(folder: Path) -> dict[str, Any]:
     model = load_model(Checkpoint(folder / STOCK.folder), "auto", "cpu").eval()
     with torch.no_grad():
         logprobs = [model(torch.tensor([prompt])).logits[0].float().log_softmax(-1) for prompt in engine.PROMPTS]
-    return {"logprobs": [rows[range(len(prompt) - 1), prompt[1:]].tolist()
-                         for prompt, rows in zip(engine.PROMPTS, logprobs, strict=True)]}
+    return {
+        "logprobs": [
+            rows[range(len(prompt) - 1), prompt[1:]].tolist()
+            for prompt, rows in zip(engine.PROMPTS, logprobs, strict=True)
+        ]
+    }
 
 
 def same(family: str, found: Output, expected: Output) -> bool:
@@ -111,8 +123,11 @@ def same(family: str, found: Output, expected: Output) -> bool:
 
 def distance(found: dict[str, Any], expected: dict[str, Any]) -> float:
     """Largest difference of a prompt logprob."""
-    return max(abs(a - b) for logprobs, wanted in zip(found["logprobs"], expected["logprobs"], strict=True)
-               for a, b in zip(logprobs, wanted, strict=True))
+    return max(
+        abs(a - b)
+        for logprobs, wanted in zip(found["logprobs"], expected["logprobs"], strict=True)
+        for a, b in zip(logprobs, wanted, strict=True)
+    )
 
 
 def measure(folders: list[Path], modes: list[str], record: Path) -> dict[str, dict[str, Output]]:
@@ -122,8 +137,9 @@ def measure(folders: list[Path], modes: list[str], record: Path) -> dict[str, di
     """
     found: dict[str, dict[str, Output]] = json.loads(record.read_text()) if record.is_file() else {}
 
-    def add(name: str, run: Callable[[list[Path], Mode], Iterator[tuple[str, Output]]], mode: Mode,
-            wanted: list[Path]) -> None:
+    def add(
+        name: str, run: Callable[[list[Path], Mode], Iterator[tuple[str, Output]]], mode: Mode, wanted: list[Path]
+    ) -> None:
         outputs = found.setdefault(name, {})
         missing = [folder for folder in wanted if outputs.get(folder.name, engine.NO_ANSWER) == engine.NO_ANSWER]
         for family, output in run(missing, mode):
@@ -134,14 +150,22 @@ def measure(folders: list[Path], modes: list[str], record: Path) -> dict[str, di
     add("stock", stock, STOCK, folders)
     for name in modes:
         add(name, serve, MODES[name], folders)
-        add(f"stock {name}", stock, MODES["TP=2" if name == "EP=2" else name],
-            [folder for folder in folders if found[name][folder.name] != engine.NO_ANSWER
-             and not same(folder.name, found[name][folder.name], found["stock"][folder.name])])
+        add(
+            f"stock {name}",
+            stock,
+            MODES["TP=2" if name == "EP=2" else name],
+            [
+                folder
+                for folder in folders
+                if found[name][folder.name] != engine.NO_ANSWER
+                and not same(folder.name, found[name][folder.name], found["stock"][folder.name])
+            ],
+        )
     return found
 
 
 def cell(family: str, mode: str, outputs: dict[str, dict[str, Output]]) -> str:
-    """"yes" if equal to the oracle, "as stock" if only to stock vLLM in the same mode, "vLLM" if that fails too.
+    """ "yes" if equal to the oracle, "as stock" if only to stock vLLM in the same mode, "vLLM" if that fails too.
 
     In bf16 "as stock" also if nearer to the oracle than stock vLLM is in that mode. Otherwise "no", or NO_ANSWER if an
     engine took too long.
@@ -155,8 +179,9 @@ def cell(family: str, mode: str, outputs: dict[str, dict[str, Output]]) -> str:
         return "yes"
     if isinstance(alike, str):
         return "vLLM"
-    is_rounding = family in TOLERANCES and not isinstance(found, str) and (
-        distance(found, oracle) <= distance(alike, oracle))
+    is_rounding = (
+        family in TOLERANCES and not isinstance(found, str) and (distance(found, oracle) <= distance(alike, oracle))
+    )
     return "as stock" if is_rounding or same(family, found, alike) else "no"
 
 
@@ -179,8 +204,9 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         corpus = tiny_models.write_corpus(work / "text.jsonl")
         folders = [prepare(family, work, corpus) for family in arguments.families]
-        outputs = measure([path for path in folders if path.name not in NOT_SERVED_HERE], arguments.modes,
-                          work / "outputs.json")
+        outputs = measure(
+            [path for path in folders if path.name not in NOT_SERVED_HERE], arguments.modes, work / "outputs.json"
+        )
     print(table(arguments.families, arguments.modes, outputs))
 
 

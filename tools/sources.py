@@ -141,7 +141,8 @@ class Scope:
                 self.imported[alias.asname or alias.name] = (source, alias.name)
             else:
                 self.types[alias.asname or alias.name.split(".")[0]] = (
-                    alias.name if alias.asname else alias.name.split(".")[0])
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
 
     @contextmanager
     def inside(self, item: Class | FunctionNode) -> Iterator[None]:
@@ -158,8 +159,11 @@ class Scope:
 
     def assign(self, node: ast.Assign) -> None:
         targets, values = node.targets[0], node.value
-        pairs = zip(targets.elts, values.elts, strict=False) if (
-            isinstance(targets, ast.Tuple) and isinstance(values, ast.Tuple)) else [(targets, values)]
+        pairs = (
+            zip(targets.elts, values.elts, strict=False)
+            if (isinstance(targets, ast.Tuple) and isinstance(values, ast.Tuple))
+            else [(targets, values)]
+        )
         for target, value in pairs:
             if isinstance(target, ast.Name):
                 self.types[target.id] = self.type_of(value)

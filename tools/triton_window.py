@@ -27,8 +27,10 @@ from heapr_vllm.environment import SUPPORTED_VLLM
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "triton"
-ADVICE = (f"`pip` could not answer. The tests need a package index once: connect, or name one that you reach in "
-          f"PIP_INDEX_URL, and run `{Path(sys.executable).name} -m tools.triton_window`")
+ADVICE = (
+    f"`pip` could not answer. The tests need a package index once: connect, or name one that you reach in "
+    f"PIP_INDEX_URL, and run `{Path(sys.executable).name} -m tools.triton_window`"
+)
 
 
 class Release(NamedTuple):
@@ -62,8 +64,9 @@ def resolve(window: str) -> list[Release]:
     with ThreadPoolExecutor(2) as pool:
         torches = list(pool.map(lambda engine: newest(needed("vllm", engine, "torch")), engines))
         distinct = sorted(set(torches))
-        tritons = dict(zip(distinct, pool.map(lambda torch: newest(needed("torch", torch, "triton")), distinct),
-                           strict=True))
+        tritons = dict(
+            zip(distinct, pool.map(lambda torch: newest(needed("torch", torch, "triton")), distinct), strict=True)
+        )
     return [Release(engine, torch, tritons[torch]) for engine, torch in zip(engines, torches, strict=True)]
 
 
@@ -82,17 +85,32 @@ def newest(requirement: Requirement) -> str:
 def released(name: str) -> list[str]:
     """All releases of a package that have a build for this machine."""
     listing = pip("index", "versions", name)
-    line, = (line for line in listing.splitlines() if line.startswith("Available versions: "))
+    (line,) = (line for line in listing.splitlines() if line.startswith("Available versions: "))
     return line.partition(": ")[2].split(", ")
 
 
 def needed(package: str, version: str, dependency: str) -> Requirement:
     """What `package` asks of `dependency` on this machine."""
-    report = json.loads(pip("install", "--dry-run", "--ignore-installed", "--no-deps", "--only-binary", ":all:",
-                            "--quiet", "--report", "-", f"{package}==={version}"))  # === is no +cpu either
+    report = json.loads(
+        pip(
+            "install",
+            "--dry-run",
+            "--ignore-installed",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--quiet",
+            "--report",
+            "-",
+            f"{package}==={version}",
+        )
+    )  # === is no +cpu either
     requirements = map(Requirement, report["install"][0]["metadata"]["requires_dist"])
-    found, = (requirement for requirement in requirements if requirement.name == dependency
-              and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})))
+    (found,) = (
+        requirement
+        for requirement in requirements
+        if requirement.name == dependency and (requirement.marker is None or requirement.marker.evaluate({"extra": ""}))
+    )
     return found
 
 
@@ -102,8 +120,12 @@ def environment(version: str) -> dict[str, str]:
     paths = [str(install(version))] if version != installed_version("triton") else []
     if "PYTHONPATH" in inherited:
         paths.append(inherited["PYTHONPATH"])
-    return {**inherited, "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0",
-            "TRITON_CACHE_DIR": str(FOLDER / "cache")}
+    return {
+        **inherited,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(FOLDER / "cache"),
+    }
 
 
 def install(version: str) -> Path:
@@ -121,8 +143,9 @@ def install(version: str) -> Path:
 
 def pip(*arguments: str) -> str:
     """What pip prints."""
-    done = subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"{ADVICE}. pip {' '.join(arguments)}: {done.stderr[-2000:]}")
     return done.stdout

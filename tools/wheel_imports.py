@@ -38,8 +38,9 @@ class Check(ast.NodeVisitor):
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         for alias in node.names:
             if (node.module or "").split(".")[0] == "vllm":
-                self.expect(self.sources.find(node.module, alias.name) is not None, node,
-                            f"{node.module} has no {alias.name}")
+                self.expect(
+                    self.sources.find(node.module, alias.name) is not None, node, f"{node.module} has no {alias.name}"
+                )
         self.scope.bind(node)
 
     def visit_Import(self, node: ast.Import) -> None:
@@ -75,8 +76,12 @@ class Check(ast.NodeVisitor):
         owner = self.scope.type_of(node.value)
         if isinstance(owner, str) and owner.split(".")[0] == "vllm":
             self.expect(self.sources.find(owner, node.attr) is not None, node, f"{owner} has no {node.attr}")
-        if (isinstance(owner, Class) and isinstance(node.ctx, ast.Load) and node.attr not in OWN_ATTRIBUTES
-                and any(c.module.split(".")[0] == "vllm" for c in self.sources.ancestors(owner))):
+        if (
+            isinstance(owner, Class)
+            and isinstance(node.ctx, ast.Load)
+            and node.attr not in OWN_ATTRIBUTES
+            and any(c.module.split(".")[0] == "vllm" for c in self.sources.ancestors(owner))
+        ):
             self.expect(self.sources.has(owner, node.attr), node, f"{owner.node.name} has no {node.attr}")
 
     def visit_Call(self, node: ast.Call) -> None:

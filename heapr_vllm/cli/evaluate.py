@@ -16,17 +16,28 @@ from heapr_vllm.errors import HeaprError
 
 def add_eval(commands: options.Commands) -> None:
     """Adds `heapr eval`."""
-    command = options.add_command(commands, "eval", run_eval, "perplexity and tasks of several models in one table",
-                       "heapr eval pruned masks --baseline BASE --dataset held_out.txt -o eval.json")
+    command = options.add_command(
+        commands,
+        "eval",
+        run_eval,
+        "perplexity and tasks of several models in one table",
+        "heapr eval pruned masks --baseline BASE --dataset held_out.txt -o eval.json",
+    )
     command.add_argument("directories", nargs="+", metavar="DIR", help="checkpoints and masks repositories, or Hub ids")
     command.add_argument("--baseline", metavar="MODEL", help="what the others are compared with (default: first DIR)")
     options.dataset(command)
-    command.add_argument("--num-samples", type=options.positive, default=64, metavar="N", help="blocks of text (default: 64)")
+    command.add_argument(
+        "--num-samples", type=options.positive, default=64, metavar="N", help="blocks of text (default: 64)"
+    )
     command.add_argument("--max-seq-length", type=options.positive, default=2048, metavar="L")
     command.add_argument("--batch-size", type=options.positive, default=8, metavar="B")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--backend", default="transformers", choices=("transformers", "vllm"),
-                         help="what runs the models; vllm measures what is served")
+    command.add_argument(
+        "--backend",
+        default="transformers",
+        choices=("transformers", "vllm"),
+        help="what runs the models; vllm measures what is served",
+    )
     command.add_argument("--tasks", nargs="+", default=(), metavar="TASK", help="tasks of lm-eval, beside perplexity")
     options.placement(command)
     command.add_argument("--json", action="store_true")
@@ -38,8 +49,16 @@ def run_eval(args: argparse.Namespace) -> None:
     from heapr_vllm.formats.atomic import atomic_file
 
     models = [args.baseline, *args.directories] if args.baseline else args.directories
-    settings = EvaluationSettings(args.dataset, args.num_samples, args.max_seq_length, args.batch_size, args.seed,
-                                  tuple(args.tasks), args.dtype, args.device)
+    settings = EvaluationSettings(
+        args.dataset,
+        args.num_samples,
+        args.max_seq_length,
+        args.batch_size,
+        args.seed,
+        tuple(args.tasks),
+        args.dtype,
+        args.device,
+    )
     served = None
     if args.backend == "vllm":
         from heapr_vllm.evaluation.served import served_perplexity as served

@@ -15,20 +15,38 @@ from heapr_vllm.errors import HeaprError
 
 def add_export(commands: options.Commands) -> None:
     """Adds `heapr export`."""
-    command = options.add_command(commands, "export", run_export, "masks to a checkpoint, shard by shard",
-                       "heapr export masks -o pruned && vllm serve pruned")
+    command = options.add_command(
+        commands,
+        "export",
+        run_export,
+        "masks to a checkpoint, shard by shard",
+        "heapr export masks -o pruned && vllm serve pruned",
+    )
     command.add_argument("masks", type=Path, metavar="MASKS")
     command.add_argument("--model", metavar="BASE", help="base model, if it is not where it was calibrated")
-    command.add_argument("--layout", default="compact", choices=("compact", "masked"),
-                         help="compact: kept neurons only; masked: full size, pruned neurons zeroed, for any engine")
+    command.add_argument(
+        "--layout",
+        default="compact",
+        choices=("compact", "masked"),
+        help="compact: kept neurons only; masked: full size, pruned neurons zeroed, for any engine",
+    )
     command.add_argument("--no-verify", action="store_true", help="skip the fingerprint check, for fine-tunes")
-    command.add_argument("--repair", metavar="METHOD",
-                         help="least-squares: refit down_proj on the calibration text; the same command continues "
-                              "after a kill")
+    command.add_argument(
+        "--repair",
+        metavar="METHOD",
+        help="least-squares: refit down_proj on the calibration text; the same command continues after a kill",
+    )
     command.add_argument("--repair-dataset", metavar="SPEC", help="another text for the repair")
-    command.add_argument("--repair-samples", type=options.positive, metavar="N", help="more or less of it than calibrated on")
-    command.add_argument("--repair-memory", type=options.size, default="8GiB", metavar="SIZE",
-                         help="for second moments; less means more runs over the text (default: 8GiB)")
+    command.add_argument(
+        "--repair-samples", type=options.positive, metavar="N", help="more or less of it than calibrated on"
+    )
+    command.add_argument(
+        "--repair-memory",
+        type=options.size,
+        default="8GiB",
+        metavar="SIZE",
+        help="for second moments; less means more runs over the text (default: 8GiB)",
+    )
     command.add_argument("--device", default="cpu", help="of the repair: cpu, cuda, cuda:1")
     options.output(command, "DIR")
 
@@ -43,8 +61,15 @@ def run_export(args: argparse.Namespace) -> None:
         repair = RepairSettings(args.repair, args.repair_dataset, args.repair_samples, args.repair_memory, args.device)
     elif args.repair_dataset or args.repair_samples or args.device != "cpu":
         raise HeaprError("--repair-dataset, --repair-samples and --device belong to --repair least-squares; add it")
-    export_checkpoint(args.masks, args.output, model=args.model, layout=args.layout, overwrite=args.overwrite,
-                      verify=not args.no_verify, repair=repair)
+    export_checkpoint(
+        args.masks,
+        args.output,
+        model=args.model,
+        layout=args.layout,
+        overwrite=args.overwrite,
+        verify=not args.no_verify,
+        repair=repair,
+    )
     if repair:
         print(f"repair: {format_repair(load_report(args.output)['repair'])}")
     print(f"wrote {args.output}")

@@ -11,16 +11,16 @@ from pathlib import Path
 Commands = argparse._SubParsersAction
 
 
-def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], None], summary: str,
-                example: str) -> argparse.ArgumentParser:
+def add_command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], None], summary: str, example: str
+) -> argparse.ArgumentParser:
     """Adds a subcommand that calls `run` with its parsed arguments."""
     command = commands.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
     command.set_defaults(run=run)
     return command
 
 
-def output(command: argparse.ArgumentParser, metavar: str,
-            required: bool = True) -> argparse._MutuallyExclusiveGroup:
+def output(command: argparse.ArgumentParser, metavar: str, required: bool = True) -> argparse._MutuallyExclusiveGroup:
     """Adds --output and --overwrite; the returned group holds what excludes --overwrite."""
     command.add_argument("-o", "--output", type=Path, required=required, metavar=metavar)
     group = command.add_mutually_exclusive_group()
@@ -29,8 +29,9 @@ def output(command: argparse.ArgumentParser, metavar: str,
 
 
 def dataset(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dataset", required=True, metavar="SPEC",
-                         help="file.txt, file.jsonl (field `text`) or name[subset](split)")
+    command.add_argument(
+        "--dataset", required=True, metavar="SPEC", help="file.txt, file.jsonl (field `text`) or name[subset](split)"
+    )
 
 
 def placement(command: argparse.ArgumentParser, devices: str = "cpu, cuda, cuda:1") -> None:
@@ -39,14 +40,26 @@ def placement(command: argparse.ArgumentParser, devices: str = "cpu, cuda, cuda:
 
 
 def selection(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--scope", default="global", choices=("global", "layer", "expert"),
-                         help="where neurons compete (default: global; reap was published with layer)")
+    command.add_argument(
+        "--scope",
+        default="global",
+        choices=("global", "layer", "expert"),
+        help="where neurons compete (default: global; reap was published with layer)",
+    )
     command.add_argument("--align", type=positive, default=16, metavar="A", help="kept counts are multiples of it")
     command.add_argument("--min-width", type=not_negative, default=0, metavar="W", help="neurons every expert keeps")
-    command.add_argument("--protect", type=float, metavar="P",
-                         help="fraction that super experts (outlier outputs) keep at least (default: 0.5; 0: off)")
-    command.add_argument("--unrouted", default="keep", choices=("keep", "prune", "error"),
-                         help="experts without a calibration token (default: keep)")
+    command.add_argument(
+        "--protect",
+        type=float,
+        metavar="P",
+        help="fraction that super experts (outlier outputs) keep at least (default: 0.5; 0: off)",
+    )
+    command.add_argument(
+        "--unrouted",
+        default="keep",
+        choices=("keep", "prune", "error"),
+        help="experts without a calibration token (default: keep)",
+    )
     command.add_argument("--seed", type=int, default=0, help="for --criterion random")
 
 

@@ -16,18 +16,33 @@ from heapr_vllm.cli import options
 
 def add_prune(commands: options.Commands) -> None:
     """Adds `heapr prune`."""
-    command = options.add_command(commands, "prune", run_prune, "moments to masks in any budget; needs no model and no GPU",
-                       "heapr prune calib --sparsity 0.25 -o masks")
+    command = options.add_command(
+        commands,
+        "prune",
+        run_prune,
+        "moments to masks in any budget; needs no model and no GPU",
+        "heapr prune calib --sparsity 0.25 -o masks",
+    )
     command.add_argument("calibration", type=Path, metavar="CALIB")
     stored = command.add_mutually_exclusive_group()
     stored.add_argument("--sparsity", type=float, help="fraction of routed neurons removed")
-    stored.add_argument("--target-size", type=options.size, metavar="SIZE",
-                        help="weights of the compact checkpoint at most, such as 34GiB or 800MB")
-    command.add_argument("--flops", type=float,
-                         help="fraction of executed expert FLOPs per token removed; alone or with one of the above")
-    command.add_argument("--criterion", metavar="NAME",
-                         help="heapr (the paper's, default), fisher (default with --flops), heapr-frequency, energy, "
-                              "magnitude, random, reap (whole experts)")
+    stored.add_argument(
+        "--target-size",
+        type=options.size,
+        metavar="SIZE",
+        help="weights of the compact checkpoint at most, such as 34GiB or 800MB",
+    )
+    command.add_argument(
+        "--flops",
+        type=float,
+        help="fraction of executed expert FLOPs per token removed; alone or with one of the above",
+    )
+    command.add_argument(
+        "--criterion",
+        metavar="NAME",
+        help="heapr (the paper's, default), fisher (default with --flops), heapr-frequency, energy, "
+        "magnitude, random, reap (whole experts)",
+    )
     options.selection(command)
     options.output(command, "MASKS")
 
@@ -54,8 +69,13 @@ def run_prune(args: argparse.Namespace) -> None:
 
 def add_sweep(commands: options.Commands) -> None:
     """Adds `heapr sweep`."""
-    command = options.add_command(commands, "sweep", run_sweep, "criteria and budgets side by side: reductions, predicted loss",
-                       "heapr sweep calib --criterion heapr fisher --plot sweep.png")
+    command = options.add_command(
+        commands,
+        "sweep",
+        run_sweep,
+        "criteria and budgets side by side: reductions, predicted loss",
+        "heapr sweep calib --criterion heapr fisher --plot sweep.png",
+    )
     command.add_argument("calibration", type=Path, metavar="CALIB")
     command.add_argument("--criterion", nargs="+", metavar="NAME", help="default: all")
     command.add_argument("--ratios", nargs="+", type=float, metavar="R", help="default: 0.1 0.2 0.25 0.4 0.5")
@@ -70,8 +90,12 @@ def run_sweep(args: argparse.Namespace) -> None:
     from heapr_vllm.prune.selection.criteria import CRITERIA
     from heapr_vllm.prune.selection.sweep import RATIOS, format_sweep, sweep
 
-    rows = sweep(NeuronMoments.from_pretrained(args.calibration), args.criterion or CRITERIA, args.ratios or RATIOS,
-                 **_selection(args))
+    rows = sweep(
+        NeuronMoments.from_pretrained(args.calibration),
+        args.criterion or CRITERIA,
+        args.ratios or RATIOS,
+        **_selection(args),
+    )
     print(json.dumps(rows, indent=2) if args.json else format_sweep(rows))
     if args.plot:
         plot_sweep(rows, args.plot)
@@ -79,12 +103,18 @@ def run_sweep(args: argparse.Namespace) -> None:
 
 def add_inspect(commands: options.Commands) -> None:
     """Adds `heapr inspect`."""
-    command = options.add_command(commands, "inspect", run_inspect, "what masks do: widths, reductions, dead experts",
-                       "heapr inspect masks --plot widths.png")
+    command = options.add_command(
+        commands,
+        "inspect",
+        run_inspect,
+        "what masks do: widths, reductions, dead experts",
+        "heapr inspect masks --plot widths.png",
+    )
     command.add_argument("directory", type=Path, metavar="DIR", help="masks repository or exported checkpoint")
     command.add_argument("--json", action="store_true")
-    command.add_argument("--plot", type=options.png, metavar="PNG",
-                         help="heat map of kept widths, and the frontier of predicted loss")
+    command.add_argument(
+        "--plot", type=options.png, metavar="PNG", help="heat map of kept widths, and the frontier of predicted loss"
+    )
 
 
 def run_inspect(args: argparse.Namespace) -> None:

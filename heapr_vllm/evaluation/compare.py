@@ -34,8 +34,11 @@ class EvaluationSettings:
     device: str = "cpu"
 
 
-def compare(models: list[str], settings: EvaluationSettings,
-            served: Callable[[Checkpoint, torch.Tensor, str], float] | None = None) -> list[dict[str, Any]]:
+def compare(
+    models: list[str],
+    settings: EvaluationSettings,
+    served: Callable[[Checkpoint, torch.Tensor, str], float] | None = None,
+) -> list[dict[str, Any]]:
     """One row per checkpoint directory or Hub id, with `change` of the perplexity against the first; JSON values only.
 
     Pruned models also have their stored reduction, and the executed one counted from their routing of this text.
@@ -46,8 +49,10 @@ def compare(models: list[str], settings: EvaluationSettings,
     if settings.tasks:
         _lm_eval()
     checkpoints = [Checkpoint.resolve(model) for model in models]
-    texts = [checkpoint_blocks(checkpoint, settings.dataset, settings.num_samples, settings.max_seq_length,
-                               settings.seed) for checkpoint in checkpoints]
+    texts = [
+        checkpoint_blocks(checkpoint, settings.dataset, settings.num_samples, settings.max_seq_length, settings.seed)
+        for checkpoint in checkpoints
+    ]
     if len({fingerprint(blocks) for blocks in texts}) > 1:
         raise HeaprError("the models have different tokenizers, so their perplexities cannot be compared")
     rows: list[dict[str, Any]] = []
@@ -74,8 +79,9 @@ def _measure(checkpoint: Checkpoint, blocks: torch.Tensor, settings: EvaluationS
     return row
 
 
-def run_tasks(model: PreTrainedModel, checkpoint: Checkpoint,
-              settings: EvaluationSettings) -> dict[str, dict[str, float]]:
+def run_tasks(
+    model: PreTrainedModel, checkpoint: Checkpoint, settings: EvaluationSettings
+) -> dict[str, dict[str, float]]:
     """Task to metrics, as lm-eval reports them."""
     lm_eval = _lm_eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
@@ -84,8 +90,10 @@ def run_tasks(model: PreTrainedModel, checkpoint: Checkpoint,
         results = lm_eval.simple_evaluate(model=harness, tasks=list(settings.tasks))["results"]
     except (KeyError, ValueError) as error:
         raise HeaprError(f"lm-eval cannot run {', '.join(settings.tasks)}: {first_line(error)}") from error
-    return {task: {name.removesuffix(",none"): value for name, value in metrics.items() if isinstance(value, float)}
-            for task, metrics in results.items()}
+    return {
+        task: {name.removesuffix(",none"): value for name, value in metrics.items() if isinstance(value, float)}
+        for task, metrics in results.items()
+    }
 
 
 def _lm_eval() -> Any:
@@ -102,17 +110,33 @@ def format_comparison(rows: list[dict[str, Any]]) -> str:
     columns += dict.fromkeys(metric for row in rows for metric in _task_metrics(row))
     table = [columns]
     for row in rows:
-        cells = {"model": row["model"], "perplexity": f"{row['perplexity']:.3f}", "change": f"{row['change']:+.1%}",
-                 **{metric: f"{value:.3f}" for metric, value in _task_metrics(row).items()}}
-        cells |= {column: f"{-row[f'{column}_reduction']:.1%}" for column in ("stored", "executed")
-                  if f"{column}_reduction" in row}
+        cells = {
+            "model": row["model"],
+            "perplexity": f"{row['perplexity']:.3f}",
+            "change": f"{row['change']:+.1%}",
+            **{metric: f"{value:.3f}" for metric, value in _task_metrics(row).items()},
+        }
+        cells |= {
+            column: f"{-row[f'{column}_reduction']:.1%}"
+            for column in ("stored", "executed")
+            if f"{column}_reduction" in row
+        }
         table.append([cells.get(column, "") for column in columns])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) if i else cell.ljust(width)
-                               for i, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in table)
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in table
+    )
 
 
 def _task_metrics(row: dict[str, Any]) -> dict[str, float]:
-    """"task metric" to value, without the standard errors."""
-    return {f"{task} {metric}": value for task, metrics in row.get("tasks", {}).items()
-            for metric, value in metrics.items() if "stderr" not in metric}
+    """ "task metric" to value, without the standard errors."""
+    return {
+        f"{task} {metric}": value
+        for task, metrics in row.get("tasks", {}).items()
+        for metric, value in metrics.items()
+        if "stderr" not in metric
+    }

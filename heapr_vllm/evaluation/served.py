@@ -34,8 +34,7 @@ def served_perplexity(checkpoint: Checkpoint, blocks: torch.Tensor, dtype: str) 
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "blocks.safetensors"
         save_file({"blocks": blocks}, text)
-        command = [sys.executable, "-m", "heapr_vllm.evaluation.served", str(checkpoint.path), dtype,
-                   str(text)]
+        command = [sys.executable, "-m", "heapr_vllm.evaluation.served", str(checkpoint.path), dtype, str(text)]
         env = {"VLLM_LOGGING_LEVEL": "ERROR", **os.environ}
         done = subprocess.run(command, capture_output=True, text=True, env=env)
     answer = next((line for line in done.stdout.splitlines() if line.startswith(MARKER)), None)
@@ -50,12 +49,17 @@ def main(model: str, dtype: str, text: str) -> None:
 
     blocks = load_file(text)["blocks"].tolist()
     load_format = "auto" if Checkpoint(Path(model)).has_weights else "heapr"
-    llm = LLM(model, dtype=dtype, load_format=load_format, max_model_len=len(blocks[0]) + 1,
-              enable_prefix_caching=False)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in blocks],
-                           SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
-    total = sum(logprobs[token].logprob for ids, output in zip(blocks, outputs, strict=True)
-                for token, logprobs in zip(ids[1:], output.prompt_logprobs[1:], strict=True))
+    llm = LLM(
+        model, dtype=dtype, load_format=load_format, max_model_len=len(blocks[0]) + 1, enable_prefix_caching=False
+    )
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids in blocks], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    )
+    total = sum(
+        logprobs[token].logprob
+        for ids, output in zip(blocks, outputs, strict=True)
+        for token, logprobs in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+    )
     print(MARKER + json.dumps(math.exp(-total / (len(blocks) * (len(blocks[0]) - 1)))))
 
 

@@ -22,13 +22,19 @@ from heapr_vllm.formats.names import ExpertTensor, is_draft_layer, natural_order
 FP8_SCALE_SUFFIX = "_scale_inv"  # of the tensor of scales beside an FP8 weight
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-                   "tokenizer.model", "chat_template.jinja", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "added_tokens.json",
+)
 SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", "preprocessor_config.json")
 
 _ROUTER = re.compile(r".+\.(gate|router)\.weight")
-
-
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,9 @@ class Checkpoint:
             weight_map = json.loads((self.path / INDEX_FILE).read_text())["weight_map"]
             for shard in sorted(set(weight_map.values())):
                 if not (self.path / shard).is_file():
-                    raise HeaprError(f"{self.path / shard} is missing although {INDEX_FILE} lists it; "
-                                     "download the checkpoint again")
+                    raise HeaprError(
+                        f"{self.path / shard} is missing although {INDEX_FILE} lists it; download the checkpoint again"
+                    )
             return weight_map
         if not (self.path / SINGLE_FILE).is_file():
             raise HeaprError(f"{self.path} holds no safetensors weights; save the model with save_pretrained")
@@ -133,8 +140,10 @@ class Checkpoint:
             num_experts = 1 + max(expert for expert, _ in present[prefix])
             wanted = {(e, shard) for e in range(num_experts) for shard in ("w1", "w2", "w3")}
             if missing := sorted(wanted - present[prefix]):
-                raise HeaprError(f"{self.path} lacks {missing[0][1]} of {prefix}.{missing[0][0]} and "
-                                 f"{len(missing) - 1} more expert tensors; download the checkpoint again")
+                raise HeaprError(
+                    f"{self.path} lacks {missing[0][1]} of {prefix}.{missing[0][0]} and "
+                    f"{len(missing) - 1} more expert tensors; download the checkpoint again"
+                )
             shapes[prefix] = (num_experts, widths[prefix])
         return shapes
 
@@ -146,8 +155,10 @@ class Checkpoint:
         for shard, names in self.shards.items():
             with self.open(shard) as file:
                 if missing := sorted(set(names) - set(file.keys())):
-                    raise HeaprError(f"{self.path / shard} lacks {missing[0]} although {INDEX_FILE} lists it; "
-                                     "download the checkpoint again")
+                    raise HeaprError(
+                        f"{self.path / shard} lacks {missing[0]} although {INDEX_FILE} lists it; "
+                        "download the checkpoint again"
+                    )
 
     def num_bytes(self) -> int:
         """Size of all weights."""
@@ -201,14 +212,20 @@ class Checkpoint:
             raise HeaprError(f"{self.path} is quantized or pruned ({method}); start from the unquantized base model")
 
 
-_ITEM_SIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-              "I8": 1, "U8": 1, "BOOL": 1}
-
-
-
-
-
-
+_ITEM_SIZE = {
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
@@ -216,8 +233,10 @@ def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=["*.json", "*.safetensors",
-                                                                                  *SIDE_FILES]))
+        return Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=["*.json", "*.safetensors", *SIDE_FILES])
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise HeaprError(f"{repo_id} is neither a local directory nor reachable on the Hub: "
-                         f"{first_line(error)}") from error
+        raise HeaprError(
+            f"{repo_id} is neither a local directory nor reachable on the Hub: {first_line(error)}"
+        ) from error

@@ -58,11 +58,15 @@ class PruningConfig:
         base = {key: value for key, value in (values.pop("base_model", None) or {}).items() if key in base_keys}
         config = cls(base_model=BaseModel(**base), **values)
         if config.format_version > FORMAT_VERSION:
-            raise HeaprError(f"quantization_config has format_version {config.format_version}, this heapr-vllm reads "
-                             f"up to {FORMAT_VERSION}; upgrade heapr-vllm")
+            raise HeaprError(
+                f"quantization_config has format_version {config.format_version}, this heapr-vllm reads "
+                f"up to {FORMAT_VERSION}; upgrade heapr-vllm"
+            )
         if config.layout not in LAYOUTS:
             raise HeaprError(f"quantization_config.layout is {config.layout!r}, expected one of {', '.join(LAYOUTS)}")
         if config.inner is not None:
-            raise HeaprError("quantized experts (quantization_config.inner) are not supported yet; "
-                             "prune and serve the unquantized base model")
+            raise HeaprError(
+                "quantized experts (quantization_config.inner) are not supported yet; "
+                "prune and serve the unquantized base model"
+            )
         return config

@@ -20,16 +20,36 @@ class DeepseekConfig(PreTrainedConfig):
     attribute_map = {"num_experts": "n_routed_experts"}
     mlp_bias, topk_method, n_group, topk_group, routed_scaling_factor = False, "greedy", 1, 1, 1.0
 
-    def __init__(self, vocab_size: int = 102400, hidden_size: int = 2048, intermediate_size: int = 10944,
-                 moe_intermediate_size: int = 1408, num_hidden_layers: int = 28, num_attention_heads: int = 16,
-                 num_key_value_heads: int | None = None, n_shared_experts: int | None = 2,
-                 n_routed_experts: int | None = 64, num_experts_per_tok: int = 6, moe_layer_freq: int = 1,
-                 first_k_dense_replace: int = 1, norm_topk_prob: bool = False, scoring_func: str = "softmax",
-                 hidden_act: str = "silu", max_position_embeddings: int = 4096, rms_norm_eps: float = 1e-6,
-                 rope_theta: float = 10000.0, rope_parameters: dict[str, Any] | None = None,
-                 attention_bias: bool = False, attention_dropout: float = 0.0, tie_word_embeddings: bool = False,
-                 initializer_range: float = 0.02, pad_token_id: int | None = None, bos_token_id: int | None = 100000,
-                 eos_token_id: int | None = 100001, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        vocab_size: int = 102400,
+        hidden_size: int = 2048,
+        intermediate_size: int = 10944,
+        moe_intermediate_size: int = 1408,
+        num_hidden_layers: int = 28,
+        num_attention_heads: int = 16,
+        num_key_value_heads: int | None = None,
+        n_shared_experts: int | None = 2,
+        n_routed_experts: int | None = 64,
+        num_experts_per_tok: int = 6,
+        moe_layer_freq: int = 1,
+        first_k_dense_replace: int = 1,
+        norm_topk_prob: bool = False,
+        scoring_func: str = "softmax",
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 4096,
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float = 10000.0,
+        rope_parameters: dict[str, Any] | None = None,
+        attention_bias: bool = False,
+        attention_dropout: float = 0.0,
+        tie_word_embeddings: bool = False,
+        initializer_range: float = 0.02,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = 100000,
+        eos_token_id: int | None = 100001,
+        **kwargs: Any,
+    ) -> None:
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size

@@ -37,8 +37,10 @@ def file_sha256(path: Path) -> str:
 def check_masks_sha256(path: Path, expected: str | None) -> None:
     """Raises HeaprError if the masks file is not the one config.json was written for; None expects nothing."""
     if expected not in (None, file_sha256(path)):
-        raise HeaprError(f"{path} is damaged or changed: it differs from the masks_sha256 in config.json; create or "
-                         "download it again")
+        raise HeaprError(
+            f"{path} is damaged or changed: it differs from the masks_sha256 in config.json; create or "
+            "download it again"
+        )
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,11 @@ class NeuronMasks:
 
     def save(self, path: Path) -> None:
         """Writes the masks file; equal masks give equal bytes."""
-        metadata = {**self.metadata, "kept": self.num_kept,
-                    "num_neurons": {prefix: mask.shape[1] for prefix, mask in self.keep.items()}}
+        metadata = {
+            **self.metadata,
+            "kept": self.num_kept,
+            "num_neurons": {prefix: mask.shape[1] for prefix, mask in self.keep.items()},
+        }
         save_tensors(path, {prefix: pack_bits(mask) for prefix, mask in self.keep.items()}, metadata)
 
     @classmethod
@@ -100,12 +105,16 @@ class NeuronMasks:
             raise HeaprError(f"{path} is not a masks file; `heapr prune` writes one")
         masks = cls({prefix: unpack_bits(packed[prefix], sizes[prefix]) for prefix in sorted(packed)}, metadata)
         if masks.num_kept != kept:
-            raise HeaprError(f"{path} is damaged: it keeps {masks.num_kept} neurons, its header says {kept}; "
-                             "create or download it again")
+            raise HeaprError(
+                f"{path} is damaged: it keeps {masks.num_kept} neurons, its header says {kept}; "
+                "create or download it again"
+            )
         for prefix, tokens in metadata.get("tokens", {}).items():
             if len(tokens) != len(masks.keep.get(prefix, ())):
-                raise HeaprError(f"{path} is damaged: it counts the tokens of {len(tokens)} experts of {prefix}; "
-                                 "create or download it again")
+                raise HeaprError(
+                    f"{path} is damaged: it counts the tokens of {len(tokens)} experts of {prefix}; "
+                    "create or download it again"
+                )
         return masks
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -122,15 +131,21 @@ class NeuronMasks:
 
         `expert_shapes`: prefix to (num_experts, moe_intermediate_size) of `model`.
         """
-        for words, names in (("the masks lack", expert_shapes.keys() - self.keep.keys()),
-                             ("the model lacks", self.keep.keys() - expert_shapes.keys())):
+        for words, names in (
+            ("the masks lack", expert_shapes.keys() - self.keep.keys()),
+            ("the model lacks", self.keep.keys() - expert_shapes.keys()),
+        ):
             if names:
-                raise HeaprError(f"masks do not belong to {model}: {words} {len(names)} MoE module(s), first "
-                                 f"{min(names)}; use the model they were made for")
+                raise HeaprError(
+                    f"masks do not belong to {model}: {words} {len(names)} MoE module(s), first "
+                    f"{min(names)}; use the model they were made for"
+                )
         for prefix, shape in expert_shapes.items():
             if tuple(self.keep[prefix].shape) != tuple(shape):
-                raise HeaprError(f"masks do not belong to {model}: {prefix} has (experts, neurons) {tuple(shape)}, the "
-                                 f"masks have {tuple(self.keep[prefix].shape)}; use the model they were made for")
+                raise HeaprError(
+                    f"masks do not belong to {model}: {prefix} has (experts, neurons) {tuple(shape)}, the "
+                    f"masks have {tuple(self.keep[prefix].shape)}; use the model they were made for"
+                )
 
 
 def find_masks(name_or_path: str, revision: str | None = None) -> Path:
@@ -148,5 +163,6 @@ def find_masks(name_or_path: str, revision: str | None = None) -> Path:
     try:
         return Path(hf_hub_download(name_or_path, MASKS_FILE, revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise HeaprError(f"no masks at {name_or_path}: it is no local file or directory, and the Hub says: "
-                         f"{first_line(error)}") from error
+        raise HeaprError(
+            f"no masks at {name_or_path}: it is no local file or directory, and the Hub says: {first_line(error)}"
+        ) from error

@@ -6,11 +6,20 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_EXPERT = re.compile(r"(?P<prefix>.+\.experts)\.(?P<expert>\d+)\.(?P<projection>gate_proj|up_proj|down_proj|w1|w2|w3)"
-                     r"\.weight")
+_EXPERT = re.compile(
+    r"(?P<prefix>.+\.experts)\.(?P<expert>\d+)\.(?P<projection>gate_proj|up_proj|down_proj|w1|w2|w3)"
+    r"\.weight"
+)
 _STACKED = re.compile(r"(?P<prefix>.+\.experts)\.(?P<projection>gate_up_proj|down_proj)")
-_SHARD = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w2": "w2", "w3": "w3",
-          "gate_up_proj": "w13"}
+_SHARD = {
+    "gate_proj": "w1",
+    "up_proj": "w3",
+    "down_proj": "w2",
+    "w1": "w1",
+    "w2": "w2",
+    "w3": "w3",
+    "gate_up_proj": "w13",
+}
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,10 @@ class TensorReader:
         if value.dtype != torch.float8_e4m3fn:
             return value
         if name + FP8_SCALE_SUFFIX not in self.checkpoint.weight_map:
-            raise HeaprError(f"{self.checkpoint.path}: {name} is FP8 and has no {name}{FP8_SCALE_SUFFIX}; "
-                             "start from the unquantized model")
+            raise HeaprError(
+                f"{self.checkpoint.path}: {name} is FP8 and has no {name}{FP8_SCALE_SUFFIX}; "
+                "start from the unquantized model"
+            )
         return dequantize(value, self._stored(name + FP8_SCALE_SUFFIX), self.checkpoint.fp8_block)
 
     def _stored(self, name: str) -> torch.Tensor:

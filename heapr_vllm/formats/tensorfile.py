@@ -19,8 +19,9 @@ FORMAT_VERSION = 1
 METADATA_KEY = "heapr"
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any],
-                 version: int = FORMAT_VERSION) -> None:
+def save_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any], version: int = FORMAT_VERSION
+) -> None:
     """Writes `tensors` and `metadata` (plus `version` as `format_version`) to `path`, atomically."""
     text = json.dumps({"format_version": version, **metadata}, sort_keys=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,6 +45,8 @@ def load_tensors(path: Path, version: int = FORMAT_VERSION) -> tuple[dict[str, t
         raise HeaprError(f"{path} was not written by heapr: its safetensors metadata has no '{METADATA_KEY}' entry")
     metadata = json.loads(header)
     if metadata["format_version"] > version:
-        raise HeaprError(f"{path} has format version {metadata['format_version']}, this heapr-vllm reads up to "
-                         f"{version}; upgrade heapr-vllm")
+        raise HeaprError(
+            f"{path} has format version {metadata['format_version']}, this heapr-vllm reads up to "
+            f"{version}; upgrade heapr-vllm"
+        )
     return tensors, metadata

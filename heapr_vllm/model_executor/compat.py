@@ -10,8 +10,11 @@ from heapr_vllm.environment import SUPPORTED_VLLM, is_supported
 def warn_if_unsupported(version: str) -> None:
     """Warns, and does not raise, so that a newer vLLM can be tried."""
     if not is_supported(version):
-        warnings.warn(f"heapr-vllm is tested with vllm{SUPPORTED_VLLM}, this is {version}: if serving fails, install "
-                      f'a supported version with pip install "vllm{SUPPORTED_VLLM}"', stacklevel=2)
+        warnings.warn(
+            f"heapr-vllm is tested with vllm{SUPPORTED_VLLM}, this is {version}: if serving fails, install "
+            f'a supported version with pip install "vllm{SUPPORTED_VLLM}"',
+            stacklevel=2,
+        )
 
 
 def online_quantization(quant_config: Any) -> Any | None:

@@ -31,12 +31,21 @@ def router() -> Router | None:
     return partial(_route, next(module.select_experts for module in modules if hasattr(module, "select_experts")))
 
 
-def _route(select_experts: Callable[..., Any], layer: RoutedExperts, x: torch.Tensor,
-           router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _route(
+    select_experts: Callable[..., Any], layer: RoutedExperts, x: torch.Tensor, router_logits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights float32 and ids int32, both [T, k], of the experts of tokens `x` [T, H]."""
     weights, ids = select_experts(
-        hidden_states=x, router_logits=router_logits, top_k=layer.top_k, use_grouped_topk=layer.use_grouped_topk,
-        renormalize=layer.renormalize, topk_group=layer.topk_group, num_expert_group=layer.num_expert_group,
-        custom_routing_function=layer.custom_routing_function, scoring_func=layer.scoring_func,
-        routed_scaling_factor=layer.routed_scaling_factor, e_score_correction_bias=layer.e_score_correction_bias)
+        hidden_states=x,
+        router_logits=router_logits,
+        top_k=layer.top_k,
+        use_grouped_topk=layer.use_grouped_topk,
+        renormalize=layer.renormalize,
+        topk_group=layer.topk_group,
+        num_expert_group=layer.num_expert_group,
+        custom_routing_function=layer.custom_routing_function,
+        scoring_func=layer.scoring_func,
+        routed_scaling_factor=layer.routed_scaling_factor,
+        e_score_correction_bias=layer.e_score_correction_bias,
+    )
     return weights.float().contiguous(), ids.int().contiguous()

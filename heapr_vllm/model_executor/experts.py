@@ -22,8 +22,14 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
     op is used, a layer whose experts happen to be stored at one width needs no tables and goes to it directly.
     """
 
-    def __init__(self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig, layer: RoutedExperts,
-                 layout: RaggedLayout, kernel: str) -> None:
+    def __init__(
+        self,
+        moe_config: FusedMoEConfig,
+        quant_config: FusedMoEQuantConfig,
+        layer: RoutedExperts,
+        layout: RaggedLayout,
+        kernel: str,
+    ) -> None:
         super().__init__(moe_config, quant_config)
         self.layer = layer
         self.num_local_experts = len(layout.widths)
@@ -56,24 +62,46 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
     def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:
         return True
 
-    def moe_problem_size(self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor,
-                         topk_ids: torch.Tensor) -> tuple[int, int, int, int, int]:
+    def moe_problem_size(
+        self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor
+    ) -> tuple[int, int, int, int, int]:
         """(local experts, M, N, K, top_k); the base class reads them from 3-D weights, ours are flat."""
         return self.num_local_experts, a1.shape[0], 2 * self.max_width, a1.shape[1], topk_ids.shape[1]
 
-    def workspace_shapes(self, M: int, N: int, K: int, topk: int, global_num_experts: int, local_num_experts: int,
-                         expert_tokens_meta: mk.ExpertTokensMetadata | None,
-                         activation: MoEActivation) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: mk.ExpertTokensMetadata | None,
+        activation: MoEActivation,
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         return (0,), (0,), (M, K)
 
     def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
         return TopKWeightAndReduceNoOP()
 
-    def apply(self, output: torch.Tensor, hidden_states: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor,
-              topk_weights: torch.Tensor, topk_ids: torch.Tensor, activation: MoEActivation, global_num_experts: int,
-              expert_map: torch.Tensor | None, a1q_scale: torch.Tensor | None, a2_scale: torch.Tensor | None,
-              workspace13: torch.Tensor, workspace2: torch.Tensor,
-              expert_tokens_meta: mk.ExpertTokensMetadata | None, apply_router_weight_on_input: bool) -> None:
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor,
+        workspace2: torch.Tensor,
+        expert_tokens_meta: mk.ExpertTokensMetadata | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
         """Writes the weighted sum over local experts into `output` [M, H].
 
         `expert_map` is folded into the layer's slot table. With `apply_router_weight_on_input` (top-k 1) the weights
@@ -82,11 +110,21 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
         if apply_router_weight_on_input:
             topk_weights = torch.ones_like(topk_weights)
         if self.is_uniform:
-            cpu_uniform_moe(output, hidden_states, w1, w2, topk_weights, topk_ids, self.num_local_experts,
-                            self.kernel)
+            cpu_uniform_moe(output, hidden_states, w1, w2, topk_weights, topk_ids, self.num_local_experts, self.kernel)
         elif self.kernel == RAGGED:
-            torch.ops.heapr.cpu_ragged_moe(output, hidden_states, w1, w2, topk_weights, topk_ids,
-                                           self.layer.heapr_slots, self.layer.heapr_table)
+            torch.ops.heapr.cpu_ragged_moe(
+                output, hidden_states, w1, w2, topk_weights, topk_ids, self.layer.heapr_slots, self.layer.heapr_table
+            )
         else:
-            torch.ops.heapr.ragged_moe(output, hidden_states, w1, w2, topk_weights, topk_ids, self.layer.heapr_slots,
-                                       self.layer.heapr_table, self.max_width, self.kernel)
+            torch.ops.heapr.ragged_moe(
+                output,
+                hidden_states,
+                w1,
+                w2,
+                topk_weights,
+                topk_ids,
+                self.layer.heapr_slots,
+                self.layer.heapr_table,
+                self.max_width,
+                self.kernel,
+            )

@@ -53,8 +53,10 @@ class HeaprModelLoader(DefaultModelLoader):
         try:
             folder = Checkpoint.resolve(name, None if self.base_override else base.revision)
         except HeaprError as error:
-            raise HeaprError(f"the base model of {model_config.model} cannot be read: {error}. Say where it is with "
-                             '--model-loader-extra-config \'{"base_model": "PATH"}\'') from error
+            raise HeaprError(
+                f"the base model of {model_config.model} cannot be read: {error}. Say where it is with "
+                '--model-loader-extra-config \'{"base_model": "PATH"}\''
+            ) from error
         source = copy.copy(model_config)
         source.model, source.revision = str(folder.path), None
         return source

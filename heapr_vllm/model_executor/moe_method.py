@@ -48,8 +48,15 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         self.needs_weights = True
         self.loaded: set[tuple[int, str]] = set()
 
-    def create_weights(self, layer: RoutedExperts, num_experts: int, hidden_size: int,
-                       intermediate_size_per_partition: int, params_dtype: torch.dtype, **extra_weight_attrs) -> None:
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
         """Registers `w13_weight` [2 * rows, H] and `w2_weight` [rows, H]; `layout.py` says what the rows are.
 
         Raises HeaprError if the model's experts do not have the shape of the masks.
@@ -57,33 +64,50 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         op.register_op()
         expected = (layer.global_num_experts, self.moe.intermediate_size)
         if tuple(self.keep.shape) != expected:
-            raise HeaprError(f"masks do not belong to this model: {self.prefix} has (experts, neurons) {expected}, the "
-                             f"masks have {tuple(self.keep.shape)}; use the model they were made for")
+            raise HeaprError(
+                f"masks do not belong to this model: {self.prefix} has (experts, neurons) {expected}, the "
+                f"masks have {tuple(self.keep.shape)}; use the model they were made for"
+            )
         if extra_weight_attrs.get("unpadded_hidden_size", hidden_size) != hidden_size:
-            raise HeaprError("this all-to-all backend pads the hidden size, which pruned experts do not support; "
-                             "choose another with --all2all-backend")
+            raise HeaprError(
+                "this all-to-all backend pads the hidden size, which pruned experts do not support; "
+                "choose another with --all2all-backend"
+            )
         vllm_config = get_current_vllm_config()
         self.needs_weights = vllm_config.load_config.load_format != "dummy"
-        self.max_tokens = (vllm_config.scheduler_config.max_num_batched_tokens
-                           * vllm_config.parallel_config.data_parallel_size)
+        self.max_tokens = (
+            vllm_config.scheduler_config.max_num_batched_tokens * vllm_config.parallel_config.data_parallel_size
+        )
         experts = self._local_experts(layer)
         self.local_ids = {expert: local for local, expert in enumerate(experts)}
         parallel = self.moe.moe_parallel_config
         kept = [int(self.keep[e].sum()) for e in experts]
         self.kernel = op.select_kernel(params_dtype, hidden_size)
-        self.shares = tensor_parallel_shares(kept, parallel.tp_size, parallel.tp_rank,
-                                             op.share_unit(self.kernel))
+        self.shares = tensor_parallel_shares(kept, parallel.tp_size, parallel.tp_rank, op.share_unit(self.kernel))
         widths = [stop - start for start, stop in self.shares]
-        self.layout = RaggedLayout.build(widths, op.stored_widths(
-            self.kernel, widths, self.moe.experts_per_token, hidden_size, params_dtype.itemsize))
-        attributes = {key: value for key, value in extra_weight_attrs.items()
-                      if key not in ("weight_loader", "unpadded_hidden_size", "global_num_experts")}
+        self.layout = RaggedLayout.build(
+            widths,
+            op.stored_widths(self.kernel, widths, self.moe.experts_per_token, hidden_size, params_dtype.itemsize),
+        )
+        attributes = {
+            key: value
+            for key, value in extra_weight_attrs.items()
+            if key not in ("weight_loader", "unpadded_hidden_size", "global_num_experts")
+        }
         for name, rows_per_neuron in (("w13_weight", 2), ("w2_weight", 1)):
-            weight = nn.Parameter(torch.empty(rows_per_neuron * self.layout.num_rows, hidden_size, dtype=params_dtype),
-                                  requires_grad=False)
+            weight = nn.Parameter(
+                torch.empty(rows_per_neuron * self.layout.num_rows, hidden_size, dtype=params_dtype),
+                requires_grad=False,
+            )
             layer.register_parameter(name, weight)
-            set_weight_attrs(weight, {**attributes, "weight_loader": self.weight_loader,
-                                      "weight_loader_numel": rows_per_neuron * sum(widths) * hidden_size})
+            set_weight_attrs(
+                weight,
+                {
+                    **attributes,
+                    "weight_loader": self.weight_loader,
+                    "weight_loader_numel": rows_per_neuron * sum(widths) * hidden_size,
+                },
+            )
 
     def _local_experts(self, layer: RoutedExperts) -> list[int]:
         """Global ids of this rank's experts, by local id.
@@ -101,8 +125,15 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         local_ids = [layer._map_global_expert_id_to_local_expert_id(e) for e in range(layer.global_num_experts)]
         return sorted((e for e, local in enumerate(local_ids) if local >= 0), key=local_ids.__getitem__)
 
-    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str,
-                      expert_id: int, return_success: bool = False) -> bool | None:
+    def weight_loader(
+        self,
+        param: nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
         """Copies this rank's share of one expert tensor into `param`.
 
         `loaded_weight`: gate ("w1") or up ("w3") [width, H], or down ("w2") [H, width]; width is the kept width in the
@@ -112,14 +143,17 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         if local < 0:
             return False if return_success else None
         if not loaded_weight.is_floating_point() or loaded_weight.itemsize < 2:
-            raise HeaprError(f"{weight_name} is quantized ({loaded_weight.dtype}); pruned experts need the unquantized "
-                             "base model")
+            raise HeaprError(
+                f"{weight_name} is quantized ({loaded_weight.dtype}); pruned experts need the unquantized base model"
+            )
         rows = loaded_weight.T if shard_id == "w2" else loaded_weight
         kept = self.keep[expert_id].nonzero().flatten()
         width = len(kept) if self.weights_layout == "compact" else self.keep.shape[1]
         if rows.shape[0] != width:
-            raise HeaprError(f"{weight_name} ({shard_id} of {self.prefix}.{expert_id}) has {rows.shape[0]} neurons "
-                             f"instead of {width}: weights and masks do not belong together; export again")
+            raise HeaprError(
+                f"{weight_name} ({shard_id} of {self.prefix}.{expert_id}) has {rows.shape[0]} neurons "
+                f"instead of {width}: weights and masks do not belong together; export again"
+            )
         start, stop = self.shares[local]
         if start < stop:
             chosen = rows[start:stop] if self.weights_layout == "compact" else rows[kept[start:stop]]
@@ -139,26 +173,42 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         Runs again after `reload_weights`, on parameters that were re-created uninitialised. Raises HeaprError if the
         checkpoint lacks an expert tensor.
         """
-        wanted = {(local, shard) for local, width in enumerate(self.layout.widths) if width
-                  for shard in ("w1", "w2", "w3")}
+        wanted = {
+            (local, shard) for local, width in enumerate(self.layout.widths) if width for shard in ("w1", "w2", "w3")
+        }
         missing = sorted(wanted - self.loaded) if self.needs_weights else []
         self.needs_weights = True  # dummy weights are for the start only
         self.loaded.clear()
         if missing:
             local, shard = missing[0]
             expert = next(e for e, i in self.local_ids.items() if i == local)
-            raise HeaprError(f"the checkpoint lacks {len(missing)} expert tensors, first {shard} of {self.prefix}."
-                             f"{expert}; export or download it again")
+            raise HeaprError(
+                f"the checkpoint lacks {len(missing)} expert tensors, first {shard} of {self.prefix}."
+                f"{expert}; export or download it again"
+            )
         self._zero_padding(layer)
         op.pack(self.kernel, layer.w13_weight.data, layer.w2_weight.data, self.layout)
         self._register_tables(layer)
-        op.warm_up(self.kernel, layer.w13_weight, layer.w2_weight, layer.heapr_slots, layer.heapr_table,
-                           self.moe.experts_per_token, self.layout.max_width, self.max_tokens)
+        op.warm_up(
+            self.kernel,
+            layer.w13_weight,
+            layer.w2_weight,
+            layer.heapr_slots,
+            layer.heapr_table,
+            self.moe.experts_per_token,
+            self.layout.max_width,
+            self.max_tokens,
+        )
         if self.moe_kernel is None:
             self._build_kernel(layer)
-            logger.info("%s: %d of %d neurons, kernel %s, stored widths %s", self.prefix, sum(self.layout.widths),
-                        len(self.local_ids) * self.keep.shape[1], self.kernel,
-                        " ".join(f"{b.num_slots}x{b.width}" for b in self.layout.buckets))
+            logger.info(
+                "%s: %d of %d neurons, kernel %s, stored widths %s",
+                self.prefix,
+                sum(self.layout.widths),
+                len(self.local_ids) * self.keep.shape[1],
+                self.kernel,
+                " ".join(f"{b.num_slots}x{b.width}" for b in self.layout.buckets),
+            )
 
     def _zero_padding(self, layer: RoutedExperts) -> None:
         for local, width in enumerate(self.layout.widths):
@@ -180,41 +230,74 @@ class HeaprMoEMethod(FusedMoEMethodBase):
     def _build_kernel(self, layer: RoutedExperts) -> None:
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         prepare_finalize = maybe_make_prepare_finalize(
-            moe=self.moe, quant_config=self.moe_quant_config, routing_tables=layer._expert_routing_tables(),
-            allow_new_interface=True)
+            moe=self.moe,
+            quant_config=self.moe_quant_config,
+            routing_tables=layer._expert_routing_tables(),
+            allow_new_interface=True,
+        )
         if prepare_finalize.activation_format != mk.FusedMoEActivationFormat.Standard:
-            raise HeaprError("pruned experts need an all-to-all backend with the standard activation format; choose "
-                             "another with --all2all-backend")
+            raise HeaprError(
+                "pruned experts need an all-to-all backend with the standard activation format; choose "
+                "another with --all2all-backend"
+            )
         experts = HeaprExperts(self.moe, self.moe_quant_config, layer, self.layout, self.kernel)
         self.moe_kernel = mk.FusedMoEKernel(prepare_finalize, experts)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         return FusedMoEQuantConfig.make()
 
-    def apply(self, layer: RoutedExperts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor,
-              *args: Any, **kwargs: Any) -> torch.Tensor:
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         """Routed experts' output [T, H] for `x` [T, H]; a partial sum under tensor parallelism, which vLLM reduces."""
         return self.moe_kernel.apply(
-            hidden_states=x, w1=layer.w13_weight, w2=layer.w2_weight, topk_weights=topk_weights, topk_ids=topk_ids,
-            activation=layer.activation, global_num_experts=layer.global_num_experts, expert_map=layer.expert_map,
-            apply_router_weight_on_input=layer.apply_router_weight_on_input)
+            hidden_states=x,
+            w1=layer.w13_weight,
+            w2=layer.w2_weight,
+            topk_weights=topk_weights,
+            topk_ids=topk_ids,
+            activation=layer.activation,
+            global_num_experts=layer.global_num_experts,
+            expert_map=layer.expert_map,
+            apply_router_weight_on_input=layer.apply_router_weight_on_input,
+        )
 
     @property
     def is_monolithic(self) -> bool:
         """Whether vLLM leaves the routing to the method."""
         return self.router is not None
 
-    def apply_monolithic(self, layer: RoutedExperts, x: torch.Tensor, router_logits: torch.Tensor,
-                         *args: Any, **kwargs: Any) -> torch.Tensor:
+    def apply_monolithic(
+        self, layer: RoutedExperts, x: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """As `apply`, from router logits [T, num_experts]; nothing is dispatched to other ranks."""
         topk_weights, topk_ids = self.router(layer, x, router_logits)
         if layer.apply_router_weight_on_input:
             x = x * topk_weights.to(x.dtype)
         output = torch.empty_like(x)
         self.moe_kernel.fused_experts.apply(
-            output, x, layer.w13_weight, layer.w2_weight, topk_weights, topk_ids, layer.activation,
-            layer.global_num_experts, layer.expert_map, None, None, output, output, None,
-            layer.apply_router_weight_on_input)
+            output,
+            x,
+            layer.w13_weight,
+            layer.w2_weight,
+            topk_weights,
+            topk_ids,
+            layer.activation,
+            layer.global_num_experts,
+            layer.expert_map,
+            None,
+            None,
+            output,
+            output,
+            None,
+            layer.apply_router_weight_on_input,
+        )
         return output
 
 

@@ -62,8 +62,10 @@ class HeaprConfig(QuantizationConfig):
         self.num_layers = getattr(text_config, "num_hidden_layers", None)
         for prefix in self.masks.keep:
             if self.num_layers is not None and layer_index(prefix) >= self.num_layers:
-                raise HeaprError(f"masks do not belong to {model_name}: they cover {prefix}, the model has "
-                                 f"{self.num_layers} layers; use the model they were made for")
+                raise HeaprError(
+                    f"masks do not belong to {model_name}: they cover {prefix}, the model has "
+                    f"{self.num_layers} layers; use the model they were made for"
+                )
         if isinstance(getattr(hf_config, "quantization_config", None), dict):
             # vLLM's cache of compiled graphs is keyed by the config: make it depend on the widths, not on a path, and
             # on the kernel, whose name is a constant of the graphs
@@ -117,8 +119,9 @@ class HeaprConfig(QuantizationConfig):
             return prefix
         found = [name for name in self.masks.keep if layer_index(name) == layer_index(prefix)]
         if len(found) != 1:
-            raise HeaprError(f"masks do not belong to {self.model_name}: they lack {prefix}; use the model they were "
-                             "made for")
+            raise HeaprError(
+                f"masks do not belong to {self.model_name}: they lack {prefix}; use the model they were made for"
+            )
         return found[0]
 
     def is_draft_layer(self, prefix: str) -> bool:
@@ -132,6 +135,8 @@ def check_base(base: Checkpoint, config: HeaprConfig) -> None:
     config.masks.check_fits(base.expert_shapes(), str(base.path))
     expected = (config.masks.metadata.get("base_model") or {}).get("fingerprint")
     if config.pruning.base_model.fingerprint != "any" and expected not in (None, base.fingerprint()):
-        raise HeaprError(f"masks do not belong to {base.path}: its fingerprint differs from that of the calibrated "
-                         "model; serve the right base model, or, for a fine-tune of it, pass --hf-overrides "
-                         '\'{"quantization_config": {"base_model": {"fingerprint": "any"}}}\'')
+        raise HeaprError(
+            f"masks do not belong to {base.path}: its fingerprint differs from that of the calibrated "
+            "model; serve the right base model, or, for a fine-tune of it, pass --hf-overrides "
+            '\'{"quantization_config": {"base_model": {"fingerprint": "any"}}}\''
+        )

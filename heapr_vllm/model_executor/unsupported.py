@@ -30,22 +30,34 @@ def refuse_unsupported(layer: RoutedExperts, config: HeaprConfig) -> None:
     if vllm_config.parallel_config.enable_eplb:
         raise HeaprError("EPLB moves experts of equal size and pruned experts differ; drop --enable-eplb")
     if current_platform.is_cpu() and vllm_config.parallel_config.data_parallel_size > 1:
-        raise HeaprError("vLLM cannot gather the tokens of data-parallel ranks on CPUs, for any MoE model; use "
-                         "--tensor-parallel-size instead of --data-parallel-size")
+        raise HeaprError(
+            "vLLM cannot gather the tokens of data-parallel ranks on CPUs, for any MoE model; use "
+            "--tensor-parallel-size instead of --data-parallel-size"
+        )
     if (backend := vllm_config.parallel_config.all2all_backend) in SELF_DISPATCHING:
-        raise HeaprError(f"pruned experts do not gather tokens themselves, as the all-to-all backend {backend} wants; "
-                         "drop --moe-backend, or choose another --all2all-backend")
+        raise HeaprError(
+            f"pruned experts do not gather tokens themselves, as the all-to-all backend {backend} wants; "
+            "drop --moe-backend, or choose another --all2all-backend"
+        )
     if lora is not None and (targets is None or EXPERT_MODULES & set(targets)):
-        raise HeaprError("LoRA on pruned experts is not supported; restrict it to attention with "
-                         "--lora-target-modules q_proj k_proj v_proj o_proj")
+        raise HeaprError(
+            "LoRA on pruned experts is not supported; restrict it to attention with "
+            "--lora-target-modules q_proj k_proj v_proj o_proj"
+        )
     if compat.online_quantization(config) is not None:
         raise HeaprError("online quantization of pruned experts is not supported; drop --quantization-config")
     if load_format in RUNTIME_FORMATS:
-        raise HeaprError(f"--load-format {load_format} stores weights in a kernel's own layout, which pruned experts "
-                         "do not support; use auto, safetensors or heapr")
+        raise HeaprError(
+            f"--load-format {load_format} stores weights in a kernel's own layout, which pruned experts "
+            "do not support; use auto, safetensors or heapr"
+        )
     if load_format == "fastsafetensors" and not current_platform.is_cuda_alike():
-        raise HeaprError("--load-format fastsafetensors reads files into a GPU's memory; use auto, safetensors or "
-                         "runai_streamer here")
+        raise HeaprError(
+            "--load-format fastsafetensors reads files into a GPU's memory; use auto, safetensors or "
+            "runai_streamer here"
+        )
     if layer.activation != MoEActivation.SILU or layer.moe_config.has_bias or layer.swiglu_limit is not None:
-        raise HeaprError(f"pruned experts compute SiLU-gated experts without bias; {layer.layer_name} has activation "
-                         f"{layer.activation.value}, bias {layer.moe_config.has_bias}, limit {layer.swiglu_limit}")
+        raise HeaprError(
+            f"pruned experts compute SiLU-gated experts without bias; {layer.layer_name} has activation "
+            f"{layer.activation.value}, bias {layer.moe_config.has_bias}, limit {layer.swiglu_limit}"
+        )

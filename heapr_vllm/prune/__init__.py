@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Offline pruning: text in, retained-neuron masks out, optionally a compact checkpoint. Never imports vLLM.
 
-    moments = collect_moments(model, blocks)        # one forward and one backward pass
-    masks = select(moments, sparsity=0.25)          # milliseconds, any budget
-    with applied(masks, model): ...                  # the pruned model in transformers
+moments = collect_moments(model, blocks)        # one forward and one backward pass
+masks = select(moments, sparsity=0.25)          # milliseconds, any budget
+with applied(masks, model): ...                  # the pruned model in transformers
 """
 
 from heapr_vllm.formats.masks import NeuronMasks
@@ -17,5 +17,17 @@ from heapr_vllm.prune.models.pruned import applied
 from heapr_vllm.prune.selection.selector import Selector, select, select_by_saliency
 from heapr_vllm.prune.selection.sweep import sweep
 
-__all__ = ["CalibrationSettings", "NeuronMasks", "NeuronMoments", "Selector", "applied", "calibrate", "collect_moments",
-           "export_checkpoint", "select", "select_by_saliency", "sweep", "write_masks_repository"]
+__all__ = [
+    "CalibrationSettings",
+    "NeuronMasks",
+    "NeuronMoments",
+    "Selector",
+    "applied",
+    "calibrate",
+    "collect_moments",
+    "export_checkpoint",
+    "select",
+    "select_by_saliency",
+    "sweep",
+    "write_masks_repository",
+]

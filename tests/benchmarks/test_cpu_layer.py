@@ -12,9 +12,34 @@ from heapr_vllm.model_executor.kernels.cpu_compiled import extension
 
 
 def test_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("sys.argv", [
-        "cpu_layer", "--experts", "4", "--top-k", "2", "--hidden", "64", "--width", "96", "--tokens", "1", "5",
-        "--threads", "1", "--rounds", "2", "--sparsity", "0.5", "--buckets", "1", "4", "--csv", str(tmp_path / "rows")])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "cpu_layer",
+            "--experts",
+            "4",
+            "--top-k",
+            "2",
+            "--hidden",
+            "64",
+            "--width",
+            "96",
+            "--tokens",
+            "1",
+            "5",
+            "--threads",
+            "1",
+            "--rounds",
+            "2",
+            "--sparsity",
+            "0.5",
+            "--buckets",
+            "1",
+            "4",
+            "--csv",
+            str(tmp_path / "rows"),
+        ],
+    )
     cpu_layer.main()
     rows = list(csv.DictReader((tmp_path / "rows").open()))
     ours = ["heapr unpruned", "heapr 50% pruned"] if extension.load() else []

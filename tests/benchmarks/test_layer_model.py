@@ -41,8 +41,9 @@ def grid(count: int, ctas_per_sm: int = 1, bytes_in_flight: float = 1e9, **value
     """`count` equal CTAs, with one byte to read if nothing else is given."""
     defaults = {"prologue_s": 0.0, "dram_bytes": 0.0, "l2_bytes": 1.0, "tensor_s": 0.0, "serial_s": 0.0}
     arrays = {name: np.full(count, values.get(name, value)) for name, value in defaults.items()}
-    return Grid(**arrays, epilogue_s=values.get("epilogue_s", 0.0), ctas_per_sm=ctas_per_sm,
-                bytes_in_flight=bytes_in_flight)
+    return Grid(
+        **arrays, epilogue_s=values.get("epilogue_s", 0.0), ctas_per_sm=ctas_per_sm, bytes_in_flight=bytes_in_flight
+    )
 
 
 def test_memory_bound_ctas_take_bytes_over_bandwidth() -> None:
@@ -131,8 +132,10 @@ def test_limits() -> None:
     """Almost all time is memory's with few tokens and slow memory, and the tensor cores' with many tokens."""
     slow_memory = replace(GPUS["H200"], dram_bandwidth=1e10)
     widths = [512] * 8
-    one, two = (predict(AFTER, TOY, widths, 16, replace(slow_memory, dram_bandwidth=bandwidth), TILES).total
-                for bandwidth in (1e10, 2e10))
+    one, two = (
+        predict(AFTER, TOY, widths, 16, replace(slow_memory, dram_bandwidth=bandwidth), TILES).total
+        for bandwidth in (1e10, 2e10)
+    )
     assert 1.8 < one / two < 2
     slow_cores = replace(GPUS["H200"], tensor_flops=1e13)
     flops = 6 * 512 * 512 * 2 * 8192
@@ -153,8 +156,10 @@ def test_stock_pays_for_its_activation_and_all_for_combine() -> None:
 @pytest.mark.parametrize("tokens", [2, 8, 64, 512])
 def test_more_pruning_is_never_slower(code: Code, tokens: int) -> None:
     moe = MoEShape(16, 4, 1024, 1024)
-    times = [predict(code, moe, ragged_widths(16, 1024, sparsity), tokens, GPUS["H200"], TILES).total
-             for sparsity in (0.0, 0.125, 0.25, 0.5, 0.75)]
+    times = [
+        predict(code, moe, ragged_widths(16, 1024, sparsity), tokens, GPUS["H200"], TILES).total
+        for sparsity in (0.0, 0.125, 0.25, 0.5, 0.75)
+    ]
     assert times == sorted(times, reverse=True) and times[-1] < 0.85 * times[0]
 
 
@@ -165,8 +170,16 @@ def test_what_each_change_is_worth() -> None:
     def total(code: Code, tokens: int, tiles: LayerTiles) -> float:
         return predict(code, TOY, widths, tokens, gpu, tiles).total
 
-    for change in ({"extra_experts": 400}, {"idle_cta_s": 9e-6}, {"dependent_loads": 4}, {"mapping_launches": 2},
-                   {"combine_s": 1e-6}, {"scalar_down": True}, {"up_element_s": 22e-9}, {"fused": False}):
+    for change in (
+        {"extra_experts": 400},
+        {"idle_cta_s": 9e-6},
+        {"dependent_loads": 4},
+        {"mapping_launches": 2},
+        {"combine_s": 1e-6},
+        {"scalar_down": True},
+        {"up_element_s": 22e-9},
+        {"fused": False},
+    ):
         assert total(replace(AFTER, **change), 64, TILES) > 1.01 * total(AFTER, 64, TILES), change
     blocks, full = Blocks.build(np.array([40]), 16, 1), np.array([512])
     for tiles, slower in ((TILES, 1), (WIDE_TILES, 1.075)):  # mma.sync has no wide form
@@ -179,11 +192,22 @@ def test_what_each_change_is_worth() -> None:
 
 
 # rows, columns (of both matrices), tile, CTAs on an SM: from ptxas for sm_90a, stock's kernels first
-@pytest.mark.parametrize(("block_m", "columns", "tile", "expected"), [
-    (16, 64, GemmTile(64, 64, 4, 5), 5), (16, 64, GemmTile(64, 128, 4, 3), 5), (16, 64, GemmTile(64, 128, 4, 4), 3),
-    (16, 256, GemmTile(256, 128, 8, 2), 2), (64, 128, GemmTile(128, 64, 4, 3), 3),
-    (128, 256, GemmTile(256, 64, 8, 4), 1), (16, 64, GemmTile(32, 128, 4, 4), 3), (64, 128, GemmTile(64, 64, 4, 4), 2),
-    (64, 128, GemmTile(128, 64, 4, 4), 2), (128, 256, GemmTile(256, 64, 8, 3), 1), (16, 64, GemmTile(64, 64, 4, 4), 7)])
+@pytest.mark.parametrize(
+    ("block_m", "columns", "tile", "expected"),
+    [
+        (16, 64, GemmTile(64, 64, 4, 5), 5),
+        (16, 64, GemmTile(64, 128, 4, 3), 5),
+        (16, 64, GemmTile(64, 128, 4, 4), 3),
+        (16, 256, GemmTile(256, 128, 8, 2), 2),
+        (64, 128, GemmTile(128, 64, 4, 3), 3),
+        (128, 256, GemmTile(256, 64, 8, 4), 1),
+        (16, 64, GemmTile(32, 128, 4, 4), 3),
+        (64, 128, GemmTile(64, 64, 4, 4), 2),
+        (64, 128, GemmTile(128, 64, 4, 4), 2),
+        (128, 256, GemmTile(256, 64, 8, 3), 1),
+        (16, 64, GemmTile(64, 64, 4, 4), 7),
+    ],
+)
 def test_residency_is_that_of_the_compiled_kernels(block_m: int, columns: int, tile: GemmTile, expected: int) -> None:
     assert residency(block_m, columns, tile)[0] == expected
 
@@ -219,6 +243,7 @@ def test_published_times() -> None:
 @pytest.mark.skipif(not HAS_VLLM, reason="takes the tiles that vLLM ships")
 def test_where_the_old_kernels_lose() -> None:
     """At 25 %: at one token on small shapes and at 256 and 1024 on Qwen3. In between and with wide experts they win."""
+
     def speedup(shape: str, tokens: int) -> float:
         before = layer_model.predict_ours(shape, "H200", tokens, 0.25)[0]
         assert before.arm == "before"
@@ -234,7 +259,13 @@ def test_where_the_old_kernels_lose() -> None:
 def test_old_tiles() -> None:
     moe = PAPER_SHAPES["Qwen3-30B-A3B"]
     assert [tiles_before(moe, [768] * 128, tokens).block_m for tokens in (256, 257, 512, 513, 1024, 1025)] == [
-        16, 32, 32, 64, 64, 128]
+        16,
+        32,
+        32,
+        64,
+        64,
+        128,
+    ]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -242,8 +273,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     layer_model.main()
 
 
-def test_command_writes_its_rows_and_replaces_only_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-                                                        capsys: pytest.CaptureFixture) -> None:
+def test_command_writes_its_rows_and_replaces_only_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     path = tmp_path / "rows.csv"
     arguments = ("--shape", "tiny", "--tokens", "1", "64", "--csv", str(path))
     run(monkeypatch, *arguments)
@@ -266,19 +298,40 @@ def test_command_writes_its_rows_and_replaces_only_them(monkeypatch: pytest.Monk
     assert other.read_text() == "shape,arm\n"
 
 
-def test_against_measured_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-                               capsys: pytest.CaptureFixture) -> None:
+def test_against_measured_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Rows of `moe_layer` itself, their GPU and baseline made up."""
     measured = tmp_path / "here.csv"
-    monkeypatch.setattr("sys.argv", ["moe_layer", "--shape", "tiny", "--tune-seconds", "0", "--tokens", "1",
-                                     "--sparsity", "0.25", "--csv", str(measured)])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "moe_layer",
+            "--shape",
+            "tiny",
+            "--tune-seconds",
+            "0",
+            "--tokens",
+            "1",
+            "--sparsity",
+            "0.25",
+            "--csv",
+            str(measured),
+        ],
+    )
     moe_layer.main()
     ours = list(csv.DictReader(measured.open()))
     assert [row["arm"] for row in ours] == ["heapr unpruned", "heapr 25% pruned"]
     ours[1] |= {"microseconds": "10.0", "vs_baseline": "0.8", "baseline": moe_layer.TUNED}
     gpu, absent = {"device": "NVIDIA H200, NVIDIA H200"}, {"device": "NVIDIA B200"}
-    rows = [row | gpu for row in (*ours, ours[0] | {"arm": "vllm"}, ours[1] | {"arm": moe_layer.TUNED},
-                                  ours[0] | {"arm": "flashinfer_cutlass"}, ours[0] | {"shape": "other"})]
+    rows = [
+        row | gpu
+        for row in (
+            *ours,
+            ours[0] | {"arm": "vllm"},
+            ours[1] | {"arm": moe_layer.TUNED},
+            ours[0] | {"arm": "flashinfer_cutlass"},
+            ours[0] | {"shape": "other"},
+        )
+    ]
     path = tmp_path / "measured.csv"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=ours[0])

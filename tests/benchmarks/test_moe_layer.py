@@ -59,9 +59,17 @@ def test_rows_and_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
     run(monkeypatch, "--tokens", "1", "5", "--csv", str(table))
     rows = list(csv.DictReader(table.open()))
     assert [(row["tokens"], row["arm"]) for row in rows] == [
-        (tokens, arm) for tokens, stock in (("1", ("vllm",)), ("5", ("vllm", "vllm H200 file")))
-        for arm in (*stock, "vllm zeroed 25%", "vllm zeroed 50%", "heapr unpruned", "heapr 25% pruned",
-                    "heapr 50% pruned")]
+        (tokens, arm)
+        for tokens, stock in (("1", ("vllm",)), ("5", ("vllm", "vllm H200 file")))
+        for arm in (
+            *stock,
+            "vllm zeroed 25%",
+            "vllm zeroed 50%",
+            "heapr unpruned",
+            "heapr 25% pruned",
+            "heapr 50% pruned",
+        )
+    ]
     assert taken == [{"BLOCK_SIZE_M": 16}]
     assert "flashinfer_cutlass is left out: its output is off by" in capsys.readouterr().out
     for row in rows:
@@ -105,8 +113,15 @@ def test_zeroed_weights_are_those_of_the_ragged_arm(monkeypatch: pytest.MonkeyPa
 def test_the_h200_file_where_this_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search starts from it, and candidates are those nearest to it."""
     pytest.importorskip("vllm")
-    default = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 1, "SPLIT_K": 1,
-               "num_warps": 4, "num_stages": 2}
+    default = {
+        "BLOCK_SIZE_M": 64,
+        "BLOCK_SIZE_N": 64,
+        "BLOCK_SIZE_K": 64,
+        "GROUP_SIZE_M": 1,
+        "SPLIT_K": 1,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
     monkeypatch.setattr(stock_moe, "shipped_config", lambda layer, tokens: default)
     for name in ("Qwen3-30B-A3B", "Qwen2-57B-A14B", "DeepSeekMoE-16B"):
         moe = PAPER_SHAPES[name]._replace(hidden_size=1)

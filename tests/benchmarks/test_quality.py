@@ -14,14 +14,28 @@ BASELINES = ("magnitude", "random", "reap")
 
 @pytest.fixture(scope="module")
 def stored(python_corpus: Path) -> dict:
-    return measure(python_corpus, criteria=("heapr", "fisher", *BASELINES), budgets=("stored",), ratios=(0.5,),
-                   seeds=(0,), num_samples=48, held_out_tokens=24 * 512)
+    return measure(
+        python_corpus,
+        criteria=("heapr", "fisher", *BASELINES),
+        budgets=("stored",),
+        ratios=(0.5,),
+        seeds=(0,),
+        num_samples=48,
+        held_out_tokens=24 * 512,
+    )
 
 
 @pytest.fixture(scope="module")
 def executed(python_corpus: Path) -> dict:
-    return measure(python_corpus, criteria=("heapr-frequency", "fisher"), budgets=("executed",), ratios=(0.2,),
-                   seeds=(0,), num_samples=128, held_out_tokens=96 * 512)
+    return measure(
+        python_corpus,
+        criteria=("heapr-frequency", "fisher"),
+        budgets=("executed",),
+        ratios=(0.2,),
+        seeds=(0,),
+        num_samples=128,
+        held_out_tokens=96 * 512,
+    )
 
 
 def test_bundled_model_is_trained(python_corpus: Path) -> None:

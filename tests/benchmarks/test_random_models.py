@@ -40,10 +40,27 @@ def test_nothing_pruned_is_nothing_pruned() -> None:
 def test_served_comparison(tmp_path: Path) -> None:
     """The GPU benchmark's command at toy size: two servers, asked in turn, one row."""
     table = tmp_path / "rows.csv"
-    command = [sys.executable, "-m", "benchmarks.serving", "--model", "tiny", "--workload", "smoke", "--rounds", "1",
-               "--csv", str(table), "--work", str(tmp_path), "--", "--max-model-len", "64", "--enforce-eager"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.serving",
+        "--model",
+        "tiny",
+        "--workload",
+        "smoke",
+        "--rounds",
+        "1",
+        "--csv",
+        str(table),
+        "--work",
+        str(tmp_path),
+        "--",
+        "--max-model-len",
+        "64",
+        "--enforce-eager",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    row, = csv.DictReader(table.open())
+    (row,) = csv.DictReader(table.open())
     assert row["model"] == "tiny 25%" and row["workload"] == "smoke" and float(row["ratio"]) > 0
     assert float(row["dense_tok_s"]) > 0 and int(row["dense_kv_tokens"]) == int(row["pruned_kv_tokens"]) > 0

@@ -15,8 +15,23 @@ from heapr_vllm.formats.masks import NeuronMasks
 
 def test_whole_path(qwen3: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     calib, masks, compact = (str(tmp_path / name) for name in ("calib", "masks", "compact"))
-    assert main(["calibrate", str(qwen3), "--dataset", str(corpus), "-o", calib, "--num-calibration-samples", "4",
-                 "--max-seq-length", "64"]) == 0
+    assert (
+        main(
+            [
+                "calibrate",
+                str(qwen3),
+                "--dataset",
+                str(corpus),
+                "-o",
+                calib,
+                "--num-calibration-samples",
+                "4",
+                "--max-seq-length",
+                "64",
+            ]
+        )
+        == 0
+    )
     assert main(["prune", calib, "--sparsity", "0.5", "-o", masks]) == 0
     assert "stored -50.0% | executed FLOPs -" in capsys.readouterr().out
     assert main(["export", masks, "-o", compact]) == 0
@@ -29,8 +44,9 @@ def test_whole_path(qwen3: Path, corpus: Path, tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "widths.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("budget", [["--flops", "0.3"], ["--target-size", "700KiB"],
-                                    ["--target-size", "800KB", "--flops", "0.2"]])
+@pytest.mark.parametrize(
+    "budget", [["--flops", "0.3"], ["--target-size", "700KiB"], ["--target-size", "800KB", "--flops", "0.2"]]
+)
 def test_budgets_in_bytes_and_flops(budget: list[str], calibration: Path, tmp_path: Path, capsys) -> None:
     masks, compact = str(tmp_path / "masks"), str(tmp_path / "compact")
     assert main(["prune", str(calibration), *budget, "--criterion", "fisher", "-o", masks]) == 0
@@ -61,21 +77,25 @@ def test_sweep(calibration: Path, tmp_path: Path, capsys) -> None:
     assert len(capsys.readouterr().out.splitlines()) == 9
 
 
-@pytest.mark.parametrize(("budget", "message"), [
-    ([], "no budget is given"),
-    (["--target-size", "1KiB"], "are not routed experts, and --min-width, --protect and experts without a calib"),
-    (["--target-size", "1TB"], "is no smaller than the checkpoint"),
-    (["--flops", "0.9", "--min-width", "32"], "flops 0.9 is out of reach"),
-    (["--sparsity", "0.5", "--flops", "1.2"], "flops 1.2 is not between 0 and 1"),
-    (["--sparsity", "0.5", "--criterion", "luck"], "is not one of heapr, fisher"),
-])
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ([], "no budget is given"),
+        (["--target-size", "1KiB"], "are not routed experts, and --min-width, --protect and experts without a calib"),
+        (["--target-size", "1TB"], "is no smaller than the checkpoint"),
+        (["--flops", "0.9", "--min-width", "32"], "flops 0.9 is out of reach"),
+        (["--sparsity", "0.5", "--flops", "1.2"], "flops 1.2 is not between 0 and 1"),
+        (["--sparsity", "0.5", "--criterion", "luck"], "is not one of heapr, fisher"),
+    ],
+)
 def test_impossible_budgets(budget: list[str], message: str, calibration: Path, tmp_path: Path, capsys) -> None:
     fails(["prune", str(calibration), *budget, "-o", str(tmp_path / "m")], message, capsys, tmp_path)
 
 
 @pytest.mark.parametrize(("option", "value"), [("--target-size", "1KiB"), ("--flops", "0.95"), ("--sparsity", "0.9")])
-def test_the_nearest_reachable_value_is_reachable(option: str, value: str, calibration: Path, tmp_path: Path,
-                                                  capsys) -> None:
+def test_the_nearest_reachable_value_is_reachable(
+    option: str, value: str, calibration: Path, tmp_path: Path, capsys
+) -> None:
     prune = ["prune", str(calibration), "--min-width", "13", "-o", str(tmp_path / "m"), option]
     assert main([*prune, value]) == 2
     nearest = re.search(r"the nearest is ([\d.]+( [KM]iB)?)", capsys.readouterr().err)[1]
@@ -106,8 +126,12 @@ def fails(argv: list[str], message: str, capsys: pytest.CaptureFixture, folder: 
 
 @pytest.mark.parametrize("sparsity", ["0", "1", "-0.5", "25"])
 def test_sparsity_outside_range(sparsity: str, calibration: Path, tmp_path: Path, capsys) -> None:
-    fails(["prune", str(calibration), "--sparsity", sparsity, "-o", str(tmp_path / "m")], "not between 0 and 1",
-          capsys, tmp_path)
+    fails(
+        ["prune", str(calibration), "--sparsity", sparsity, "-o", str(tmp_path / "m")],
+        "not between 0 and 1",
+        capsys,
+        tmp_path,
+    )
 
 
 def test_existing_output(calibration: Path, qwen3: Path, corpus: Path, tmp_path: Path, capsys) -> None:
@@ -130,18 +154,28 @@ def test_overwrite_replaces_own_output(calibration: Path, tmp_path: Path) -> Non
 def test_dense_model(qwen3: Path, corpus: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(qwen3, tmp_path / "dense")
     tensors = load_file(tmp_path / "dense" / "model.safetensors")
-    save_file({name: tensor for name, tensor in tensors.items() if ".experts." not in name},
-              tmp_path / "dense" / "model.safetensors")
-    fails(["calibrate", str(tmp_path / "dense"), "--dataset", str(corpus), "-o", str(tmp_path / "c")],
-          "has no routed experts", capsys, tmp_path)
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if ".experts." not in name},
+        tmp_path / "dense" / "model.safetensors",
+    )
+    fails(
+        ["calibrate", str(tmp_path / "dense"), "--dataset", str(corpus), "-o", str(tmp_path / "c")],
+        "has no routed experts",
+        capsys,
+        tmp_path,
+    )
 
 
 def test_damaged_base_model(qwen3: Path, masks_repository: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(qwen3, tmp_path / "cut")
     data = (qwen3 / "model.safetensors").read_bytes()
     (tmp_path / "cut" / "model.safetensors").write_bytes(data[: len(data) // 2])
-    fails(["export", str(masks_repository), "--model", str(tmp_path / "cut"), "-o", str(tmp_path / "out")],
-          "is damaged", capsys, tmp_path)
+    fails(
+        ["export", str(masks_repository), "--model", str(tmp_path / "cut"), "-o", str(tmp_path / "out")],
+        "is damaged",
+        capsys,
+        tmp_path,
+    )
 
 
 def test_damaged_masks(masks_repository: Path, tmp_path: Path, capsys) -> None:
@@ -157,18 +191,36 @@ def test_nan_weights(qwen3: Path, corpus: Path, tmp_path: Path, capsys) -> None:
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
     capsys.readouterr()
-    assert main(["calibrate", str(tmp_path / "nan"), "--dataset", str(corpus), "-o", str(tmp_path / "c"),
-                 "--num-calibration-samples", "2", "--max-seq-length", "64"]) == 2
+    assert (
+        main(
+            [
+                "calibrate",
+                str(tmp_path / "nan"),
+                "--dataset",
+                str(corpus),
+                "-o",
+                str(tmp_path / "c"),
+                "--num-calibration-samples",
+                "2",
+                "--max-seq-length",
+                "64",
+            ]
+        )
+        == 2
+    )
     assert "the loss is nan at sample 0; try --dtype float32" in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    (["inspect", "nowhere"], "no masks at nowhere"),
-    (["export", "nowhere", "-o", "out"], "no masks at nowhere"),
-    (["prune", "nowhere", "--sparsity", "0.5", "-o", "out"], "nowhere/moments.safetensors does not exist"),
-    (["calibrate", "nowhere", "--dataset", "x.txt", "-o", "out"], "nowhere is neither a local directory nor"),
-])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["inspect", "nowhere"], "no masks at nowhere"),
+        (["export", "nowhere", "-o", "out"], "no masks at nowhere"),
+        (["prune", "nowhere", "--sparsity", "0.5", "-o", "out"], "nowhere/moments.safetensors does not exist"),
+        (["calibrate", "nowhere", "--dataset", "x.txt", "-o", "out"], "nowhere is neither a local directory nor"),
+    ],
+)
 def test_missing_input(argv: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     fails(argv, message, capsys, tmp_path)
@@ -190,26 +242,44 @@ def test_masks_with_two_flipped_bits(masks_repository: Path, tmp_path: Path, cap
     masks = NeuronMasks.from_pretrained(masks_repository)
     masks.keep["model.layers.0.mlp.experts"][5, :2] ^= True
     masks.save_pretrained(tmp_path / "masks")
-    fails(["export", str(tmp_path / "masks"), "-o", str(tmp_path / "out")], "differs from the masks_sha256", capsys,
-          tmp_path)
+    fails(
+        ["export", str(tmp_path / "masks"), "-o", str(tmp_path / "out")],
+        "differs from the masks_sha256",
+        capsys,
+        tmp_path,
+    )
 
 
 def test_resume_does_not_write_into_other_folders(qwen3: Path, corpus: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
-    fails(["calibrate", str(qwen3), "--dataset", str(corpus), "-o", str(tmp_path / "other"), "--resume"],
-          "already exists", capsys, tmp_path)
+    fails(
+        ["calibrate", str(qwen3), "--dataset", str(corpus), "-o", str(tmp_path / "other"), "--resume"],
+        "already exists",
+        capsys,
+        tmp_path,
+    )
 
 
-@pytest.mark.parametrize(("device", "message"), [
-    ("cuda", "sees 0 GPUs; use --device cpu"), ("cuda:9", "sees 0 GPUs"), ("gpu", "is not cpu, cuda or cuda:N"),
-    ("meta", "is not cpu, cuda or cuda:N"),
-])
-def test_device_that_is_not_there(device: str, message: str, qwen3: Path, corpus: Path, tmp_path: Path, capsys,
-                                  monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda", "sees 0 GPUs; use --device cpu"),
+        ("cuda:9", "sees 0 GPUs"),
+        ("gpu", "is not cpu, cuda or cuda:N"),
+        ("meta", "is not cpu, cuda or cuda:N"),
+    ],
+)
+def test_device_that_is_not_there(
+    device: str, message: str, qwen3: Path, corpus: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    fails(["calibrate", str(qwen3), "--dataset", str(corpus), "-o", str(tmp_path / "c"), "--device", device],
-          message, capsys, tmp_path)
+    fails(
+        ["calibrate", str(qwen3), "--dataset", str(corpus), "-o", str(tmp_path / "c"), "--device", device],
+        message,
+        capsys,
+        tmp_path,
+    )
 
 
 def test_dry_run_needs_no_output(qwen3: Path, corpus: Path, tmp_path: Path, capsys) -> None:
@@ -226,5 +296,9 @@ def test_pictures_have_a_known_format(capsys) -> None:
 def test_broken_config_json(qwen3: Path, corpus: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(qwen3, tmp_path / "base")
     (tmp_path / "base" / "config.json").write_text("{")
-    fails(["calibrate", str(tmp_path / "base"), "--dataset", str(corpus), "-o", str(tmp_path / "c")],
-          "JSONDecodeError", capsys, tmp_path)
+    fails(
+        ["calibrate", str(tmp_path / "base"), "--dataset", str(corpus), "-o", str(tmp_path / "c")],
+        "JSONDecodeError",
+        capsys,
+        tmp_path,
+    )

@@ -55,8 +55,26 @@ def test_changed_weights_of_a_compact_checkpoint_count(compact: Path, tmp_path: 
 
 def test_table(compact: Path, masks_repository: Path, qwen3: Path, corpus: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "eval.json"
-    assert main(["eval", str(masks_repository), str(compact), "--baseline", str(qwen3), "--dataset", str(corpus),
-                 "--num-samples", "4", "--max-seq-length", "64", "-o", str(output)]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                str(masks_repository),
+                str(compact),
+                "--baseline",
+                str(qwen3),
+                "--dataset",
+                str(corpus),
+                "--num-samples",
+                "4",
+                "--max-seq-length",
+                "64",
+                "-o",
+                str(output),
+            ]
+        )
+        == 0
+    )
     base, masked, small = rows = json.loads(output.read_text())
     assert base["change"] == 0 and "stored_reduction" not in base
     assert masked["perplexity"] == small["perplexity"] == pytest.approx(base["perplexity"] * (1 + small["change"]))
@@ -82,8 +100,9 @@ def test_tasks_go_through_lm_eval(qwen3: Path, corpus: Path, monkeypatch: pytest
     harness.models = ModuleType("lm_eval.models")
     harness.models.huggingface = ModuleType("lm_eval.models.huggingface")
     harness.models.huggingface.HFLM = SimpleNamespace
-    harness.simple_evaluate = lambda model, tasks: {"results": {
-        task: {"alias": task, "acc,none": 0.25, "acc_stderr,none": 0.01} for task in tasks}}
+    harness.simple_evaluate = lambda model, tasks: {
+        "results": {task: {"alias": task, "acc,none": 0.25, "acc_stderr,none": 0.01} for task in tasks}
+    }
     for module in (harness, harness.models, harness.models.huggingface):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     rows = compare([str(qwen3)], settings)

@@ -21,8 +21,9 @@ def ended() -> int:
 
 
 def test_leftovers_of_a_directory(ended: int, tmp_path: Path) -> None:
-    gone = [tmp_path / name for name in (f".out.partial.{ended}", f".out.replaced.{ended}",
-                                         f".out.partial.{os.getpid()}")]
+    gone = [
+        tmp_path / name for name in (f".out.partial.{ended}", f".out.replaced.{ended}", f".out.partial.{os.getpid()}")
+    ]
     kept = [tmp_path / name for name in (f".out.partial.{os.getppid()}", f".other.partial.{ended}", ".out.backup.1")]
     for path in (*gone, *kept):
         path.mkdir()

@@ -12,18 +12,21 @@ from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.names import ExpertTensor, natural_order
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("model.layers.3.mlp.experts.11.gate_proj.weight", ("model.layers.3.mlp.experts", 11, "w1")),
-    ("model.layers.3.mlp.experts.11.up_proj.weight", ("model.layers.3.mlp.experts", 11, "w3")),
-    ("model.layers.3.mlp.experts.11.down_proj.weight", ("model.layers.3.mlp.experts", 11, "w2")),
-    ("model.layers.0.block_sparse_moe.experts.2.w3.weight", ("model.layers.0.block_sparse_moe.experts", 2, "w3")),
-    ("model.layers.0.mlp.experts.gate_up_proj", ("model.layers.0.mlp.experts", None, "w13")),
-    ("model.layers.0.mlp.experts.down_proj", ("model.layers.0.mlp.experts", None, "w2")),
-    ("model.layers.0.mlp.shared_experts.gate_proj.weight", None),
-    ("model.layers.0.mlp.shared_expert.down_proj.weight", None),
-    ("model.layers.0.mlp.gate.weight", None),
-    ("model.layers.0.mlp.experts.1.gate_proj.weight_scale", None),
-])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.3.mlp.experts.11.gate_proj.weight", ("model.layers.3.mlp.experts", 11, "w1")),
+        ("model.layers.3.mlp.experts.11.up_proj.weight", ("model.layers.3.mlp.experts", 11, "w3")),
+        ("model.layers.3.mlp.experts.11.down_proj.weight", ("model.layers.3.mlp.experts", 11, "w2")),
+        ("model.layers.0.block_sparse_moe.experts.2.w3.weight", ("model.layers.0.block_sparse_moe.experts", 2, "w3")),
+        ("model.layers.0.mlp.experts.gate_up_proj", ("model.layers.0.mlp.experts", None, "w13")),
+        ("model.layers.0.mlp.experts.down_proj", ("model.layers.0.mlp.experts", None, "w2")),
+        ("model.layers.0.mlp.shared_experts.gate_proj.weight", None),
+        ("model.layers.0.mlp.shared_expert.down_proj.weight", None),
+        ("model.layers.0.mlp.gate.weight", None),
+        ("model.layers.0.mlp.experts.1.gate_proj.weight_scale", None),
+    ],
+)
 def test_expert_tensor_names(name: str, expected: tuple | None) -> None:
     assert ExpertTensor.parse(name) == (ExpertTensor(*expected) if expected else None)
 

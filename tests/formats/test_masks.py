@@ -15,7 +15,7 @@ from heapr_vllm.formats.config import MASKS_FILE
 from heapr_vllm.formats.masks import NeuronMasks, pack_bits, unpack_bits
 from heapr_vllm.prune import NeuronMoments
 from heapr_vllm.prune.models.pruned import applied
-from heapr_vllm.prune.selection import selector
+from heapr_vllm.prune.selection.selector import select
 
 PREFIX = "model.layers.0.mlp.experts"
 
@@ -36,8 +36,7 @@ def test_bit_k_of_byte_j_is_neuron_8j_plus_k() -> None:
 
 def test_file_is_byte_reproducible(awkward_masks: NeuronMasks, tmp_path: Path) -> None:
     awkward_masks.save(tmp_path / "a")
-    reordered = NeuronMasks(dict(reversed(awkward_masks.keep.items())),
-                            dict(reversed(awkward_masks.metadata.items())))
+    reordered = NeuronMasks(dict(reversed(awkward_masks.keep.items())), dict(reversed(awkward_masks.metadata.items())))
     reordered.save(tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with safe_open(tmp_path / "a", framework="pt") as file:
@@ -54,7 +53,7 @@ def test_save_and_from_pretrained(awkward_masks: NeuronMasks, tmp_path: Path) ->
 
 def test_calibration_tokens_travel_with_the_masks(calibration: Path, tmp_path: Path) -> None:
     moments = NeuronMoments.from_pretrained(calibration)
-    selector(moments, 0.5).save(tmp_path / "masks")
+    select(moments, 0.5).save(tmp_path / "masks")
     assert NeuronMasks.load(tmp_path / "masks").tokens(PREFIX) == moments.tokens[PREFIX].tolist()
     NeuronMasks({PREFIX: torch.ones(2, 4, dtype=torch.bool)}).save(tmp_path / "unknown")
     assert NeuronMasks.load(tmp_path / "unknown").tokens(PREFIX) is None

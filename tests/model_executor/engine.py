@@ -19,8 +19,13 @@ from threading import Timer
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-               "VLLM_NO_USAGE_STATS": "1", "TRITON_INTERPRET": "0"}
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TRITON_INTERPRET": "0",
+}
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 PROMPTS = [[5, 80, 33, 7], list(range(60, 90)), [17] * 3, [250, 3, 199, 42, 42, 8]]
 LONG_PROMPT = [5, 80, 33, 7] * 20  # several blocks, several chunks, and n-grams that repeat
@@ -29,23 +34,35 @@ NO_ANSWER = "no answer in time"
 ERROR = re.compile(r"(?<![\w.])\w*(Error|Exception)(: .*|$)")  # last line of a traceback, perhaps behind a prefix
 
 
-def run(model: Path, *, steps: tuple[str, ...] = ("generate",), env: dict[str, str] | None = None,
-        **llm: Any) -> subprocess.CompletedProcess:
+def run(
+    model: Path, *, steps: tuple[str, ...] = ("generate",), env: dict[str, str] | None = None, **llm: Any
+) -> subprocess.CompletedProcess:
     """Runs an engine on `model` in fp32 and returns the finished process; `results` reads its output."""
-    spec = {"llm": {"model": str(model), "dtype": "float32", "max_model_len": 128, "enforce_eager": True, **llm},
-            "steps": steps}
-    return subprocess.run([sys.executable, "-m", "tests.model_executor.engine"], input=json.dumps(spec), text=True,
-                          capture_output=True, cwd=ROOT, env={**os.environ, **ENVIRONMENT, **(env or {})}, timeout=300)
+    spec = {
+        "llm": {"model": str(model), "dtype": "float32", "max_model_len": 128, "enforce_eager": True, **llm},
+        "steps": steps,
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "tests.model_executor.engine"],
+        input=json.dumps(spec),
+        text=True,
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT, **(env or {})},
+        timeout=300,
+    )
 
 
-def generate_many(models: list[Path], *, env: dict[str, str], limit: float = 600,
-                  **llm: Any) -> Iterator[dict[str, Any] | str]:
+def generate_many(
+    models: list[Path], *, env: dict[str, str], limit: float = 600, **llm: Any
+) -> Iterator[dict[str, Any] | str]:
     """What `generate` gets from an engine per model, or the reason for an engine that fails."""
     return _ask_many("generate", [{"model": str(model), **llm} for model in models], env, limit)
 
 
-def answer_many(variants: dict[str, dict[str, Any]], *, env: dict[str, str] | None = None,
-                ask: str = "answer_twice") -> dict[str, list | str]:
+def answer_many(
+    variants: dict[str, dict[str, Any]], *, env: dict[str, str] | None = None, ask: str = "answer_twice"
+) -> dict[str, list | str]:
     """What the function `ask` gets from an engine per variant, or the reason for an engine that fails.
 
     A variant is LLM arguments, and under "lora" the folder of an adapter to answer with.
@@ -69,9 +86,16 @@ def _ask_many(ask: str, engines: list[dict[str, Any]], env: dict[str, str], limi
 
 def _outputs(ask: str, engines: list[dict[str, Any]], env: dict[str, str], limit: float) -> Iterator[Any]:
     """Outputs of a process of its own, until it dies or an engine takes too long."""
-    with subprocess.Popen([sys.executable, "-m", "tests.model_executor.engine"], stdin=subprocess.PIPE, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, **env},
-                          start_new_session=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.model_executor.engine"],
+        stdin=subprocess.PIPE,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        env={**os.environ, **env},
+        start_new_session=True,
+    ) as process:
         try:
             process.stdin.write(json.dumps({"ask": ask, "engines": engines}))
             process.stdin.close()
@@ -116,18 +140,23 @@ def results(process: subprocess.CompletedProcess) -> list[dict[str, Any]]:
     return json.loads(line.removeprefix(MARKER))
 
 
-def generate(llm: Any, prompts: Sequence[list[int]] = PROMPTS,
-             max_tokens: Sequence[int] = (16,) * len(PROMPTS)) -> dict[str, Any]:
+def generate(
+    llm: Any, prompts: Sequence[list[int]] = PROMPTS, max_tokens: Sequence[int] = (16,) * len(PROMPTS)
+) -> dict[str, Any]:
     """Greedy ids, `max_tokens` of them by prompt, and prompt logprobs."""
     from vllm import SamplingParams
 
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts],
-                           [SamplingParams(temperature=0, max_tokens=count, prompt_logprobs=0, ignore_eos=True)
-                            for count in max_tokens])
-    return {"ids": [list(output.outputs[0].token_ids) for output in outputs],
-            "logprobs": [[logprobs[token].logprob for token, logprobs in
-                          zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
-                         for prompt, output in zip(prompts, outputs, strict=True)]}
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids in prompts],
+        [SamplingParams(temperature=0, max_tokens=count, prompt_logprobs=0, ignore_eos=True) for count in max_tokens],
+    )
+    return {
+        "ids": [list(output.outputs[0].token_ids) for output in outputs],
+        "logprobs": [
+            [logprobs[token].logprob for token, logprobs in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
+            for prompt, output in zip(prompts, outputs, strict=True)
+        ],
+    }
 
 
 def generate_little(llm: Any) -> dict[str, Any]:
@@ -149,15 +178,22 @@ def answer(llm: Any, lora: str | None = None) -> dict[str, Any]:
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in [*PROMPTS, LONG_PROMPT]],
-                           SamplingParams(temperature=0, max_tokens=16, logprobs=0, ignore_eos=True),
-                           lora_request=LoRARequest("adapter", 1, lora) if lora else None)
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids in [*PROMPTS, LONG_PROMPT]],
+        SamplingParams(temperature=0, max_tokens=16, logprobs=0, ignore_eos=True),
+        lora_request=LoRARequest("adapter", 1, lora) if lora else None,
+    )
     answers = [output.outputs[0] for output in outputs]
     drafted = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:spec_decode_num_draft_tokens")
-    return {"ids": [list(answer.token_ids) for answer in answers],
-            "logprobs": [[step[token].logprob for token, step in zip(answer.token_ids, answer.logprobs, strict=True)]
-                         for answer in answers],
-            "cached": sum(output.num_cached_tokens for output in outputs), "drafted": drafted}
+    return {
+        "ids": [list(answer.token_ids) for answer in answers],
+        "logprobs": [
+            [step[token].logprob for token, step in zip(answer.token_ids, answer.logprobs, strict=True)]
+            for answer in answers
+        ],
+        "cached": sum(output.num_cached_tokens for output in outputs),
+        "drafted": drafted,
+    }
 
 
 def main() -> None:
@@ -207,9 +243,11 @@ def attempt(ask: Callable[..., Any], lora: str | None = None, **arguments: Any) 
 
 def expert_tensors(model: Any) -> dict[str, int]:
     """Bytes of the routed experts' parameters, and where their index tables are registered."""
-    return {"parameter_bytes": sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name),
-            "tables_in_state_dict": sum(".heapr_" in name for name in model.state_dict()),
-            "tables_in_buffers": sum(".heapr_" in name for name, _ in model.named_buffers())}
+    return {
+        "parameter_bytes": sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name),
+        "tables_in_state_dict": sum(".heapr_" in name for name in model.state_dict()),
+        "tables_in_buffers": sum(".heapr_" in name for name, _ in model.named_buffers()),
+    }
 
 
 if __name__ == "__main__":

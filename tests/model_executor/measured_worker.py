@@ -15,9 +15,12 @@ class Worker(CPUWorker):
         super().load_model(*args, **kwargs)
         after = resident()
         parameters = dict(self.get_model().named_parameters())
-        self._loading = {"peak": after["VmHWM"] - before, "resident": after["VmRSS"] - before,
-                         "parameters": sum(p.nbytes for p in parameters.values()),
-                         "experts": sum(p.nbytes for name, p in parameters.items() if ".experts." in name)}
+        self._loading = {
+            "peak": after["VmHWM"] - before,
+            "resident": after["VmRSS"] - before,
+            "parameters": sum(p.nbytes for p in parameters.values()),
+            "experts": sum(p.nbytes for name, p in parameters.items() if ".experts." in name),
+        }
 
     def loading(self) -> dict[str, int]:
         """Peak and lasting growth of resident memory, mapped files included; bytes of all and of expert parameters."""

@@ -32,19 +32,22 @@ def output(logprob: float, token: int = 7) -> families.Output:
     return {"ids": [[token]], "logprobs": [[logprob]]}
 
 
-@pytest.mark.parametrize(("family", "found", "alike", "cell"), [
-    ("qwen3_moe", output(-1.00001), None, "yes"),
-    ("qwen3_moe", output(-1.0, token=8), output(-1.0), "no"),
-    ("qwen3_moe", output(-1.01), output(-1.0), "no"),
-    ("qwen3_moe", output(-3.0), output(-3.00001), "as stock"),
-    ("qwen3_moe", output(-3.0), output(-3.1), "no"),
-    ("qwen3_moe", "ValueError: x", "ValueError: y", "vLLM"),
-    ("qwen3_moe", "ValueError: x", output(-1.0), "no"),
-    ("qwen3_moe", families.engine.NO_ANSWER, None, families.engine.NO_ANSWER),
-    ("qwen3_next_linear", output(-1.01), None, "yes"),
-    ("qwen3_next_linear", output(-1.2), output(-0.7), "as stock"),
-    ("qwen3_next_linear", output(-1.2), output(-0.9), "no"),
-])
+@pytest.mark.parametrize(
+    ("family", "found", "alike", "cell"),
+    [
+        ("qwen3_moe", output(-1.00001), None, "yes"),
+        ("qwen3_moe", output(-1.0, token=8), output(-1.0), "no"),
+        ("qwen3_moe", output(-1.01), output(-1.0), "no"),
+        ("qwen3_moe", output(-3.0), output(-3.00001), "as stock"),
+        ("qwen3_moe", output(-3.0), output(-3.1), "no"),
+        ("qwen3_moe", "ValueError: x", "ValueError: y", "vLLM"),
+        ("qwen3_moe", "ValueError: x", output(-1.0), "no"),
+        ("qwen3_moe", families.engine.NO_ANSWER, None, families.engine.NO_ANSWER),
+        ("qwen3_next_linear", output(-1.01), None, "yes"),
+        ("qwen3_next_linear", output(-1.2), output(-0.7), "as stock"),
+        ("qwen3_next_linear", output(-1.2), output(-0.9), "no"),
+    ],
+)
 def test_cells(family: str, found: families.Output, alike: families.Output | None, cell: str) -> None:
     outputs = {"stock": {family: output(-1.0)}, "m": {family: found}, "stock m": {family: alike} if alike else {}}
     assert families.cell(family, "m", outputs) == cell
@@ -70,8 +73,9 @@ def test_output_equals_stock(mode: str, family: str, served: dict[str, dict[str,
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in families.TOLERANCES])
-def test_stock_runs_what_was_calibrated(family: str, folders: dict[str, Path],
-                                        served: dict[str, dict[str, families.Output]]) -> None:
+def test_stock_runs_what_was_calibrated(
+    family: str, folders: dict[str, Path], served: dict[str, dict[str, families.Output]]
+) -> None:
     """vLLM and transformers read the same model out of the same config: rotary angles, routing, scales."""
     found, expected = families.in_transformers(folders[family]), served["stock"][family]
     assert not isinstance(expected, str), f"stock vLLM: {expected}"

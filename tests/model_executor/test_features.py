@@ -49,19 +49,38 @@ def attention_adapter(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch
     """Random A [RANK, in] and B [out, RANK] for every q_proj and v_proj."""
     generator = torch.Generator().manual_seed(3)
     modules = [name.removesuffix(".weight") for name in sorted(tensors) if ".q_proj." in name or ".v_proj." in name]
-    return {module: (0.1 * torch.randn(RANK, tensors[f"{module}.weight"].shape[1], generator=generator),
-                     0.1 * torch.randn(tensors[f"{module}.weight"].shape[0], RANK, generator=generator))
-            for module in modules}
+    return {
+        module: (
+            0.1 * torch.randn(RANK, tensors[f"{module}.weight"].shape[1], generator=generator),
+            0.1 * torch.randn(tensors[f"{module}.weight"].shape[0], RANK, generator=generator),
+        )
+        for module in modules
+    }
 
 
 def save_adapter(adapter: dict[str, tuple[torch.Tensor, torch.Tensor]], folder: Path) -> None:
     """The two files of a PEFT adapter."""
     folder.mkdir()
-    save_file({f"base_model.model.{module}.lora_{letter}.weight": matrix for module, pair in adapter.items()
-               for letter, matrix in zip("AB", pair, strict=True)}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(
-        {"peft_type": "LORA", "r": RANK, "lora_alpha": SCALING * RANK, "target_modules": ["q_proj", "v_proj"],
-         "bias": "none", "task_type": "CAUSAL_LM"}))
+    save_file(
+        {
+            f"base_model.model.{module}.lora_{letter}.weight": matrix
+            for module, pair in adapter.items()
+            for letter, matrix in zip("AB", pair, strict=True)
+        },
+        folder / "adapter_model.safetensors",
+    )
+    (folder / "adapter_config.json").write_text(
+        json.dumps(
+            {
+                "peft_type": "LORA",
+                "r": RANK,
+                "lora_alpha": SCALING * RANK,
+                "target_modules": ["q_proj", "v_proj"],
+                "bias": "none",
+                "task_type": "CAUSAL_LM",
+            }
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +96,14 @@ def add_mtp_layer(base: Path) -> None:
     config |= {"num_hidden_layers": last, "num_nextn_predict_layers": 1}
     (base / "config.json").write_text(json.dumps(config))
     tensors = load_file(base / "model.safetensors")
-    own = {"enorm": torch.ones(hidden), "hnorm": torch.ones(hidden), "shared_head.norm": torch.ones(hidden),
-           "eh_proj": torch.cat([torch.eye(hidden)] * 2, 1), "shared_head.head": tensors["lm_head.weight"].clone(),
-           "embed_tokens": tensors["model.embed_tokens.weight"].clone()}
+    own = {
+        "enorm": torch.ones(hidden),
+        "hnorm": torch.ones(hidden),
+        "shared_head.norm": torch.ones(hidden),
+        "eh_proj": torch.cat([torch.eye(hidden)] * 2, 1),
+        "shared_head.head": tensors["lm_head.weight"].clone(),
+        "embed_tokens": tensors["model.embed_tokens.weight"].clone(),
+    }
     tensors |= {f"model.layers.{last}.{name}.weight": tensor for name, tensor in own.items()}
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
 
@@ -93,8 +117,11 @@ def stock(pruned: Path, with_mtp: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def served(pruned: Path, with_mtp: Path) -> dict:
-    variants = {name: {"model": str(pruned / "compact"), **arguments} for name, arguments in VARIANTS.items()
-                if HAS_RUNAI or name != "runai_streamer"}
+    variants = {
+        name: {"model": str(pruned / "compact"), **arguments}
+        for name, arguments in VARIANTS.items()
+        if HAS_RUNAI or name != "runai_streamer"
+    }
     variants["LoRA"]["lora"] = str(pruned / "lora")
     variants["MTP drafts"]["model"] = str(with_mtp / "compact")
     return engine.answer_many(variants)

@@ -55,23 +55,34 @@ def answers(ask: str, env: dict[str, str], variants: dict[str, dict]) -> dict:
 
 @pytest.fixture(scope="module")
 def stock(bundled: Path, awkward: Path) -> dict:
-    return answers("generate_little", {"VLLM_PLUGINS": "", **INSPECT},
-                   {"bundled": {"model": str(bundled / "masked")}, "awkward": {"model": str(awkward / "masked")}})
+    return answers(
+        "generate_little",
+        {"VLLM_PLUGINS": "", **INSPECT},
+        {"bundled": {"model": str(bundled / "masked")}, "awkward": {"model": str(awkward / "masked")}},
+    )
 
 
 @pytest.fixture(scope="module")
 def one_rank(bundled: Path, awkward: Path) -> dict:
     override = {"quantization_config": {"quant_method": "heapr", "masks": str(bundled / "masks")}}
-    return answers("generate_little_twice", TRITON,
-                   {"compact": {"model": str(bundled / "compact")},
-                    "masks over base": {"model": str(BUNDLED), "hf_overrides": override},
-                    "awkward widths": {"model": str(awkward / "compact")}})
+    return answers(
+        "generate_little_twice",
+        TRITON,
+        {
+            "compact": {"model": str(bundled / "compact")},
+            "masks over base": {"model": str(BUNDLED), "hf_overrides": override},
+            "awkward widths": {"model": str(awkward / "compact")},
+        },
+    )
 
 
 @pytest.fixture(scope="module")
 def two_ranks(bundled: Path) -> list[dict] | str:
-    output = answers("generate_little", TRITON | engine.TWO_RANKS,
-                     {"TP=2": {"model": str(bundled / "compact"), "tensor_parallel_size": 2}})["TP=2"]
+    output = answers(
+        "generate_little",
+        TRITON | engine.TWO_RANKS,
+        {"TP=2": {"model": str(bundled / "compact"), "tensor_parallel_size": 2}},
+    )["TP=2"]
     return output if isinstance(output, str) else [output]
 
 
@@ -102,7 +113,7 @@ def test_output_equals_stock_on_two_ranks(two_ranks: list[dict], stock: dict) ->
 @pytest.mark.parametrize("mode", ["compact", "masks over base"])
 def test_experts_are_stored_at_different_widths(mode: str, one_rank: dict, kept: list[list[int]]) -> None:
     """Otherwise equal outputs prove little."""
-    layers, = one_rank[mode][0]["layers"]
+    (layers,) = one_rank[mode][0]["layers"]
     assert [own for _, own, _ in layers] == kept
     assert all(set(stored) == {UNIT, 2 * UNIT} for *_, stored in layers)
 

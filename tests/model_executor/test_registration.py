@@ -23,7 +23,7 @@ from heapr_vllm.model_executor.quantization import HeaprConfig
 
 
 def test_entry_point_registers_more_than_once() -> None:
-    entry, = (entry for entry in entry_points(group="vllm.general_plugins") if entry.name == "heapr")
+    (entry,) = (entry for entry in entry_points(group="vllm.general_plugins") if entry.name == "heapr")
     for _ in range(2):
         entry.load()()
     heapr_vllm.register()
@@ -57,11 +57,14 @@ def test_extra_layers_in_the_masks(masks_repository: Path) -> None:
         config.maybe_update_config(str(masks_repository), SimpleNamespace(num_hidden_layers=2))
 
 
-@pytest.mark.parametrize(("block", "message"), [
-    ({"format_version": 2}, "format_version 2, this heapr-vllm reads up to 1; upgrade"),
-    ({"layout": "cubist"}, "layout is 'cubist', expected one of masks, compact"),
-    ({"inner": {"quant_method": "fp8"}}, "quantized experts"),
-])
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"format_version": 2}, "format_version 2, this heapr-vllm reads up to 1; upgrade"),
+        ({"layout": "cubist"}, "layout is 'cubist', expected one of masks, compact"),
+        ({"inner": {"quant_method": "fp8"}}, "quantized experts"),
+    ],
+)
 def test_bad_blocks(block: dict, message: str) -> None:
     with pytest.raises(HeaprError, match=message):
         HeaprConfig.from_config(block)
@@ -104,5 +107,6 @@ def test_vision_language_wrappers(tmp_path: Path) -> None:
 
 def test_other_layers_stay_unquantized() -> None:
     linear = ReplicatedLinear.__new__(ReplicatedLinear)
-    assert isinstance(HeaprConfig().get_quant_method(linear, "model.layers.0.self_attn.o_proj"),
-                      UnquantizedLinearMethod)
+    assert isinstance(
+        HeaprConfig().get_quant_method(linear, "model.layers.0.self_attn.o_proj"), UnquantizedLinearMethod
+    )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from heapr_vllm.cli.main import main
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.prune import CalibrationSettings, NeuronMoments, export_checkpoint, write_masks_repository
-from heapr_vllm.prune.calibration import calibrate
+from heapr_vllm.prune.calibration.calibrate import calibrate
 from heapr_vllm.prune.repair.fit import RepairSettings
 from tests import tiny_models
 from tests.conftest import awkward
@@ -66,14 +66,36 @@ def test_repaired_checkpoint(masks_repository: Path, tmp_path: Path) -> None:
     assert_same(engine.results(engine.run(tmp_path / "compact", env=RAGGED))[0], expected)
 
 
-def test_served_perplexity_equals_that_of_transformers(compact: Path, masks_repository: Path, qwen3: Path,
-                                                       corpus: Path, tmp_path: Path) -> None:
+def test_served_perplexity_equals_that_of_transformers(
+    compact: Path, masks_repository: Path, qwen3: Path, corpus: Path, tmp_path: Path
+) -> None:
     rows = {}
     for backend in ("transformers", "vllm"):
         output = tmp_path / f"{backend}.json"
-        assert main.main(["eval", str(compact), str(masks_repository), "--baseline", str(qwen3), "--dataset",
-                         str(corpus), "--num-samples", "4", "--max-seq-length", "64", "--dtype", "float32",
-                         "--backend", backend, "-o", str(output)]) == 0
+        assert (
+            main.main(
+                [
+                    "eval",
+                    str(compact),
+                    str(masks_repository),
+                    "--baseline",
+                    str(qwen3),
+                    "--dataset",
+                    str(corpus),
+                    "--num-samples",
+                    "4",
+                    "--max-seq-length",
+                    "64",
+                    "--dtype",
+                    "float32",
+                    "--backend",
+                    backend,
+                    "-o",
+                    str(output),
+                ]
+            )
+            == 0
+        )
         rows[backend] = json.loads(output.read_text())
     for one, other in zip(rows["transformers"], rows["vllm"], strict=True):
         assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-4)
@@ -81,8 +103,9 @@ def test_served_perplexity_equals_that_of_transformers(compact: Path, masks_repo
 
 
 def test_masks_repository_also_after_reload(masks_repository: Path, stock: dict) -> None:
-    found = engine.results(engine.run(masks_repository, load_format="heapr", steps=("generate", "reload", "generate"),
-                                      env=RAGGED))
+    found = engine.results(
+        engine.run(masks_repository, load_format="heapr", steps=("generate", "reload", "generate"), env=RAGGED)
+    )
     assert_same(found[0], stock)
     assert_same(found[1], stock)
 
@@ -105,16 +128,18 @@ def test_tensor_parallel(compact: Path, stock: dict) -> None:
 
 
 def test_expert_parallel_masks(masks_repository: Path, stock: dict) -> None:
-    process = engine.run(masks_repository, load_format="heapr", tensor_parallel_size=2, enable_expert_parallel=True,
-                         env=TWO_RANKS)
+    process = engine.run(
+        masks_repository, load_format="heapr", tensor_parallel_size=2, enable_expert_parallel=True, env=TWO_RANKS
+    )
     assert_same(engine.results(process)[0], stock)
 
 
 def test_shared_experts(corpus: Path, tmp_path: Path) -> None:
     """Qwen2-MoE: shared expert and its gate stay whole."""
     base = tiny_models.save("qwen2_moe", tmp_path / "base")
-    calibrate(CalibrationSettings(str(base), str(corpus), num_calibration_samples=4, max_seq_length=64),
-              tmp_path / "calib")
+    calibrate(
+        CalibrationSettings(str(base), str(corpus), num_calibration_samples=4, max_seq_length=64), tmp_path / "calib"
+    )
     masks = awkward(NeuronMoments.from_pretrained(tmp_path / "calib"))
     write_masks_repository(masks, tmp_path / "calib", tmp_path / "masks")
     export_checkpoint(tmp_path / "masks", tmp_path / "compact")
@@ -129,8 +154,12 @@ def test_dummy_weights_and_memory(compact: Path, awkward_masks: NeuronMasks, sto
     from heapr_vllm.model_executor.kernels.cpu_compiled import extension, kernel
 
     steps = ("generate", "expert_tensors", "load for real", "generate")
-    process = engine.run(compact, load_format="dummy", steps=steps,
-                         env=RAGGED | {"HEAPR_CPU_BUCKETS": "always", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
+    process = engine.run(
+        compact,
+        load_format="dummy",
+        steps=steps,
+        env=RAGGED | {"HEAPR_CPU_BUCKETS": "always", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
+    )
     _, tensors, found = engine.results(process)
     assert_same(found, stock)
     unit = kernel.WIDTH_UNIT if extension.load() else cpu_native.WIDTH_UNIT

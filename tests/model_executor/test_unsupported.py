@@ -13,36 +13,54 @@ from heapr_vllm.model_executor import unsupported
 from heapr_vllm.model_executor.quantization import HeaprConfig
 
 
-def refuse(monkeypatch, *, eplb=False, lora=None, load_format="auto", activation=MoEActivation.SILU, has_bias=False,
-           online=None, swiglu_limit=None, data_parallel_size=1, all2all_backend="allgather_reducescatter",
-           on_cpu=True) -> None:
-    parallel = SimpleNamespace(enable_eplb=eplb, data_parallel_size=data_parallel_size,
-                               all2all_backend=all2all_backend)
-    vllm_config = SimpleNamespace(parallel_config=parallel, lora_config=lora,
-                                  load_config=SimpleNamespace(load_format=load_format))
+def refuse(
+    monkeypatch,
+    *,
+    eplb=False,
+    lora=None,
+    load_format="auto",
+    activation=MoEActivation.SILU,
+    has_bias=False,
+    online=None,
+    swiglu_limit=None,
+    data_parallel_size=1,
+    all2all_backend="allgather_reducescatter",
+    on_cpu=True,
+) -> None:
+    parallel = SimpleNamespace(enable_eplb=eplb, data_parallel_size=data_parallel_size, all2all_backend=all2all_backend)
+    vllm_config = SimpleNamespace(
+        parallel_config=parallel, lora_config=lora, load_config=SimpleNamespace(load_format=load_format)
+    )
     monkeypatch.setattr(unsupported, "get_current_vllm_config", lambda: vllm_config)
     platform = SimpleNamespace(is_cuda_alike=lambda: not on_cpu, is_cpu=lambda: on_cpu)
     monkeypatch.setattr(unsupported, "current_platform", platform)
-    layer = SimpleNamespace(activation=activation, moe_config=SimpleNamespace(has_bias=has_bias),
-                            swiglu_limit=swiglu_limit, layer_name="model.layers.0.mlp.experts")
+    layer = SimpleNamespace(
+        activation=activation,
+        moe_config=SimpleNamespace(has_bias=has_bias),
+        swiglu_limit=swiglu_limit,
+        layer_name="model.layers.0.mlp.experts",
+    )
     config = HeaprConfig()
     config.online_quantization_config = online
     unsupported.refuse_unsupported(layer, config)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"eplb": True}, "drop --enable-eplb"),
-    ({"data_parallel_size": 2}, "use --tensor-parallel-size instead"),
-    ({"all2all_backend": "passthrough"}, "drop --moe-backend"),
-    ({"lora": SimpleNamespace(target_modules=None)}, "--lora-target-modules q_proj"),
-    ({"lora": SimpleNamespace(target_modules=["q_proj", "experts"])}, "--lora-target-modules q_proj"),
-    ({"online": object()}, "drop --quantization-config"),
-    ({"load_format": "sharded_state"}, "use auto, safetensors or heapr"),
-    ({"load_format": "fastsafetensors"}, "reads files into a GPU's memory; use auto"),
-    ({"activation": MoEActivation.GELU}, "has activation gelu"),
-    ({"has_bias": True}, "bias True"),
-    ({"swiglu_limit": 7.0}, "limit 7.0"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eplb": True}, "drop --enable-eplb"),
+        ({"data_parallel_size": 2}, "use --tensor-parallel-size instead"),
+        ({"all2all_backend": "passthrough"}, "drop --moe-backend"),
+        ({"lora": SimpleNamespace(target_modules=None)}, "--lora-target-modules q_proj"),
+        ({"lora": SimpleNamespace(target_modules=["q_proj", "experts"])}, "--lora-target-modules q_proj"),
+        ({"online": object()}, "drop --quantization-config"),
+        ({"load_format": "sharded_state"}, "use auto, safetensors or heapr"),
+        ({"load_format": "fastsafetensors"}, "reads files into a GPU's memory; use auto"),
+        ({"activation": MoEActivation.GELU}, "has activation gelu"),
+        ({"has_bias": True}, "bias True"),
+        ({"swiglu_limit": 7.0}, "limit 7.0"),
+    ],
+)
 def test_refused(monkeypatch, options: dict, message: str) -> None:
     with pytest.raises(HeaprError, match=message):
         refuse(monkeypatch, **options)

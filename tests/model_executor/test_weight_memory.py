@@ -22,8 +22,14 @@ def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`base` in shards of 25 MB, `masks` that keep half of it, `compact`."""
     folder = tmp_path_factory.mktemp("memory")
     config = tiny_models.config("qwen3_moe")
-    config.update({"hidden_size": HIDDEN, "num_local_experts": EXPERTS, "moe_intermediate_size": WIDTH,
-                   "num_hidden_layers": LAYERS})
+    config.update(
+        {
+            "hidden_size": HIDDEN,
+            "num_local_experts": EXPERTS,
+            "moe_intermediate_size": WIDTH,
+            "num_hidden_layers": LAYERS,
+        }
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder / "base", max_shard_size="25MB")
@@ -37,14 +43,20 @@ def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_loading(name: str, load_format: str, parallel: str, folder: Path) -> None:
     """Resident memory counts mapped pages of checkpoint shards too, although the kernel may drop them."""
     ranks = 2 if parallel else 1
-    process = engine.run(folder / name, steps=("loading",), dtype="bfloat16", load_format=load_format,
-                         tensor_parallel_size=ranks, enable_expert_parallel=parallel == "EP=2",
-                         worker_cls="tests.model_executor.measured_worker.Worker",
-                         env=engine.TWO_RANKS if parallel else None)
+    process = engine.run(
+        folder / name,
+        steps=("loading",),
+        dtype="bfloat16",
+        load_format=load_format,
+        tensor_parallel_size=ranks,
+        enable_expert_parallel=parallel == "EP=2",
+        worker_cls="tests.model_executor.measured_worker.Worker",
+        env=engine.TWO_RANKS if parallel else None,
+    )
     masks = NeuronMasks.from_pretrained(folder / "masks")
     kept = masks.num_kept * 3 * HIDDEN * torch.bfloat16.itemsize / ranks
     shard = max(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
-    found, = engine.results(process)
+    (found,) = engine.results(process)
     assert len(found) == ranks
     for rank in found:
         assert rank["experts"] == pytest.approx(kept, rel=0.02)

@@ -34,22 +34,53 @@ def test_installed_version() -> None:
     assert not problems and count > 200
 
 
-@pytest.mark.parametrize(("path", "old", "new", "problem"), [
-    (f"{MOE}/all2all_utils.py", "def maybe_make_prepare_finalize(", "def make_prepare_finalize(",
-     "all2all_utils has no maybe_make_prepare_finalize"),
-    (f"{MOE}/all2all_utils.py", "allow_new_interface: bool", "new_interface: bool", "no parameter allow_new_interface"),
-    (f"{MOE}/modular_kernel.py", "class FusedMoEActivationFormat(", "class ActivationFormat(",
-     "modular_kernel has no FusedMoEActivationFormat"),
-    (f"{MOE}/modular_kernel.py", "def finalize_weight_and_reduce_impl(", "def weight_and_reduce(",
-     "HeaprExperts lacks weight_and_reduce, abstract in FusedMoEExpertsModular"),
-    (f"{MOE}/modular_kernel.py", "workspace2: torch.Tensor,", "workspace2: torch.Tensor, stream: int,",
-     "FusedMoEExpertsModular.apply is also given stream"),
-    (f"{MOE}/routed_experts.py", "def _expert_routing_tables(", "def _routing_tables(",
-     "RoutedExperts has no _expert_routing_tables"),
-    (f"{MOE}/config.py", "intermediate_size: int\n", "ffn_size: int\n", "FusedMoEConfig has no intermediate_size"),
-    (f"{QUANTIZATION}/base_config.py", "def get_quant_method(\n        self, layer: torch.nn.Module, prefix: str",
-     "def get_quant_method(\n        self, module: torch.nn.Module, prefix: str",
-     "QuantizationConfig.get_quant_method is also given module"),
-])
+@pytest.mark.parametrize(
+    ("path", "old", "new", "problem"),
+    [
+        (
+            f"{MOE}/all2all_utils.py",
+            "def maybe_make_prepare_finalize(",
+            "def make_prepare_finalize(",
+            "all2all_utils has no maybe_make_prepare_finalize",
+        ),
+        (
+            f"{MOE}/all2all_utils.py",
+            "allow_new_interface: bool",
+            "new_interface: bool",
+            "no parameter allow_new_interface",
+        ),
+        (
+            f"{MOE}/modular_kernel.py",
+            "class FusedMoEActivationFormat(",
+            "class ActivationFormat(",
+            "modular_kernel has no FusedMoEActivationFormat",
+        ),
+        (
+            f"{MOE}/modular_kernel.py",
+            "def finalize_weight_and_reduce_impl(",
+            "def weight_and_reduce(",
+            "HeaprExperts lacks weight_and_reduce, abstract in FusedMoEExpertsModular",
+        ),
+        (
+            f"{MOE}/modular_kernel.py",
+            "workspace2: torch.Tensor,",
+            "workspace2: torch.Tensor, stream: int,",
+            "FusedMoEExpertsModular.apply is also given stream",
+        ),
+        (
+            f"{MOE}/routed_experts.py",
+            "def _expert_routing_tables(",
+            "def _routing_tables(",
+            "RoutedExperts has no _expert_routing_tables",
+        ),
+        (f"{MOE}/config.py", "intermediate_size: int\n", "ffn_size: int\n", "FusedMoEConfig has no intermediate_size"),
+        (
+            f"{QUANTIZATION}/base_config.py",
+            "def get_quant_method(\n        self, layer: torch.nn.Module, prefix: str",
+            "def get_quant_method(\n        self, module: torch.nn.Module, prefix: str",
+            "QuantizationConfig.get_quant_method is also given module",
+        ),
+    ],
+)
 def test_missing_names_and_changed_signatures(path: str, old: str, new: str, problem: str) -> None:
     assert any(problem in line for line in check(Edited(path, old, new))[1])

@@ -67,8 +67,16 @@ def prepack(w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, isa: str)
             flat.copy_(packed.view(flat.shape))
 
 
-def cpu_uniform_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor,
-                    topk_weights: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, isa: str) -> None:
+def cpu_uniform_moe(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    num_experts: int,
+    isa: str,
+) -> None:
     """Writes the MoE output [T, H] of a layer whose experts are all local and stored at one width, in id order.
 
     It is the engine's op and nothing else, so torch.compile traces it as it traces a dense layer.
@@ -76,13 +84,31 @@ def cpu_uniform_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torc
     hidden_size = hidden_states.shape[1]
     width = w2.shape[0] // num_experts
     torch.ops._C.cpu_fused_moe(
-        output, hidden_states, w13.view(num_experts, 2 * width, hidden_size), w2.view(num_experts, hidden_size, width),
-        None, None, topk_weights, topk_ids, False, "silu", isa)
+        output,
+        hidden_states,
+        w13.view(num_experts, 2 * width, hidden_size),
+        w2.view(num_experts, hidden_size, width),
+        None,
+        None,
+        topk_weights,
+        topk_ids,
+        False,
+        "silu",
+        isa,
+    )
 
 
-def cpu_ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor,
-                   topk_weights: torch.Tensor, topk_ids: torch.Tensor, slots: torch.Tensor, buckets: torch.Tensor,
-                   isa: str) -> None:
+def cpu_ragged_moe(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    slots: torch.Tensor,
+    buckets: torch.Tensor,
+    isa: str,
+) -> None:
     """Writes the MoE output [T, H]; arguments as in `ragged_moe_reference`, but weights prepacked for `isa`.
 
     `buckets` int32 [B, 4] is `layout.bucket_table()`. Each bucket gets the rows routed to it, and rows are summed in
@@ -104,8 +130,16 @@ def cpu_ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch
         token = routes // top_k
         rows = slice(bucket[3], bucket[3] + bucket[1] * bucket[2])
         partial = hidden_states.new_empty(len(routes), hidden_size)
-        cpu_uniform_moe(partial, hidden_states[token], w13[2 * rows.start : 2 * rows.stop], w2[rows],
-                        weights[routes, None].float(), route_slots[routes, None] - bucket[0], bucket[1], isa)
+        cpu_uniform_moe(
+            partial,
+            hidden_states[token],
+            w13[2 * rows.start : 2 * rows.stop],
+            w2[rows],
+            weights[routes, None].float(),
+            route_slots[routes, None] - bucket[0],
+            bucket[1],
+            isa,
+        )
         total.index_add_(0, token, partial.float())
     output.copy_(total)
 

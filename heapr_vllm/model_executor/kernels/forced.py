@@ -42,8 +42,9 @@ def check_layer(name: str, dtype: torch.dtype, hidden_size: int) -> None:
 
 def _refuse(name: str, obstacle: str | None) -> None:
     if obstacle:
-        raise HeaprError(f"{VARIABLE}={name} cannot run here: {obstacle}, or choose another of {', '.join(NAMES)}, or "
-                         "unset it")
+        raise HeaprError(
+            f"{VARIABLE}={name} cannot run here: {obstacle}, or choose another of {', '.join(NAMES)}, or unset it"
+        )
 
 
 def _machine_obstacle(name: str) -> str | None:

@@ -103,8 +103,16 @@ def index_tables(kernel: str, slots: Sequence[int], layout: RaggedLayout) -> tup
     return torch.tensor([*slots, layout.num_slots], dtype=torch.int32), table
 
 
-def warm_up(kernel: str, w13: torch.Tensor, w2: torch.Tensor, slots: torch.Tensor, table: torch.Tensor, top_k: int,
-            max_width: int, max_tokens: int) -> None:
+def warm_up(
+    kernel: str,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    slots: torch.Tensor,
+    table: torch.Tensor,
+    top_k: int,
+    max_width: int,
+    max_tokens: int,
+) -> None:
     """Compiles what the kernel needs for up to `max_tokens` tokens; arguments as in `ragged_moe`."""
     if kernel == TRITON:
         from heapr_vllm.model_executor.kernels.triton import launch
@@ -112,9 +120,18 @@ def warm_up(kernel: str, w13: torch.Tensor, w2: torch.Tensor, slots: torch.Tenso
         launch.warm_up(w13, w2, slots, table, top_k, max_width, max_tokens)
 
 
-def ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor,
-               topk_weights: torch.Tensor, topk_ids: torch.Tensor, slots: torch.Tensor, table: torch.Tensor,
-               max_width: int, kernel: str) -> None:
+def ragged_moe(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    slots: torch.Tensor,
+    table: torch.Tensor,
+    max_width: int,
+    kernel: str,
+) -> None:
     """Writes the MoE output [T, H] into `output`.
 
     `hidden_states` [T, H]; `w13` and `w2` as `pack` left them; `topk_weights` float32 and `topk_ids` int32 [T, k],
@@ -132,9 +149,18 @@ def ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Ten
         cpu_native.cpu_ragged_moe(output, hidden_states, w13, w2, topk_weights, topk_ids, slots, table, kernel)
 
 
-def _fake(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor,
-          topk_weights: torch.Tensor, topk_ids: torch.Tensor, slots: torch.Tensor, table: torch.Tensor,
-          max_width: int, kernel: str) -> None:
+def _fake(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    slots: torch.Tensor,
+    table: torch.Tensor,
+    max_width: int,
+    kernel: str,
+) -> None:
     """Shapes only: the op writes in place and returns nothing."""
 
 

@@ -5,8 +5,15 @@ import torch
 import torch.nn.functional as F
 
 
-def ragged_moe_reference(hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor,
-                         topk_ids: torch.Tensor, slots: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def ragged_moe_reference(
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    slots: torch.Tensor,
+    table: torch.Tensor,
+) -> torch.Tensor:
     """Sum over the top-k experts e of topk_weight * down_e(silu(gate_e x) * up_e x), [T, H] in x's dtype.
 
     `hidden_states` [T, H]. `w13` [2 * rows, H] and `w2` [rows, H] as in `layout.py`. `topk_weights` [T, k] float,

@@ -59,8 +59,9 @@ class RaggedLayout:
 
     def expert_table(self) -> list[tuple[int, int]]:
         """(first row, stored width) by slot."""
-        return [(bucket.row + i * bucket.width, bucket.width) for bucket in self.buckets
-                for i in range(bucket.num_slots)]
+        return [
+            (bucket.row + i * bucket.width, bucket.width) for bucket in self.buckets for i in range(bucket.num_slots)
+        ]
 
     def bucket_table(self) -> list[tuple[int, int, int, int]]:
         """(first slot, number of slots, stored width, first row) by bucket."""
@@ -83,14 +84,6 @@ class RaggedLayout:
                 buckets.append(Bucket(slot, 1, width, row))
             row += width
         return cls(tuple(widths), tuple(slots), tuple(buckets))
-
-
-
-
-
-
-
-
 
 
 def round_up(value: int, unit: int) -> int:

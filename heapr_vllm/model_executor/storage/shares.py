@@ -35,8 +35,10 @@ def expert_parallel_ranks(widths: Sequence[int], tokens: Sequence[int] | None, e
     neurons_held, work_held, experts_held = [0.0] * ep_size, [0.0] * ep_size, [0] * ep_size
     ranks = [0] * len(widths)
     for expert in sorted(range(len(widths)), key=lambda e: -(neurons[e] ** 2 + work[e] ** 2)):
-        added = [(neurons[expert] * neurons_held[r] + work[expert] * work_held[r], experts_held[r], r)
-                 for r in range(ep_size)]
+        added = [
+            (neurons[expert] * neurons_held[r] + work[expert] * work_held[r], experts_held[r], r)
+            for r in range(ep_size)
+        ]
         _, _, rank = min(added)
         ranks[expert] = rank
         neurons_held[rank] += neurons[expert]

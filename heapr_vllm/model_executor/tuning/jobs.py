@@ -34,16 +34,19 @@ class Job:
         return LayerShape.of(list(self.widths), self.moe.hidden_size, self.moe.top_k, self.dtype)
 
 
-def jobs_of_shapes(names: Sequence[str], sparsities: Sequence[float], dtype: torch.dtype,
-                   tp_size: int = 1) -> list[Job]:
+def jobs_of_shapes(
+    names: Sequence[str], sparsities: Sequence[float], dtype: torch.dtype, tp_size: int = 1
+) -> list[Job]:
     """One job per named shape of the paper and sparsity. Raises HeaprError for an unknown name."""
     jobs = []
     for name in names:
         if name not in PAPER_SHAPES:
             raise HeaprError(f"unknown shape {name!r}; choose from {', '.join(PAPER_SHAPES)}, or pass a pruned model")
         moe = PAPER_SHAPES[name]
-        jobs += [Job(moe, _stored(ragged_widths(moe.num_experts, moe.moe_intermediate_size, sparsity), tp_size), dtype)
-                 for sparsity in sparsities]
+        jobs += [
+            Job(moe, _stored(ragged_widths(moe.num_experts, moe.moe_intermediate_size, sparsity), tp_size), dtype)
+            for sparsity in sparsities
+        ]
     return jobs
 
 

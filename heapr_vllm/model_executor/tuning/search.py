@@ -56,18 +56,37 @@ HOPELESS = 1.5  # a tile this much slower than the best at first sight is not ti
 # What vLLM's files for H200s choose in bf16 (E=128,N=768 and E=64,N=2560), as block_m, block_n, block_k, group_m, warps
 # and stages: ours with half of block_n for the up GEMM, and block_k 64 for the down GEMM, are tried first.
 STOCK_TILES = (
-    (16, 64, 64, 1, 4, 5), (16, 64, 64, 1, 4, 4), (16, 64, 64, 16, 4, 5), (16, 64, 128, 1, 4, 3),
-    (16, 64, 128, 1, 4, 4), (16, 64, 128, 1, 4, 5), (16, 64, 128, 16, 4, 2), (16, 64, 128, 32, 4, 2),
-    (16, 64, 256, 1, 4, 2), (16, 64, 256, 1, 4, 3), (16, 64, 256, 16, 4, 3), (16, 128, 128, 1, 4, 2),
-    (16, 128, 128, 1, 8, 3), (16, 128, 128, 16, 4, 3), (16, 128, 128, 16, 4, 5), (16, 128, 128, 32, 4, 5),
-    (16, 128, 256, 1, 4, 2), (16, 256, 128, 1, 8, 2), (32, 128, 128, 1, 4, 3), (32, 256, 128, 16, 4, 2),
-    (64, 64, 64, 1, 4, 3), (64, 128, 64, 1, 4, 3), (128, 256, 64, 1, 8, 4), (128, 256, 64, 16, 8, 4),
+    (16, 64, 64, 1, 4, 5),
+    (16, 64, 64, 1, 4, 4),
+    (16, 64, 64, 16, 4, 5),
+    (16, 64, 128, 1, 4, 3),
+    (16, 64, 128, 1, 4, 4),
+    (16, 64, 128, 1, 4, 5),
+    (16, 64, 128, 16, 4, 2),
+    (16, 64, 128, 32, 4, 2),
+    (16, 64, 256, 1, 4, 2),
+    (16, 64, 256, 1, 4, 3),
+    (16, 64, 256, 16, 4, 3),
+    (16, 128, 128, 1, 4, 2),
+    (16, 128, 128, 1, 8, 3),
+    (16, 128, 128, 16, 4, 3),
+    (16, 128, 128, 16, 4, 5),
+    (16, 128, 128, 32, 4, 5),
+    (16, 128, 256, 1, 4, 2),
+    (16, 256, 128, 1, 8, 2),
+    (32, 128, 128, 1, 4, 3),
+    (32, 256, 128, 16, 4, 2),
+    (64, 64, 64, 1, 4, 3),
+    (64, 128, 64, 1, 4, 3),
+    (128, 256, 64, 1, 8, 4),
+    (128, 256, 64, 16, 8, 4),
 )
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
-def tune(jobs: Sequence[Job], tokens: Sequence[int], folder: Path, time_budget: float, *,
-         overwrite: bool = False) -> tuple[list[Path], int]:
+def tune(
+    jobs: Sequence[Job], tokens: Sequence[int], folder: Path, time_budget: float, *, overwrite: bool = False
+) -> tuple[list[Path], int]:
     """Tunes every job for every token count; returns the files written and the token counts there was no time for.
 
     `time_budget`: seconds of timing, after all candidates have been compiled. What a file holds already is kept, unless
@@ -75,8 +94,10 @@ def tune(jobs: Sequence[Job], tokens: Sequence[int], folder: Path, time_budget: 
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise HeaprError("heapr tune needs a GPU that torch sees (`heapr env` shows what it sees); to try the command "
-                         "without one, set TRITON_INTERPRET=1")
+        raise HeaprError(
+            "heapr tune needs a GPU that torch sees (`heapr env` shows what it sees); to try the command "
+            "without one, set TRITON_INTERPRET=1"
+        )
     work = [(job, folder / job.shape.file_name(device_name()), count) for job in jobs for count in tokens]
     work = [(job, path, count) for job, path, count in work if overwrite or not _is_done(path, job.shape, count)]
     if work and device.type == "cuda":
@@ -110,8 +131,13 @@ def fastest(layer: SyntheticLayer, num_tokens: int, deadline: float) -> tuple[Ti
     outputs = torch.empty_like(batches[0].x)
 
     def layer_seconds(config: TileConfig) -> float:
-        run = try_stopwatch([partial(triton_ragged_moe, outputs, *layer.arguments(batch, i), config=config)
-                             for i, batch in enumerate(batches)], outputs.device)
+        run = try_stopwatch(
+            [
+                partial(triton_ragged_moe, outputs, *layer.arguments(batch, i), config=config)
+                for i, batch in enumerate(batches)
+            ],
+            outputs.device,
+        )
         return math.inf if run is None else median_seconds(run, outputs.device)
 
     best, best_seconds = default, layer_seconds(default)
@@ -121,8 +147,9 @@ def fastest(layer: SyntheticLayer, num_tokens: int, deadline: float) -> tuple[Ti
         tiles = []
         for kind, calls in zip(("up", "down"), _gemm_calls(layer, batches, block_m), strict=True):
             until = time.monotonic() + (deadline - time.monotonic()) / remaining
-            tiles.append(_fastest_tile(calls, candidates(kind, layer.shape, block_m, num_tokens), until,
-                                       outputs.device))
+            tiles.append(
+                _fastest_tile(calls, candidates(kind, layer.shape, block_m, num_tokens), until, outputs.device)
+            )
             remaining -= 1
         if None in tiles:
             continue
@@ -150,11 +177,13 @@ def changes(shape: LayerShape, num_tokens: int) -> list[Callable[[TileConfig], T
     if use_one_route_blocks(num_tokens, shape.top_k, 4 * shape.num_experts) and num_tokens > 1:
         found.append(lambda config: replace(config, one_route=not config.one_route))
     if _has_hopper():
-        found += [lambda config: replace(config, fused=not config.fused),
-                  lambda config: replace(config, up=replace(config.up, tma=True)),
-                  lambda config: replace(config, down=replace(config.down, tma=True)),
-                  lambda config: replace(config, chained=True),
-                  lambda config: replace(config, prefetch=True, down=replace(config.down, tma=False))]
+        found += [
+            lambda config: replace(config, fused=not config.fused),
+            lambda config: replace(config, up=replace(config.up, tma=True)),
+            lambda config: replace(config, down=replace(config.down, tma=True)),
+            lambda config: replace(config, chained=True),
+            lambda config: replace(config, prefetch=True, down=replace(config.down, tma=False)),
+        ]
     return found
 
 
@@ -193,17 +222,23 @@ def candidates(kind: str, shape: LayerShape, block_m: int, num_tokens: int) -> l
     group_sizes = (1, 8) if routes > block_m else (1,)
     axes = ((16, 32, 64, 128, 256), (64, 128, 256) if kind == "up" else (64,), (4, 8), (2, 3, 4, 5), group_sizes)
     default = getattr(default_config(num_tokens, shape), kind).meta()
-    ordinary = sorted((Tile(*sizes) for sizes in itertools.product(*axes)),
-                      key=lambda tile: sum(default[name] != value for name, value in tile.meta().items()))
+    ordinary = sorted(
+        (Tile(*sizes) for sizes in itertools.product(*axes)),
+        key=lambda tile: sum(default[name] != value for name, value in tile.meta().items()),
+    )
     tiles = dict.fromkeys([*stock_tiles(kind, block_m), *ordinary])
     return [tile for tile in tiles if _fits(kind, tile, shape, block_m)][:MAX_CANDIDATES]
 
 
 def stock_tiles(kind: str, block_m: int) -> list[Tile]:
     """The equivalents of `STOCK_TILES` for blocks of this height, without repetitions."""
-    tiles = [Tile(block_n // 2, block_k, warps, stages, group_m) if kind == "up" else
-             Tile(block_n, 64, warps, stages, group_m)
-             for height, block_n, block_k, group_m, warps, stages in STOCK_TILES if height == block_m]
+    tiles = [
+        Tile(block_n // 2, block_k, warps, stages, group_m)
+        if kind == "up"
+        else Tile(block_n, 64, warps, stages, group_m)
+        for height, block_n, block_k, group_m, warps, stages in STOCK_TILES
+        if height == block_m
+    ]
     return list(dict.fromkeys(tiles))
 
 
@@ -227,19 +262,24 @@ def _gemm_calls(layer: SyntheticLayer, batches: list[Batch], block_m: int) -> tu
 
     def up_calls(tile: Tile) -> list[Callable[[], None]]:
         config = replace(default, up=tile)
-        return [partial(up_projection, hidden, batches[i].x, layer.w13[i % copies], layer.table, top_k, b, config)
-                for i, b in enumerate(blocks)]
+        return [
+            partial(up_projection, hidden, batches[i].x, layer.w13[i % copies], layer.table, top_k, b, config)
+            for i, b in enumerate(blocks)
+        ]
 
     def down_calls(tile: Tile) -> list[Callable[[], None]]:
         config = replace(default, down=tile)
-        return [partial(down_projection, routed, hidden, layer.w2[i % copies], layer.table, b, config)
-                for i, b in enumerate(blocks)]
+        return [
+            partial(down_projection, routed, hidden, layer.w2[i % copies], layer.table, b, config)
+            for i, b in enumerate(blocks)
+        ]
 
     return up_calls, down_calls
 
 
-def _fastest_tile(calls: Callable[[Tile], list[Callable]], tiles: list[Tile], deadline: float,
-                  device: torch.device) -> Tile | None:
+def _fastest_tile(
+    calls: Callable[[Tile], list[Callable]], tiles: list[Tile], deadline: float, device: torch.device
+) -> Tile | None:
     best, best_seconds = None, float("inf")
     for tile in tiles:
         if time.monotonic() > deadline:
@@ -267,19 +307,30 @@ def try_stopwatch(calls: Sequence[Callable[[], object]], device: torch.device) -
 
 def _compile_all(work: list[tuple[Job, int]]) -> None:
     """Compiles all candidates in parallel processes; this one then finds them in Triton's cache on disk."""
-    kernels = {(job.shape.hidden_size, job.shape.top_k, job.dtype, one_route, block_m, kind, tile)
-               for job, count in work for one_route in [use_one_route_blocks(count, job.shape.top_k,
-                                                                             job.shape.num_experts)]
-               for block_m in block_sizes(job.shape, count) for kind in ("up", "down")
-               for tile in candidates(kind, job.shape, block_m, count)}
+    kernels = {
+        (job.shape.hidden_size, job.shape.top_k, job.dtype, one_route, block_m, kind, tile)
+        for job, count in work
+        for one_route in [use_one_route_blocks(count, job.shape.top_k, job.shape.num_experts)]
+        for block_m in block_sizes(job.shape, count)
+        for kind in ("up", "down")
+        for tile in candidates(kind, job.shape, block_m, count)
+    }
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), context) as pool:
-        list(tqdm(pool.map(_compile, *zip(*kernels, strict=True), chunksize=4), total=len(kernels), unit="kernel",
-                  desc="compiling", disable=None))
+        list(
+            tqdm(
+                pool.map(_compile, *zip(*kernels, strict=True), chunksize=4),
+                total=len(kernels),
+                unit="kernel",
+                desc="compiling",
+                disable=None,
+            )
+        )
 
 
-def _compile(hidden_size: int, top_k: int, dtype: torch.dtype, one_route: bool, block_m: int, kind: str,
-             tile: Tile) -> None:
+def _compile(
+    hidden_size: int, top_k: int, dtype: torch.dtype, one_route: bool, block_m: int, kind: str, tile: Tile
+) -> None:
     """Runs one kernel on the smallest layer that uses it."""
     device = torch.device("cuda")
     moe = MoEShape(4 * top_k if one_route else top_k, top_k, hidden_size, 64)
@@ -307,7 +358,11 @@ def _record(path: Path, shape: LayerShape, num_tokens: int, config: TileConfig, 
         profiles.append(profile := profile_entry(shape))
     profile["tokens"][str(num_tokens)] = token_entry(config, 1e6 * seconds)
     profile["tokens"] = dict(sorted(profile["tokens"].items(), key=lambda entry: int(entry[0])))
-    content = {"format_version": FORMAT_VERSION, "device": device_name(), "triton": triton.__version__,
-               "profiles": profiles}
+    content = {
+        "format_version": FORMAT_VERSION,
+        "device": device_name(),
+        "triton": triton.__version__,
+        "profiles": profiles,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_file(path, lambda target: target.write_text(json.dumps(content, indent=2) + "\n"))

@@ -90,13 +90,16 @@ class SyntheticLayer:
     plain: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
     @classmethod
-    def build(cls, moe: MoEShape, widths: list[int], dtype: torch.dtype, device: torch.device,
-              copies: int = 1) -> SyntheticLayer:
+    def build(
+        cls, moe: MoEShape, widths: list[int], dtype: torch.dtype, device: torch.device, copies: int = 1
+    ) -> SyntheticLayer:
         """`widths` are multiples of 64, one per expert, 0 for dead ones."""
         layout = RaggedLayout.build(widths, widths)
         scale = moe.hidden_size**-0.5
-        w13, w2 = ([torch.empty(rows, moe.hidden_size, dtype=dtype, device=device).normal_(std=scale)
-                    for _ in range(copies)] for rows in (2 * layout.num_rows, layout.num_rows))
+        w13, w2 = (
+            [torch.empty(rows, moe.hidden_size, dtype=dtype, device=device).normal_(std=scale) for _ in range(copies)]
+            for rows in (2 * layout.num_rows, layout.num_rows)
+        )
         slots = torch.tensor([*layout.slots, layout.num_slots], dtype=torch.int32, device=device)
         places = torch.tensor(layout.expert_table(), dtype=torch.int32, device=device).view(-1, 2)
         plain = w13[0].clone(), w2[0].clone(), slots, places
@@ -112,8 +115,16 @@ class SyntheticLayer:
     def arguments(self, batch: Batch, copy: int = 0) -> tuple:
         """Arguments of `triton_ragged_moe` after `output`."""
         copy %= len(self.w13)
-        return (batch.x, self.w13[copy], self.w2[copy], batch.topk_weights, batch.topk_ids, self.slot_map, self.table,
-                max(self.widths))
+        return (
+            batch.x,
+            self.w13[copy],
+            self.w2[copy],
+            batch.topk_weights,
+            batch.topk_ids,
+            self.slot_map,
+            self.table,
+            max(self.widths),
+        )
 
     def expected(self, batch: Batch) -> torch.Tensor:
         """The reference's output [T, H] with the weights of copy 0."""

@@ -23,8 +23,16 @@ from heapr_vllm.prune.models.loading import check_device
 from heapr_vllm.prune.text.samples import fingerprint
 
 
-def calibrate(settings: CalibrationSettings, output: Path, *, device: str = "cpu", checkpoint_every: int = 8,
-              resume: bool = False, overwrite: bool = False, processes: Processes = ALONE) -> NeuronMoments:
+def calibrate(
+    settings: CalibrationSettings,
+    output: Path,
+    *,
+    device: str = "cpu",
+    checkpoint_every: int = 8,
+    resume: bool = False,
+    overwrite: bool = False,
+    processes: Processes = ALONE,
+) -> NeuronMoments:
     """`heapr calibrate`: writes `moments.safetensors`, `calibration.json` and the model's config and tokenizer.
 
     Every `checkpoint_every` batches the sums are saved; with `resume` a killed run continues from there and ends in the
@@ -41,10 +49,15 @@ def calibrate(settings: CalibrationSettings, output: Path, *, device: str = "cpu
     checkpoint.expert_shapes()
     blocks = calibration_blocks(settings, checkpoint)
     mine = processes.share(blocks)
-    identity = {**asdict(settings), "revision": checkpoint.commit or settings.revision, "processes": processes.size,
-                "dataset_fingerprint": fingerprint(blocks), "base_fingerprint": checkpoint.fingerprint(),
-                "checkpoint_bytes": checkpoint.export_bytes(),
-                "routed_bytes": checkpoint.export_bytes(routed_only=True)}
+    identity = {
+        **asdict(settings),
+        "revision": checkpoint.commit or settings.revision,
+        "processes": processes.size,
+        "dataset_fingerprint": fingerprint(blocks),
+        "base_fingerprint": checkpoint.fingerprint(),
+        "checkpoint_bytes": checkpoint.export_bytes(),
+        "routed_bytes": checkpoint.export_bytes(routed_only=True),
+    }
     state = SavedState(output, identity, processes)
     if resume and (finished := state.finished()):
         return finished
@@ -73,20 +86,21 @@ def calibrate(settings: CalibrationSettings, output: Path, *, device: str = "cpu
     return moments
 
 
-
-
-
-
-
-
-
-
-
-
-def _write_provenance(output: Path, checkpoint: Checkpoint, identity: dict[str, Any], moments: NeuronMoments,
-                      blocks: torch.Tensor, seconds: float) -> None:
-    record = {**identity, "calibration_tokens": blocks.numel(), "wall_time_seconds": round(seconds, 1),
-              "versions": versions(), "tokens": {prefix: count.tolist() for prefix, count in moments.tokens.items()}}
+def _write_provenance(
+    output: Path,
+    checkpoint: Checkpoint,
+    identity: dict[str, Any],
+    moments: NeuronMoments,
+    blocks: torch.Tensor,
+    seconds: float,
+) -> None:
+    record = {
+        **identity,
+        "calibration_tokens": blocks.numel(),
+        "wall_time_seconds": round(seconds, 1),
+        "versions": versions(),
+        "tokens": {prefix: count.tolist() for prefix, count in moments.tokens.items()},
+    }
     output.mkdir(exist_ok=True)
     atomic_file(output / CALIBRATION_FILE, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
     for name in ("config.json", *TOKENIZER_FILES):

@@ -35,7 +35,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        h, = ctx.saved_tensors
+        (h,) = ctx.saved_tensors
         h2, g2 = h.double().square_(), grad.double().square_()
         ctx.sums += torch.stack([h2.sum(0), g2.sum(0), h2.mul_(g2).sum(0)])
         return grad, None
@@ -60,8 +60,10 @@ class MomentCollector:
         for prefix, module in expert_modules(model).items():
             num_experts, _, width = module.down_proj.shape
             if not getattr(module, "has_gate", False) or module.has_bias or module.is_transposed:
-                raise HeaprError(f"{prefix} ({type(module).__name__}) is not a bias-free gated expert module behind "
-                                 "Transformers' experts interface; this family is not supported")
+                raise HeaprError(
+                    f"{prefix} ({type(module).__name__}) is not a bias-free gated expert module behind "
+                    "Transformers' experts interface; this family is not supported"
+                )
             place = device or module.down_proj.device
             self.prefixes[module] = prefix
             self.tokens[prefix] = torch.zeros(num_experts, dtype=torch.int64, device=place)
@@ -82,8 +84,9 @@ class MomentCollector:
         finally:
             self.model.set_experts_implementation(previous)
 
-    def forward(self, module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor,
-                top_k_weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         """The experts' output [T, H] for `hidden_states` [T, H], `top_k_index` and `top_k_weights` [T, top_k].
 
         Tokens and output norms are counted on the way back, like the sums: under gradient checkpointing every forward
@@ -124,18 +127,25 @@ class MomentCollector:
     def check_reached(self) -> None:
         """Raises HeaprError if a MoE layer saw no token at all: then its experts do not run through `forward`."""
         if unseen := [prefix for prefix, tokens in self.tokens.items() if not tokens.any()]:
-            raise HeaprError(f"no token reached {unseen[0]} through Transformers' experts interface; "
-                             f"{type(self.model).__name__} is not supported")
+            raise HeaprError(
+                f"no token reached {unseen[0]} through Transformers' experts interface; "
+                f"{type(self.model).__name__} is not supported"
+            )
 
     def moments(self, metadata: dict) -> NeuronMoments:
         """The sums so far, on the CPU."""
-        groups = {name: {prefix: sums[:, i].contiguous().cpu() for prefix, sums in self.sums.items()}
-                  for i, name in enumerate(SUMS)}
+        groups = {
+            name: {prefix: sums[:, i].contiguous().cpu() for prefix, sums in self.sums.items()}
+            for i, name in enumerate(SUMS)
+        }
         for names, tensors in ((OUTPUTS, self.outputs), (NORMS, self.norms)):
-            groups |= {name: {prefix: values[i].clone().cpu() for prefix, values in tensors.items()}
-                       for i, name in enumerate(names)}
-        return NeuronMoments({prefix: tokens.cpu() for prefix, tokens in self.tokens.items()}, **groups,
-                             metadata=metadata)
+            groups |= {
+                name: {prefix: values[i].clone().cpu() for prefix, values in tensors.items()}
+                for i, name in enumerate(names)
+            }
+        return NeuronMoments(
+            {prefix: tokens.cpu() for prefix, tokens in self.tokens.items()}, **groups, metadata=metadata
+        )
 
     def restore(self, moments: NeuronMoments) -> None:
         """Continues from `moments`, which must be in float64 to continue exactly.
@@ -163,5 +173,7 @@ def _weight_norms(module: nn.Module) -> torch.Tensor:
 def check_experts(checkpoint: Checkpoint, collector: MomentCollector) -> None:
     """Raises HeaprError if the checkpoint has routed experts that the model does not expose."""
     if missing := checkpoint.expert_shapes().keys() - collector.sums.keys():
-        raise HeaprError(f"{type(collector.model).__name__} does not expose {min(missing)} of the checkpoint; "
-                         "this family is not supported")
+        raise HeaprError(
+            f"{type(collector.model).__name__} does not expose {min(missing)} of the checkpoint; "
+            "this family is not supported"
+        )

@@ -34,19 +34,31 @@ def streamed_plan(model: LayeredModel, num_samples: int, length: int, batch_size
     head_tokens = batch_size * min(max(1, HEAD_TOKENS // batch_size), length)
     logits = head_tokens * config.vocab_size * (2 * dtype.itemsize + 3 * 4)  # as computed, float32, softmax, gradients
     collector = MomentCollector(model.model, torch.device("meta"))
-    accumulators = sum(tensor.nbytes for group in (collector.tokens, collector.sums, collector.outputs, collector.norms)
-                       for tensor in group.values())
-    phases = (weights[model.embedding_name] + 2 * hidden,
-              weights[model.head_name] + logits + 4 * hidden,
-              layer_weights + activations + 4 * hidden)
+    accumulators = sum(
+        tensor.nbytes
+        for group in (collector.tokens, collector.sums, collector.outputs, collector.norms)
+        for tensor in group.values()
+    )
+    phases = (
+        weights[model.embedding_name] + 2 * hidden,
+        weights[model.head_name] + logits + 4 * hidden,
+        layer_weights + activations + 4 * hidden,
+    )
     process = peak_resident_bytes() if model.device.type == "cpu" else 0
     one_tensor = _tensor_in_flight_bytes(model.weights.checkpoint)
     kept_layers = len(model.layers) - model.first_moe_layer + 1
-    return {"layer_weight_bytes": layer_weights, "embedding_bytes": weights[model.embedding_name],
-            "head_bytes": weights[model.head_name], "tensor_in_flight_bytes": one_tensor, "logits_bytes": logits,
-            "layer_activation_bytes": activations, "accumulator_bytes": accumulators, "process_bytes": process,
-            "peak_memory_bytes": process + RUNTIME_BYTES + 2 * accumulators + one_tensor + max(phases),
-            "disk_bytes": num_samples * length * config.hidden_size * dtype.itemsize * (kept_layers + 2)}
+    return {
+        "layer_weight_bytes": layer_weights,
+        "embedding_bytes": weights[model.embedding_name],
+        "head_bytes": weights[model.head_name],
+        "tensor_in_flight_bytes": one_tensor,
+        "logits_bytes": logits,
+        "layer_activation_bytes": activations,
+        "accumulator_bytes": accumulators,
+        "process_bytes": process,
+        "peak_memory_bytes": process + RUNTIME_BYTES + 2 * accumulators + one_tensor + max(phases),
+        "disk_bytes": num_samples * length * config.hidden_size * dtype.itemsize * (kept_layers + 2),
+    }
 
 
 def peak_resident_bytes(process: int | str = "self") -> int:
@@ -102,16 +114,20 @@ def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
     tokens = settings.batch_size * settings.max_seq_length
     scale = 2 if settings.dtype == "float32" and text.get("dtype", text.get("torch_dtype")) == "bfloat16" else 1
     scale *= 2 if checkpoint.fp8_block else 1
-    sizes = {"moe_layers": len(shapes), "experts": sum(experts for experts, _ in shapes.values()), "neurons": neurons,
-             "calibration_tokens": settings.num_calibration_samples * settings.max_seq_length,
-             "weight_bytes": checkpoint.num_bytes() * scale, "accumulator_bytes": 6 * 8 * neurons,
-             "logits_bytes": 2 * 4 * tokens * text["vocab_size"],
-             "checkpointed_activation_bytes": 4 * tokens * text["hidden_size"] * text["num_hidden_layers"],
-             "output_bytes": 6 * 4 * neurons}
+    sizes = {
+        "moe_layers": len(shapes),
+        "experts": sum(experts for experts, _ in shapes.values()),
+        "neurons": neurons,
+        "calibration_tokens": settings.num_calibration_samples * settings.max_seq_length,
+        "weight_bytes": checkpoint.num_bytes() * scale,
+        "accumulator_bytes": 6 * 8 * neurons,
+        "logits_bytes": 2 * 4 * tokens * text["vocab_size"],
+        "checkpointed_activation_bytes": 4 * tokens * text["hidden_size"] * text["num_hidden_layers"],
+        "output_bytes": 6 * 4 * neurons,
+    }
     if not settings.stream:
         return sizes
     from heapr_vllm.prune.models.layered import LayeredModel
-    
 
     del sizes["checkpointed_activation_bytes"]  # on disk here
     blocks = calibration_blocks(settings, checkpoint)

@@ -20,9 +20,15 @@ from heapr_vllm.prune.calibration.settings import CalibrationSettings, check_fin
 from heapr_vllm.prune.models.loading import load_model
 
 
-def collect_moments(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 1, *,
-                    collector: MomentCollector | None = None, first: int = 0,
-                    after_batch: Callable[[int], None] | None = None) -> NeuronMoments:
+def collect_moments(
+    model: PreTrainedModel,
+    blocks: torch.Tensor,
+    batch_size: int = 1,
+    *,
+    collector: MomentCollector | None = None,
+    first: int = 0,
+    after_batch: Callable[[int], None] | None = None,
+) -> NeuronMoments:
     """Runs `model` over token `blocks` int64 [N, L] and returns the moments; weights get no gradient.
 
     The loss is the sum of next-token cross entropies, so the result does not depend on `batch_size`. `collector` and
@@ -65,8 +71,15 @@ def _backward_only_to_activations(model: PreTrainedModel):
             parameter.requires_grad_(flag)
 
 
-def calibrate_in_memory(checkpoint: Checkpoint, settings: CalibrationSettings, blocks: torch.Tensor, device: str,
-                         state: SavedState, partial: NeuronMoments | None, every: int) -> NeuronMoments:
+def calibrate_in_memory(
+    checkpoint: Checkpoint,
+    settings: CalibrationSettings,
+    blocks: torch.Tensor,
+    device: str,
+    state: SavedState,
+    partial: NeuronMoments | None,
+    every: int,
+) -> NeuronMoments:
     model = load_model(checkpoint, settings.dtype, device)
     collector = MomentCollector(model)
     check_experts(checkpoint, collector)
@@ -74,13 +87,20 @@ def calibrate_in_memory(checkpoint: Checkpoint, settings: CalibrationSettings, b
     if partial is not None:
         collector.restore(partial)
         first = partial.metadata["samples_done"]
-    with tqdm(total=blocks.numel(), initial=first * settings.max_seq_length, unit="tok", unit_scale=True,
-              desc="calibrating", disable=state.processes.hides_progress) as bar:
+    with tqdm(
+        total=blocks.numel(),
+        initial=first * settings.max_seq_length,
+        unit="tok",
+        unit_scale=True,
+        desc="calibrating",
+        disable=state.processes.hides_progress,
+    ) as bar:
 
         def after_batch(done: int) -> None:
             bar.update(settings.batch_size * settings.max_seq_length)
             if done < len(blocks) and done // settings.batch_size % every == 0:
                 state.save(collector, {"samples_done": done})
 
-        return collect_moments(model, blocks, settings.batch_size, collector=collector, first=first,
-                               after_batch=after_batch)
+        return collect_moments(
+            model, blocks, settings.batch_size, collector=collector, first=first, after_batch=after_batch
+        )

@@ -85,8 +85,10 @@ class NeuronMoments:
     def require(self, names: tuple[str, ...], purpose: str) -> None:
         """Raises HeaprError if one of the tensors `names` is missing, as in files of version 1."""
         if missing := [name for name in names if getattr(self, name).keys() != self.tokens.keys()]:
-            raise HeaprError(f"{purpose} needs {', '.join(missing)}, which these moments of an older heapr-vllm lack; "
-                             "calibrate again")
+            raise HeaprError(
+                f"{purpose} needs {', '.join(missing)}, which these moments of an older heapr-vllm lack; "
+                "calibrate again"
+            )
 
     def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes all sums and norms in `dtype` and the metadata to `path`, atomically."""

@@ -68,6 +68,8 @@ class SavedState:
         saved = NeuronMoments.load(path)
         changed = sorted(key for key in self.identity if saved.metadata.get(key) != self.identity[key])
         if changed:
-            raise HeaprError(f"{self.output} was started with another {', '.join(changed)}; repeat the original "
-                             "command with --resume, or start anew with --overwrite")
+            raise HeaprError(
+                f"{self.output} was started with another {', '.join(changed)}; repeat the original "
+                "command with --resume, or start anew with --overwrite"
+            )
         return saved

@@ -35,11 +35,13 @@ class CalibrationSettings:
 def check_finite(loss: float, sample: int) -> None:
     """Raises NotFiniteError if the loss of the batch that starts at `sample` is not finite."""
     if not math.isfinite(loss):
-        raise NotFiniteError(f"the loss is {loss} at sample {sample}; try --dtype float32, or check the checkpoint for "
-                             "NaN weights")
+        raise NotFiniteError(
+            f"the loss is {loss} at sample {sample}; try --dtype float32, or check the checkpoint for NaN weights"
+        )
 
 
 def calibration_blocks(settings: CalibrationSettings, checkpoint: Checkpoint) -> torch.Tensor:
     """Token blocks int64 [num_calibration_samples, max_seq_length]. Raises HeaprError if the text is not enough."""
-    return checkpoint_blocks(checkpoint, settings.dataset, settings.num_calibration_samples, settings.max_seq_length,
-                             settings.seed)
+    return checkpoint_blocks(
+        checkpoint, settings.dataset, settings.num_calibration_samples, settings.max_seq_length, settings.seed
+    )

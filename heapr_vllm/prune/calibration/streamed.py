@@ -31,8 +31,15 @@ class BackwardPosition:
     batches: int
 
 
-def calibrate_streamed(checkpoint: Checkpoint, settings: CalibrationSettings, blocks: torch.Tensor, device: str,
-                       state: SavedState, partial: NeuronMoments | None, every: int) -> NeuronMoments:
+def calibrate_streamed(
+    checkpoint: Checkpoint,
+    settings: CalibrationSettings,
+    blocks: torch.Tensor,
+    device: str,
+    state: SavedState,
+    partial: NeuronMoments | None,
+    every: int,
+) -> NeuronMoments:
     """`heapr calibrate --stream`, between reading the text and writing the result.
 
     Hidden states and gradients are on disk; the sums are saved every `every` batches of the backward pass and after
@@ -50,16 +57,28 @@ def calibrate_streamed(checkpoint: Checkpoint, settings: CalibrationSettings, bl
             position = BackwardPosition(partial.metadata["layer"], partial.metadata["batches"])
     batches = -(-len(blocks) // settings.batch_size)
     first = 0 if position is None else num_steps(model, batches, position)
-    with tqdm(total=num_steps(model, batches), initial=first, unit="step", desc="streaming layers",
-              disable=state.processes.hides_progress) as bar:
+    with tqdm(
+        total=num_steps(model, batches),
+        initial=first,
+        unit="step",
+        desc="streaming layers",
+        disable=state.processes.hides_progress,
+    ) as bar:
 
         def save_position(position: BackwardPosition) -> None:
             if position.batches % every == 0:
                 state.save(collector, asdict(position))
 
-        return collect_moments_streamed(model, blocks, ActivationStore(state.stream_folder), settings.batch_size,
-                                        collector=collector, position=position, save=save_position,
-                                        after_steps=bar.update)
+        return collect_moments_streamed(
+            model,
+            blocks,
+            ActivationStore(state.stream_folder),
+            settings.batch_size,
+            collector=collector,
+            position=position,
+            save=save_position,
+            after_steps=bar.update,
+        )
 
 
 def num_steps(model: LayeredModel, batches: int, position: BackwardPosition | None = None) -> int:
@@ -73,10 +92,17 @@ def num_steps(model: LayeredModel, batches: int, position: BackwardPosition | No
     return batches * (layers + 2 + layers - 1 - position.layer) + position.batches
 
 
-def collect_moments_streamed(model: LayeredModel, blocks: torch.Tensor, store: ActivationStore, batch_size: int = 1, *,
-                             collector: MomentCollector | None = None, position: BackwardPosition | None = None,
-                             save: Callable[[BackwardPosition], None] | None = None,
-                             after_steps: Callable[[int], None] | None = None) -> NeuronMoments:
+def collect_moments_streamed(
+    model: LayeredModel,
+    blocks: torch.Tensor,
+    store: ActivationStore,
+    batch_size: int = 1,
+    *,
+    collector: MomentCollector | None = None,
+    position: BackwardPosition | None = None,
+    save: Callable[[BackwardPosition], None] | None = None,
+    after_steps: Callable[[int], None] | None = None,
+) -> NeuronMoments:
     """`collect_moments` for a `LayeredModel`: token `blocks` int64 [N, L] to moments.
 
     Continues from what `store` holds; once the backward pass has begun, `collector` and `position` say how far it got.
@@ -105,8 +131,9 @@ def collect_moments_streamed(model: LayeredModel, blocks: torch.Tensor, store: A
     return collector.moments({})
 
 
-def _head(model: LayeredModel, batches: list[torch.Tensor], store: ActivationStore,
-          steps: Callable[[int], None]) -> None:
+def _head(
+    model: LayeredModel, batches: list[torch.Tensor], store: ActivationStore, steps: Callable[[int], None]
+) -> None:
     top = len(model.layers)
     with model.head():
         for number, ids in enumerate(batches):
@@ -117,8 +144,15 @@ def _head(model: LayeredModel, batches: list[torch.Tensor], store: ActivationSto
             steps(1)
 
 
-def _backward(model: LayeredModel, layer: int, numbers: range, store: ActivationStore,
-              save: Callable[[BackwardPosition], None], steps: Callable[[int], None], keep_gradient: bool) -> None:
+def _backward(
+    model: LayeredModel,
+    layer: int,
+    numbers: range,
+    store: ActivationStore,
+    save: Callable[[BackwardPosition], None],
+    steps: Callable[[int], None],
+    keep_gradient: bool,
+) -> None:
     with model.layer(layer) as run:
         for number in numbers:
             hidden = store.load("input", layer, number, model.device).requires_grad_()

@@ -16,8 +16,10 @@ PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 def compact(name: str, tensor: torch.Tensor, masks: NeuronMasks) -> dict[str, torch.Tensor]:
     """The kept part of a tensor; a stacked expert tensor becomes one tensor per expert and projection."""
-    return {part_name: _keep(part, where, masks).contiguous() if where and where.prefix in masks.keep else part
-            for part_name, part, where in _per_expert(name, tensor)}
+    return {
+        part_name: _keep(part, where, masks).contiguous() if where and where.prefix in masks.keep else part
+        for part_name, part, where in _per_expert(name, tensor)
+    }
 
 
 def _keep(tensor: torch.Tensor, where: ExpertTensor, masks: NeuronMasks) -> torch.Tensor:
@@ -33,8 +35,11 @@ def _per_expert(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Te
     shards = {"w2": tensor} if where.shard == "w2" else dict(zip(("w1", "w3"), tensor.chunk(2, dim=1), strict=True))
     for shard, stack in shards.items():
         for expert, part in enumerate(stack):
-            yield (f"{where.prefix}.{expert}.{PROJECTIONS[shard]}.weight", part,
-                   ExpertTensor(where.prefix, expert, shard))
+            yield (
+                f"{where.prefix}.{expert}.{PROJECTIONS[shard]}.weight",
+                part,
+                ExpertTensor(where.prefix, expert, shard),
+            )
 
 
 def zeroed(name: str, tensor: torch.Tensor, masks: NeuronMasks) -> dict[str, torch.Tensor]:

@@ -18,8 +18,9 @@ from heapr_vllm.prune.report.card import model_card
 from heapr_vllm.prune.report.summary import FRONTIER_FILE
 
 
-def write_masks_repository(masks: NeuronMasks, calibration: Path, output: Path, overwrite: bool = False,
-                           frontier: dict[str, Any] | None = None) -> None:
+def write_masks_repository(
+    masks: NeuronMasks, calibration: Path, output: Path, overwrite: bool = False, frontier: dict[str, Any] | None = None
+) -> None:
     """Masks with the base model's config and tokenizer: under 1 MiB, and vLLM serves it like an adapter.
 
     `calibration` is the folder `heapr calibrate` wrote, `frontier` what `sweep.frontier` returned for these masks.
@@ -34,9 +35,13 @@ def write_masks_repository(masks: NeuronMasks, calibration: Path, output: Path, 
         shutil.copyfile(calibration / CALIBRATION_FILE, folder / "heapr" / CALIBRATION_FILE)
         if frontier is not None:
             (folder / "heapr" / FRONTIER_FILE).write_text(json.dumps(frontier, indent=2) + "\n")
-        block = PruningConfig(masks_sha256=file_sha256(folder / MASKS_FILE), sparsity=masks.metadata["sparsity"],
-                              scope=masks.metadata["scope"], align=masks.metadata["align"],
-                              base_model=BaseModel(**masks.metadata["base_model"]))
+        block = PruningConfig(
+            masks_sha256=file_sha256(folder / MASKS_FILE),
+            sparsity=masks.metadata["sparsity"],
+            scope=masks.metadata["scope"],
+            align=masks.metadata["align"],
+            base_model=BaseModel(**masks.metadata["base_model"]),
+        )
         write_config(folder, json.loads((calibration / "config.json").read_text()), block)
         record = json.loads((calibration / CALIBRATION_FILE).read_text())
         (folder / "README.md").write_text(model_card(masks, block, record))

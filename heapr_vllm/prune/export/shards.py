@@ -28,8 +28,16 @@ from heapr_vllm.prune.report.card import model_card
 from heapr_vllm.prune.report.summary import REPAIR_FILE
 
 
-def export_checkpoint(masks_dir: Path, output: Path, *, model: str | None = None, layout: str = "compact",
-                      overwrite: bool = False, verify: bool = True, repair: RepairSettings | None = None) -> None:
+def export_checkpoint(
+    masks_dir: Path,
+    output: Path,
+    *,
+    model: str | None = None,
+    layout: str = "compact",
+    overwrite: bool = False,
+    verify: bool = True,
+    repair: RepairSettings | None = None,
+) -> None:
     """Writes a checkpoint from a masks repository and its base model, shard by shard.
 
     `layout` "compact": every expert tensor has its kept width under its standard name, neurons in their original order.
@@ -51,8 +59,10 @@ def export_checkpoint(masks_dir: Path, output: Path, *, model: str | None = None
     base.check_unquantized(allow_fp8=True)
     masks.check_fits(base.expert_shapes(), str(base.path))
     if verify and block.base_model.fingerprint not in (None, base.fingerprint()):
-        raise HeaprError(f"masks do not belong to {base.path}: its fingerprint differs from that of the calibrated "
-                         "model; pass the right --model, or --no-verify for a fine-tune of it")
+        raise HeaprError(
+            f"masks do not belong to {base.path}: its fingerprint differs from that of the calibrated "
+            "model; pass the right --model, or --no-verify for a fine-tune of it"
+        )
     transform = compact if layout == "compact" else zeroed
     record = json.loads((masks_dir / "heapr" / CALIBRATION_FILE).read_text())
     check_output(output, overwrite)
@@ -80,20 +90,9 @@ def export_checkpoint(masks_dir: Path, output: Path, *, model: str | None = None
         if refitted is not None:
             (folder / "heapr" / REPAIR_FILE).write_text(json.dumps(refitted.record, indent=2) + "\n")
         block = replace(block, layout="compact", repair=refitted.record["method"] if refitted else None)
-        (folder / "README.md").write_text(model_card(masks, block if layout == "compact" else None, record,
-                                                     refitted.record if refitted else None))
+        (folder / "README.md").write_text(
+            model_card(masks, block if layout == "compact" else None, record, refitted.record if refitted else None)
+        )
         write_config(folder, base.config, block if layout == "compact" else None)
     if refitted is not None:
         refitted.discard()
-
-
-
-
-
-
-
-
-
-
-
-

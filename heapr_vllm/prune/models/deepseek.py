@@ -34,8 +34,9 @@ class DeepseekModel(_HasExperts, LlamaModel):
 
     def __init__(self, config: DeepseekConfig) -> None:
         if config.norm_topk_prob or config.scoring_func != "softmax":
-            raise HeaprError("model_type deepseek with norm_topk_prob or another scoring_func than softmax is not "
-                             "supported")
+            raise HeaprError(
+                "model_type deepseek with norm_topk_prob or another scoring_func than softmax is not supported"
+            )
         super().__init__(config)
         for index, layer in enumerate(self.layers):
             if index >= config.first_k_dense_replace and index % config.moe_layer_freq == 0:
@@ -69,5 +70,4 @@ def register_deepseek_model() -> None:
     """Lets AutoModelForCausalLM build and load it: checkpoints hold one tensor per expert and projection."""
     register_deepseek()
     AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM, exist_ok=True)
-    register_checkpoint_conversion_mapping("deepseek", get_checkpoint_conversion_mapping("deepseek_v2"),
-                                           overwrite=True)
+    register_checkpoint_conversion_mapping("deepseek", get_checkpoint_conversion_mapping("deepseek_v2"), overwrite=True)

@@ -17,8 +17,11 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    found = [(name, module) for name, module in model.named_modules()
-             if isinstance(getattr(module, "down_proj", None), nn.Parameter) and module.down_proj.dim() == 3]
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "down_proj", None), nn.Parameter) and module.down_proj.dim() == 3
+    ]
     stand_ins = {f"{name}.down_proj": torch.full((1, 1, 1), index) for index, (name, _) in enumerate(found)}
     saved = revert_weight_conversion(model, stand_ins)  # what `save_pretrained` writes
     prefixes = {int(stand_in): _prefix(name) for name, stand_in in saved.items()}
@@ -27,8 +30,10 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def expert_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """(num_experts, moe_intermediate_size) of every module of `expert_modules`."""
-    return {prefix: (module.down_proj.shape[0], module.down_proj.shape[2])
-            for prefix, module in expert_modules(model).items()}
+    return {
+        prefix: (module.down_proj.shape[0], module.down_proj.shape[2])
+        for prefix, module in expert_modules(model).items()
+    }
 
 
 def _prefix(name: str) -> str:

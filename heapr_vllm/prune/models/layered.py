@@ -100,8 +100,14 @@ class LayeredModel:
         return total, gradient
 
     @torch.no_grad()
-    def forward(self, batches: list[torch.Tensor], store: ActivationStore, *, keep_from: int = 0,
-                after_steps: Callable[[int], None] | None = None) -> None:
+    def forward(
+        self,
+        batches: list[torch.Tensor],
+        store: ActivationStore,
+        *,
+        keep_from: int = 0,
+        after_steps: Callable[[int], None] | None = None,
+    ) -> None:
         """Leaves every layer's input for every batch of token ids in `store`, the last layer's output as input n.
 
         What the store already holds is not computed again; inputs of layers below `keep_from` go when they are not

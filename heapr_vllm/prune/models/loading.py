@@ -23,8 +23,10 @@ def check_device(device: str, allow_auto: bool = False) -> None:
     if place is None or place.type not in ("cpu", "cuda"):
         raise HeaprError(f"--device {device} is not cpu, cuda or cuda:N")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise HeaprError(f"--device {device}: this torch ({torch.__version__}) sees {torch.cuda.device_count()} GPUs; "
-                         "use --device cpu")
+        raise HeaprError(
+            f"--device {device}: this torch ({torch.__version__}) sees {torch.cuda.device_count()} GPUs; "
+            "use --device cpu"
+        )
 
 
 def load_model(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:

@@ -54,8 +54,11 @@ def run_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     """The dtype the model computes in."""
     text = checkpoint.config.get("text_config", checkpoint.config)
     if dtype == "auto":
-        dtype = text.get("dtype") or text.get("torch_dtype") or next(
-            _FLOATS[stored] for stored, _ in checkpoint.headers.values() if stored in _FLOATS)
+        dtype = (
+            text.get("dtype")
+            or text.get("torch_dtype")
+            or next(_FLOATS[stored] for stored, _ in checkpoint.headers.values() if stored in _FLOATS)
+        )
     return getattr(torch, dtype)
 
 
@@ -67,8 +70,9 @@ def model_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     conversions, parameters = get_model_conversion_mapping(model), model.state_dict()
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
-    found = {name: rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)[0]
-             for name in names}
+    found = {
+        name: rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)[0] for name in names
+    }
     model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
     return found
 
@@ -98,14 +102,17 @@ class ModuleWeights:
             yield
         finally:
             module = self.model.get_submodule(prefix)
-            module.load_state_dict({name: tensor.to("meta") for name, tensor in module.state_dict().items()},
-                                   assign=True)
+            module.load_state_dict(
+                {name: tensor.to("meta") for name, tensor in module.state_dict().items()}, assign=True
+            )
 
     def load(self, prefix: str) -> None:
         """Gives the module named `prefix` its weights; "" is the whole model."""
         module = self.model.get_submodule(prefix)
-        tensors = {name: torch.empty(tensor.shape, dtype=self._dtype(name, tensor), device=self.device)
-                   for name, tensor in module.state_dict().items()}
+        tensors = {
+            name: torch.empty(tensor.shape, dtype=self._dtype(name, tensor), device=self.device)
+            for name, tensor in module.state_dict().items()
+        }
         with TensorReader(self.checkpoint) as reader:
             for name, tensor in tensors.items():
                 for source, where in self._sources(f"{prefix}.{name}".lstrip(".")):
@@ -132,8 +139,10 @@ class ModuleWeights:
         for source, where in self._sources(name):
             shape, wanted = self.checkpoint.headers[source][1], tuple(self._place(tensor, where).shape)
             if shape != wanted:
-                raise HeaprError(f"{self.checkpoint.path}: {source} is {list(shape)}, {type(self.model).__name__} has "
-                                 f"{list(wanted)}; this family is not supported here")
+                raise HeaprError(
+                    f"{self.checkpoint.path}: {source} is {list(shape)}, {type(self.model).__name__} has "
+                    f"{list(wanted)}; this family is not supported here"
+                )
             filled += torch.Size(shape).numel()
         if filled != tensor.numel():
             raise HeaprError(f"{self.checkpoint.path} lacks weights of {name}; download the checkpoint again")

@@ -38,11 +38,16 @@ def opened(checkpoint: Checkpoint, dtype: str, device: str) -> Iterator[tuple[Pr
     if block.layout == "compact":
         yield load_compact(checkpoint, masks, dtype).to(device), masks
         return
-    base = checkpoint if checkpoint.has_weights else Checkpoint.resolve(block.base_model.name_or_path,
-                                                                        block.base_model.revision)
+    base = (
+        checkpoint
+        if checkpoint.has_weights
+        else Checkpoint.resolve(block.base_model.name_or_path, block.base_model.revision)
+    )
     if block.base_model.fingerprint not in (None, base.fingerprint()):
-        raise HeaprError(f"{checkpoint.path} does not belong to {base.path}: its fingerprint differs from that of the "
-                         "calibrated model; restore the base model or export the masks with --no-verify")
+        raise HeaprError(
+            f"{checkpoint.path} does not belong to {base.path}: its fingerprint differs from that of the "
+            "calibrated model; restore the base model or export the masks with --no-verify"
+        )
     with applied(masks, load_model(base, dtype, device)) as model:
         yield model, masks
 

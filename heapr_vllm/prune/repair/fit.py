@@ -82,8 +82,9 @@ class Repair:
         _discard(self.folder)
 
 
-def fit_repair(base: Checkpoint, masks: NeuronMasks, calibration: dict[str, Any], settings: RepairSettings,
-               folder: Path) -> Repair:
+def fit_repair(
+    base: Checkpoint, masks: NeuronMasks, calibration: dict[str, Any], settings: RepairSettings, folder: Path
+) -> Repair:
     """Writes the compensations of every expert that loses some neurons into `folder`, and returns them.
 
     `calibration` is the content of calibration.json: text, seed, length, batch size and dtype are those of the
@@ -95,18 +96,31 @@ def fit_repair(base: Checkpoint, masks: NeuronMasks, calibration: dict[str, Any]
     check_device(settings.device)
     experts = repairable(masks)
     if not experts:
-        raise HeaprError("every expert is kept whole or removed whole, so there is nothing to repair; export without "
-                         "--repair")
+        raise HeaprError(
+            "every expert is kept whole or removed whole, so there is nothing to repair; export without --repair"
+        )
     groups = layer_groups(masks, experts, settings.memory)
     blocks = _blocks(base, calibration, settings)
     thin = check_tokens(masks, experts, calibration, len(blocks))
-    record = {"method": settings.method, "dataset": settings.dataset or calibration["dataset"],
-              "dataset_fingerprint": fingerprint(blocks), "num_samples": len(blocks),
-              "max_seq_length": blocks.shape[1], "seed": calibration["seed"], "tokens": blocks.numel(), "prior": PRIOR,
-              "experts": sum(map(len, experts.values())), "experts_with_few_tokens": thin}
-    inputs = {**record, "dtype": calibration["dtype"], "batch_size": calibration["batch_size"],
-              "base": [str(base.path.resolve()), base.fingerprint()],
-              "keep": hashlib.sha256(b"".join(masks.keep[prefix].numpy().tobytes() for prefix in experts)).hexdigest()}
+    record = {
+        "method": settings.method,
+        "dataset": settings.dataset or calibration["dataset"],
+        "dataset_fingerprint": fingerprint(blocks),
+        "num_samples": len(blocks),
+        "max_seq_length": blocks.shape[1],
+        "seed": calibration["seed"],
+        "tokens": blocks.numel(),
+        "prior": PRIOR,
+        "experts": sum(map(len, experts.values())),
+        "experts_with_few_tokens": thin,
+    }
+    inputs = {
+        **record,
+        "dtype": calibration["dtype"],
+        "batch_size": calibration["batch_size"],
+        "base": [str(base.path.resolve()), base.fingerprint()],
+        "keep": hashlib.sha256(b"".join(masks.keep[prefix].numpy().tobytes() for prefix in experts)).hexdigest(),
+    }
     identity = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     errors = _load_state(folder, identity)
     if not errors:
@@ -130,25 +144,34 @@ def fit_repair(base: Checkpoint, masks: NeuronMasks, calibration: dict[str, Any]
 Collected = Iterator[tuple[str, dict[int, SecondMoment], torch.Tensor]]  # MoE module prefix, moments, down_proj
 
 
-def _in_memory(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int, wanted: dict[str, list[int]],
-               groups: list[list[str]]) -> Collected:
+def _in_memory(
+    model: PreTrainedModel, blocks: torch.Tensor, batch_size: int, wanted: dict[str, list[int]], groups: list[list[str]]
+) -> Collected:
     """One forward pass of the whole model per group of layers in which any is wanted."""
     missing = [group for group in groups if wanted.keys() & set(group)]
     modules = expert_modules(model)
     with tqdm(total=len(missing) * blocks.numel(), unit="tok", unit_scale=True, desc="repairing", disable=None) as bar:
         for group in missing:
             experts = {prefix: wanted[prefix] for prefix in group if prefix in wanted}
-            moments = collect_second_moments(model, blocks, batch_size, experts=experts,
-                                             after_batch=lambda samples: bar.update(samples * blocks.shape[1]))
+            moments = collect_second_moments(
+                model,
+                blocks,
+                batch_size,
+                experts=experts,
+                after_batch=lambda samples: bar.update(samples * blocks.shape[1]),
+            )
             for prefix in experts:
                 yield prefix, moments.pop(prefix), modules[prefix].down_proj
 
 
-def _streamed(model: LayeredModel, blocks: torch.Tensor, batch_size: int, wanted: dict[str, list[int]],
-              folder: Path) -> Collected:
+def _streamed(
+    model: LayeredModel, blocks: torch.Tensor, batch_size: int, wanted: dict[str, list[int]], folder: Path
+) -> Collected:
     """One forward pass with one layer in memory; hidden states are in `folder` meanwhile."""
-    with (tqdm(total=len(model.layers) * len(blocks), unit="sample", desc="repairing", disable=None) as bar,
-          TemporaryDirectory(dir=folder) as store):
+    with (
+        tqdm(total=len(model.layers) * len(blocks), unit="sample", desc="repairing", disable=None) as bar,
+        TemporaryDirectory(dir=folder) as store,
+    ):
         yield from stream_second_moments(model, blocks, ActivationStore(Path(store)), batch_size, wanted, bar.update)
 
 
@@ -162,8 +185,10 @@ def layer_groups(masks: NeuronMasks, experts: dict[str, list[int]], memory: int)
     for prefix in sorted(experts, key=natural_order):
         size = 8 * len(experts[prefix]) * masks.keep[prefix].shape[1] ** 2
         if size > memory:
-            raise HeaprError(f"the second moments of {prefix} take {size / 2**20:,.1f} MiB; pass --repair-memory "
-                             f"{math.ceil(size / 2**20)}MiB or more")
+            raise HeaprError(
+                f"the second moments of {prefix} take {size / 2**20:,.1f} MiB; pass --repair-memory "
+                f"{math.ceil(size / 2**20)}MiB or more"
+            )
         if used + size > memory:
             groups.append([])
             used = 0
@@ -172,21 +197,27 @@ def layer_groups(masks: NeuronMasks, experts: dict[str, list[int]], memory: int)
     return groups
 
 
-def check_tokens(masks: NeuronMasks, experts: dict[str, list[int]], calibration: dict[str, Any],
-                 num_samples: int) -> int:
+def check_tokens(
+    masks: NeuronMasks, experts: dict[str, list[int]], calibration: dict[str, Any], num_samples: int
+) -> int:
     """How many experts see fewer tokens than they keep neurons, going by the routing of the calibration.
 
     They stay close to their original weights: a warning, and a HeaprError if they are the majority. Both say how many
     samples would do.
     """
     scale = num_samples / calibration["num_calibration_samples"]
-    pairs = [(int(masks.widths[prefix][expert]), calibration["tokens"][prefix][expert] * scale)
-             for prefix, chosen in experts.items() for expert in chosen]
+    pairs = [
+        (int(masks.widths[prefix][expert]), calibration["tokens"][prefix][expert] * scale)
+        for prefix, chosen in experts.items()
+        for expert in chosen
+    ]
     thin = sum(tokens < width for width, tokens in pairs)
     if thin:
         needed = math.ceil(num_samples * max((width / tokens for width, tokens in pairs if tokens), default=1))
-        message = (f"{thin} of the {len(pairs)} experts to repair see fewer tokens than they keep neurons with "
-                   f"{num_samples} samples; --repair-samples {needed} would do for all that see any")
+        message = (
+            f"{thin} of the {len(pairs)} experts to repair see fewer tokens than they keep neurons with "
+            f"{num_samples} samples; --repair-samples {needed} would do for all that see any"
+        )
         if thin > len(pairs) / 2:
             raise HeaprError(f"too little text for a repair: {message}")
         warnings.warn(f"{message}; they stay close to their original weights", stacklevel=2)
@@ -201,27 +232,37 @@ def _blocks(base: Checkpoint, calibration: dict[str, Any], settings: RepairSetti
         try:
             blocks = calibration_blocks(recorded, base)
         except HeaprError as error:
-            raise HeaprError(f"a repair needs the calibration text: {error}; or name another text with "
-                             "--repair-dataset") from error
+            raise HeaprError(
+                f"a repair needs the calibration text: {error}; or name another text with --repair-dataset"
+            ) from error
         if fingerprint(blocks) != calibration["dataset_fingerprint"]:
-            raise HeaprError(f"{recorded.dataset} is not the text of the calibration any more (its fingerprint "
-                             "differs); restore it, calibrate again, or accept a text with --repair-dataset")
+            raise HeaprError(
+                f"{recorded.dataset} is not the text of the calibration any more (its fingerprint "
+                "differs); restore it, calibrate again, or accept a text with --repair-dataset"
+            )
         if settings.num_samples in (None, len(blocks)):
             return blocks
-    return calibration_blocks(replace(recorded, dataset=settings.dataset or recorded.dataset,
-                                      num_calibration_samples=settings.num_samples or recorded.num_calibration_samples),
-                              base)
+    return calibration_blocks(
+        replace(
+            recorded,
+            dataset=settings.dataset or recorded.dataset,
+            num_calibration_samples=settings.num_samples or recorded.num_calibration_samples,
+        ),
+        base,
+    )
 
 
-def _fit_module(weights: torch.Tensor, moments: dict[int, SecondMoment], keep: torch.Tensor,
-                path: Path) -> tuple[float, float]:
+def _fit_module(
+    weights: torch.Tensor, moments: dict[int, SecondMoment], keep: torch.Tensor, path: Path
+) -> tuple[float, float]:
     """Writes the compensations of one MoE module; returns its output error without and with them.
 
     `weights`: down_proj [E, H, I], `keep`: bool [E, I].
     """
     matrices = {expert: compensation(moment, keep[expert]) for expert, moment in moments.items()}
-    errors = [output_errors(weights[expert], moments[expert], keep[expert], matrix)
-              for expert, matrix in matrices.items()]
+    errors = [
+        output_errors(weights[expert], moments[expert], keep[expert], matrix) for expert, matrix in matrices.items()
+    ]
     save_tensors(path, {str(expert): matrix.float().contiguous().cpu() for expert, matrix in matrices.items()}, {})
     return sum(before for before, _ in errors), sum(after for _, after in errors)
 

@@ -35,8 +35,10 @@ Compensations = dict[str, dict[int, torch.Tensor]]  # MoE module prefix, expert:
 
 def repairable(masks: NeuronMasks) -> dict[str, list[int]]:
     """MoE module prefix to the experts that lose some of their neurons, not none and not all."""
-    experts = {prefix: ((widths > 0) & (widths < masks.keep[prefix].shape[1])).nonzero()[:, 0].tolist()
-               for prefix, widths in masks.widths.items()}
+    experts = {
+        prefix: ((widths > 0) & (widths < masks.keep[prefix].shape[1])).nonzero()[:, 0].tolist()
+        for prefix, widths in masks.widths.items()
+    }
     return {prefix: chosen for prefix, chosen in experts.items() if chosen}
 
 
@@ -63,8 +65,9 @@ def compensate(weight: torch.Tensor, keep: torch.Tensor, compensation: torch.Ten
     return refitted.to(weight.dtype)
 
 
-def output_errors(weight: torch.Tensor, moment: SecondMoment, keep: torch.Tensor,
-                  compensation: torch.Tensor) -> tuple[float, float]:
+def output_errors(
+    weight: torch.Tensor, moment: SecondMoment, keep: torch.Tensor, compensation: torch.Tensor
+) -> tuple[float, float]:
     """Sum over tokens of the squared error of the expert's weighted output, without and with the compensation."""
     keep = keep.to(weight.device)
     removed = weight[:, ~keep].double()
@@ -77,8 +80,10 @@ def output_errors(weight: torch.Tensor, moment: SecondMoment, keep: torch.Tensor
 
 def compensations(moments: SecondMoments, masks: NeuronMasks, prior: float = PRIOR) -> Compensations:
     """B of every expert that loses some neurons."""
-    return {prefix: {expert: compensation(moments[prefix][expert], masks.keep[prefix][expert], prior)
-                     for expert in experts} for prefix, experts in repairable(masks).items()}
+    return {
+        prefix: {expert: compensation(moments[prefix][expert], masks.keep[prefix][expert], prior) for expert in experts}
+        for prefix, experts in repairable(masks).items()
+    }
 
 
 @contextmanager

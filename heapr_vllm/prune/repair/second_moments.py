@@ -87,9 +87,14 @@ class SecondMomentCollector:
 
 
 @torch.no_grad()
-def collect_second_moments(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 1, *,
-                           experts: dict[str, list[int]] | None = None,
-                           after_batch: Callable[[int], None] | None = None) -> SecondMoments:
+def collect_second_moments(
+    model: PreTrainedModel,
+    blocks: torch.Tensor,
+    batch_size: int = 1,
+    *,
+    experts: dict[str, list[int]] | None = None,
+    after_batch: Callable[[int], None] | None = None,
+) -> SecondMoments:
     """Runs `model` forward over token `blocks` int64 [N, L].
 
     `experts`: which ones, by MoE module prefix; all by default. `after_batch(n)` is called after every n more samples.
@@ -107,9 +112,14 @@ def collect_second_moments(model: PreTrainedModel, blocks: torch.Tensor, batch_s
 
 
 @torch.no_grad()
-def stream_second_moments(model: LayeredModel, blocks: torch.Tensor, store: ActivationStore, batch_size: int,
-                          experts: dict[str, list[int]], after_batch: Callable[[int], None] | None = None
-                          ) -> Iterator[tuple[str, dict[int, SecondMoment], torch.Tensor]]:
+def stream_second_moments(
+    model: LayeredModel,
+    blocks: torch.Tensor,
+    store: ActivationStore,
+    batch_size: int,
+    experts: dict[str, list[int]],
+    after_batch: Callable[[int], None] | None = None,
+) -> Iterator[tuple[str, dict[int, SecondMoment], torch.Tensor]]:
     """The same with one decoder layer in memory: MoE module prefix, moments and down_proj [E, H, I], layer by layer.
 
     Hidden states of one layer at a time are in `store`. `after_batch(n)` is called after every n more samples in a

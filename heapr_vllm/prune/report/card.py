@@ -44,8 +44,9 @@ Method: HEAPr, arXiv 2509.22299. Made with heapr-vllm {version}.
 """
 
 
-def model_card(masks: NeuronMasks, block: PruningConfig | None, calibration: dict[str, Any],
-               repair: dict[str, Any] | None = None) -> str:
+def model_card(
+    masks: NeuronMasks, block: PruningConfig | None, calibration: dict[str, Any], repair: dict[str, Any] | None = None
+) -> str:
     """Text of the card. `block` None means full-size weights with zeroed neurons.
 
     `calibration` and `repair` are the contents of calibration.json and repair.json.
@@ -53,13 +54,24 @@ def model_card(masks: NeuronMasks, block: PruningConfig | None, calibration: dic
     summary = summarize(masks, calibration)
     layout = block.layout if block else "masked"
     return _TEMPLATE.format(
-        base=calibration["model"], revision=calibration["revision"] or "none",
-        relation="adapter" if layout == "masks" else "quantized", what=_WHAT[layout],
-        percent=f"{summary['stored_reduction']:.0%}", criterion=masks.metadata["criterion"],
-        scope=masks.metadata["scope"], align=masks.metadata["align"], kept=masks.num_kept, total=masks.num_neurons,
-        stored=summary["stored_reduction"], executed=summary["executed_reduction"],
-        samples=calibration["num_calibration_samples"], length=calibration["max_seq_length"],
-        dataset=calibration["dataset"], seed=calibration["seed"], dead=len(summary["dead_experts"]),
+        base=calibration["model"],
+        revision=calibration["revision"] or "none",
+        relation="adapter" if layout == "masks" else "quantized",
+        what=_WHAT[layout],
+        percent=f"{summary['stored_reduction']:.0%}",
+        criterion=masks.metadata["criterion"],
+        scope=masks.metadata["scope"],
+        align=masks.metadata["align"],
+        kept=masks.num_kept,
+        total=masks.num_neurons,
+        stored=summary["stored_reduction"],
+        executed=summary["executed_reduction"],
+        samples=calibration["num_calibration_samples"],
+        length=calibration["max_seq_length"],
+        dataset=calibration["dataset"],
+        seed=calibration["seed"],
+        dead=len(summary["dead_experts"]),
         repair=f"| repair | {format_repair(repair)} |\n" if repair else "",
         serve=_SERVE.get(layout, "vllm serve <this repository>"),
-        version=calibration["versions"].get("heapr-vllm", "(source)"))
+        version=calibration["versions"].get("heapr-vllm", "(source)"),
+    )

@@ -26,8 +26,7 @@ def new_figure(width: float, height: float) -> Any:
 
 def plot_report(summary: dict[str, Any], path: Path) -> None:
     """Heat map of the kept fraction per layer and expert; below it the frontier, if the summary has one."""
-    rows = [[width / summary["full_width"][prefix] for width in widths]
-            for prefix, widths in summary["widths"].items()]
+    rows = [[width / summary["full_width"][prefix] for width in widths] for prefix, widths in summary["widths"].items()]
     height = 1.6 + 0.22 * len(rows)
     if "frontier" in summary:
         figure = new_figure(8, height + 3.2)
@@ -48,10 +47,19 @@ def _draw_frontier(curves: dict[str, Any], panels: Any) -> None:
     for axes, kind in zip(panels, KINDS, strict=True):
         for budget, style in (("stored", "-"), ("executed", "--")):
             points = curves[budget]
-            axes.plot([point[f"{kind}_reduction"] for point in points], [point["loss_increase"] for point in points],
-                      style, label=f"{budget} budgets")
-        axes.plot(curves["chosen"][f"{kind}_reduction"], curves["chosen"]["loss_increase"], "k*", markersize=10,
-                  label="these masks")
+            axes.plot(
+                [point[f"{kind}_reduction"] for point in points],
+                [point["loss_increase"] for point in points],
+                style,
+                label=f"{budget} budgets",
+            )
+        axes.plot(
+            curves["chosen"][f"{kind}_reduction"],
+            curves["chosen"]["loss_increase"],
+            "k*",
+            markersize=10,
+            label="these masks",
+        )
         axes.set(xlabel=KINDS[kind], yscale="log")
         axes.xaxis.set_major_formatter("{x:.0%}")
         axes.grid(alpha=0.3)
@@ -66,8 +74,13 @@ def plot_sweep(rows: list[dict[str, Any]], path: Path) -> None:
     for axes, kind, budget in zip(panels, KINDS, ("sparsity", "flops"), strict=True):
         for criterion in dict.fromkeys(row["criterion"] for row in rows):
             points = [row for row in rows if row["criterion"] == criterion and row[budget] and "error" not in row]
-            axes.plot([row[f"{kind}_reduction"] for row in points], [row["loss_increase"] for row in points], "o-",
-                      markersize=3, label=criterion)
+            axes.plot(
+                [row[f"{kind}_reduction"] for row in points],
+                [row["loss_increase"] for row in points],
+                "o-",
+                markersize=3,
+                label=criterion,
+            )
         axes.set(xlabel=KINDS[kind], title=f"{kind} budgets", yscale="log")
         axes.xaxis.set_major_formatter("{x:.0%}")
         axes.grid(alpha=0.3)

@@ -42,8 +42,10 @@ def summarize(masks: NeuronMasks, calibration: dict[str, Any]) -> dict[str, Any]
     sizes = {}
     if "routed_bytes" in calibration:
         saved = calibration["routed_bytes"] * (masks.num_neurons - masks.num_kept) // masks.num_neurons
-        sizes = {"compact_bytes": calibration["checkpoint_bytes"] - saved,
-                 "checkpoint_bytes": calibration["checkpoint_bytes"]}
+        sizes = {
+            "compact_bytes": calibration["checkpoint_bytes"] - saved,
+            "checkpoint_bytes": calibration["checkpoint_bytes"],
+        }
     tokens = {prefix: torch.tensor(count) for prefix, count in calibration["tokens"].items()}
     prefixes = sorted(masks.keep, key=natural_order)
     widths = {prefix: masks.widths[prefix].tolist() for prefix in prefixes}
@@ -56,8 +58,9 @@ def summarize(masks: NeuronMasks, calibration: dict[str, Any]) -> dict[str, Any]
         **sizes,
         "full_width": {prefix: masks.keep[prefix].shape[1] for prefix in prefixes},
         "dead_experts": [f"{prefix}.{e}" for prefix in prefixes for e, width in enumerate(widths[prefix]) if not width],
-        "unrouted_experts": [f"{prefix}.{e}" for prefix in prefixes
-                             for e, count in enumerate(tokens[prefix].tolist()) if not count],
+        "unrouted_experts": [
+            f"{prefix}.{e}" for prefix in prefixes for e, count in enumerate(tokens[prefix].tolist()) if not count
+        ],
         "widths": widths,
         "metadata": {key: value for key, value in masks.metadata.items() if key != "tokens"},
     }
@@ -69,8 +72,10 @@ def format_report(summary: dict[str, Any]) -> str:
     lines = [format_reductions(summary), *_choice(summary), "", header]
     for prefix, widths in summary["widths"].items():
         full = summary["full_width"][prefix]
-        lines.append(f"{prefix:<34} {sum(widths) / len(widths):>6.1f} {min(widths):>5} {max(widths):>5} {full:>5}  "
-                     f"{sparkline(widths, full)}")
+        lines.append(
+            f"{prefix:<34} {sum(widths) / len(widths):>6.1f} {min(widths):>5} {max(widths):>5} {full:>5}  "
+            f"{sparkline(widths, full)}"
+        )
     lines += _protection(summary["metadata"])
     for title, key in (("width 0", "dead_experts"), ("no calibration token", "unrouted_experts")):
         if summary[key]:
@@ -84,24 +89,31 @@ def format_report(summary: dict[str, Any]) -> str:
 def format_repair(repair: dict[str, Any]) -> str:
     """The content of repair.json in one line."""
     few = f", {repair['experts_with_few_tokens']} of them with few tokens" if repair["experts_with_few_tokens"] else ""
-    return (f"{repair['method']} on {repair['tokens']:,} tokens of {repair['dataset']}, {repair['experts']} experts"
-            f"{few}, prior {repair['prior']:g} tokens per kept neuron: squared output error "
-            f"-{repair['output_error_removed']:.0%}")
+    return (
+        f"{repair['method']} on {repair['tokens']:,} tokens of {repair['dataset']}, {repair['experts']} experts"
+        f"{few}, prior {repair['prior']:g} tokens per kept neuron: squared output error "
+        f"-{repair['output_error_removed']:.0%}"
+    )
 
 
 def _choice(summary: dict[str, Any]) -> list[str]:
     """Size on disk, predicted loss and prices, as far as they are known."""
     lines = []
     if "compact_bytes" in summary:
-        lines.append(f"compact checkpoint: {format_size(summary['compact_bytes'])} of "
-                     f"{format_size(summary['checkpoint_bytes'])}")
+        lines.append(
+            f"compact checkpoint: {format_size(summary['compact_bytes'])} of {format_size(summary['checkpoint_bytes'])}"
+        )
     if "frontier" in summary:
         loss = summary["frontier"]["chosen"]["loss_increase"]
-        lines.append(f"predicted loss increase, neurons taken one by one: {loss:.4f} nats per token (perplexity "
-                     f"{format_perplexity(loss)}), criterion {summary['frontier']['criterion']}")
+        lines.append(
+            f"predicted loss increase, neurons taken one by one: {loss:.4f} nats per token (perplexity "
+            f"{format_perplexity(loss)}), criterion {summary['frontier']['criterion']}"
+        )
     if prices := summary["metadata"].get("prices"):
-        lines.append(f"a block stays if its mean saliency is at least {prices['per_flop']:.4g} x routing frequency + "
-                     f"{prices['per_neuron']:.4g}")
+        lines.append(
+            f"a block stays if its mean saliency is at least {prices['per_flop']:.4g} x routing frequency + "
+            f"{prices['per_neuron']:.4g}"
+        )
     return lines
 
 
@@ -118,8 +130,10 @@ def _protection(metadata: dict[str, Any]) -> list[str]:
 
 def format_reductions(summary: dict[str, Any]) -> str:
     """Stored and executed reduction side by side."""
-    return (f"routed neurons kept: {summary['kept']:,} of {summary['neurons']:,} | "
-            f"stored -{summary['stored_reduction']:.1%} | executed FLOPs -{summary['executed_reduction']:.1%}")
+    return (
+        f"routed neurons kept: {summary['kept']:,} of {summary['neurons']:,} | "
+        f"stored -{summary['stored_reduction']:.1%} | executed FLOPs -{summary['executed_reduction']:.1%}"
+    )
 
 
 def sparkline(widths: list[int], full: int) -> str:

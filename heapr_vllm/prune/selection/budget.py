@@ -39,11 +39,14 @@ class Budget:
         """Raises HeaprError if neither is given or one is outside (0, 1)."""
         if self.stored is None and self.executed is None:
             raise HeaprError("no budget is given; pass --sparsity, --target-size or --flops")
-        for name, value, what in (("sparsity", self.stored, "routed neurons"),
-                                  ("flops", self.executed, "executed expert FLOPs")):
+        for name, value, what in (
+            ("sparsity", self.stored, "routed neurons"),
+            ("flops", self.executed, "executed expert FLOPs"),
+        ):
             if value is not None and not 0 < value < 1:
-                raise HeaprError(f"{name} {value} is not between 0 and 1; it is the fraction of {what} removed, "
-                                 "such as 0.25")
+                raise HeaprError(
+                    f"{name} {value} is not between 0 and 1; it is the fraction of {what} removed, such as 0.25"
+                )
 
 
 @dataclass(frozen=True)
@@ -61,19 +64,25 @@ def stored_for_size(target_bytes: int, metadata: dict[str, Any], blocks: NeuronB
     Raises HeaprError if there is no such fraction.
     """
     if "routed_bytes" not in metadata:
-        raise HeaprError("--target-size needs the checkpoint's size, which these moments of an older heapr-vllm lack; "
-                         "calibrate again, or pass --sparsity")
+        raise HeaprError(
+            "--target-size needs the checkpoint's size, which these moments of an older heapr-vllm lack; "
+            "calibrate again, or pass --sparsity"
+        )
     whole, routed = metadata["checkpoint_bytes"], metadata["routed_bytes"]
     if target_bytes >= whole:
-        raise HeaprError(f"--target-size {format_size(target_bytes)} is no smaller than the checkpoint, "
-                         f"{format_size(whole)}; there is nothing to prune")
+        raise HeaprError(
+            f"--target-size {format_size(target_bytes)} is no smaller than the checkpoint, "
+            f"{format_size(whole)}; there is nothing to prune"
+        )
     count = len(blocks.saliency)
     removable = min(int((blocks.saliency < torch.inf).sum()), count - 1)
     removed = -((target_bytes - whole) * count // routed)
     if removed > removable:
-        raise HeaprError(f"--target-size {format_size(target_bytes)} is out of reach: {format_size(whole - routed)} "
-                         "are not routed experts, and --min-width, --protect and experts without a calibration token "
-                         f"keep some neurons; the nearest is {format_size(whole - routed * removable // count)}")
+        raise HeaprError(
+            f"--target-size {format_size(target_bytes)} is out of reach: {format_size(whole - routed)} "
+            "are not routed experts, and --min-width, --protect and experts without a calibration token "
+            f"keep some neurons; the nearest is {format_size(whole - routed * removable // count)}"
+        )
     return removed / count
 
 
@@ -85,8 +94,9 @@ def format_size(num_bytes: int) -> str:
     return f"{num_bytes} B"
 
 
-def choose(saliency: torch.Tensor, frequency: torch.Tensor, max_blocks: int | None,
-           max_cost: float | None) -> tuple[torch.Tensor, Prices]:
+def choose(
+    saliency: torch.Tensor, frequency: torch.Tensor, max_blocks: int | None, max_cost: float | None
+) -> tuple[torch.Tensor, Prices]:
     """bool [B] of the blocks that stay, and the prices that say so.
 
     `saliency`, `frequency`: float64 [B]. `max_blocks`: blocks that may stay, `max_cost`: sum of their frequencies; None

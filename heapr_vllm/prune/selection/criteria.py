@@ -45,22 +45,28 @@ def energy(moments: NeuronMoments) -> Saliency:
     In the manner of CAMERA (arXiv 2508.02322), which ranks micro-experts by activation norm times ||w|| in every layer.
     """
     moments.require(("down_norm",), "criterion energy")
-    return {prefix: sums.double() * moments.down_norm[prefix].double() ** 2
-            for prefix, sums in moments.activation_sq.items()}
+    return {
+        prefix: sums.double() * moments.down_norm[prefix].double() ** 2
+        for prefix, sums in moments.activation_sq.items()
+    }
 
 
 def magnitude(moments: NeuronMoments) -> Saliency:
     """Product of the norms of a neuron's gate row, up row and down column: no data at all."""
     moments.require(("gate_norm", "up_norm", "down_norm"), "criterion magnitude")
-    return {prefix: gate.double() * moments.up_norm[prefix].double() * moments.down_norm[prefix].double()
-            for prefix, gate in moments.gate_norm.items()}
+    return {
+        prefix: gate.double() * moments.up_norm[prefix].double() * moments.down_norm[prefix].double()
+        for prefix, gate in moments.gate_norm.items()
+    }
 
 
 def random(moments: NeuronMoments, seed: int = 0) -> Saliency:
     """Uniform noise, the floor of every comparison."""
     generator = torch.Generator().manual_seed(seed)
-    return {prefix: torch.rand(sums.shape, generator=generator, dtype=torch.float64)
-            for prefix, sums in moments.activation_sq.items()}
+    return {
+        prefix: torch.rand(sums.shape, generator=generator, dtype=torch.float64)
+        for prefix, sums in moments.activation_sq.items()
+    }
 
 
 def reap(moments: NeuronMoments) -> Saliency:
@@ -69,13 +75,23 @@ def reap(moments: NeuronMoments) -> Saliency:
     REAP (arXiv 2510.13999) removes whole experts by this score, equally many in every layer: use scope "layer".
     """
     moments.require(("routed_norm",), "criterion reap")
-    return {prefix: (moments.routed_norm[prefix].double() / tokens.clamp(min=1))[:, None]
-            .expand(moments.activation_sq[prefix].shape).clone() for prefix, tokens in moments.tokens.items()}
+    return {
+        prefix: (moments.routed_norm[prefix].double() / tokens.clamp(min=1))[:, None]
+        .expand(moments.activation_sq[prefix].shape)
+        .clone()
+        for prefix, tokens in moments.tokens.items()
+    }
 
 
 CRITERIA: dict[str, Callable[[NeuronMoments], Saliency]] = {
-    "heapr": heapr, "fisher": fisher, "heapr-frequency": heapr_frequency, "energy": energy, "magnitude": magnitude,
-    "random": random, "reap": reap}
+    "heapr": heapr,
+    "fisher": fisher,
+    "heapr-frequency": heapr_frequency,
+    "energy": energy,
+    "magnitude": magnitude,
+    "random": random,
+    "reap": reap,
+}
 
 
 def score(moments: NeuronMoments, criterion: str, seed: int = 0) -> Saliency:

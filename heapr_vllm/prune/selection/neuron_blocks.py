@@ -28,8 +28,13 @@ class NeuronBlocks:
     align: int
 
     @classmethod
-    def build(cls, saliency: dict[str, torch.Tensor], align: int, floors: dict[str, torch.Tensor],
-              tokens: dict[str, torch.Tensor] | None = None) -> NeuronBlocks:
+    def build(
+        cls,
+        saliency: dict[str, torch.Tensor],
+        align: int,
+        floors: dict[str, torch.Tensor],
+        tokens: dict[str, torch.Tensor] | None = None,
+    ) -> NeuronBlocks:
         """Sorts `saliency` [E, I]. At least `floors` int64 [E] neurons of every expert stay.
 
         `tokens`: int64 [E] tokens routed to each expert; None if no cost is asked for. Raises HeaprError if `align`
@@ -44,8 +49,10 @@ class NeuronBlocks:
                 raise HeaprError(f"{prefix} has NaN saliency; calibrate again in float32")
             experts, width = scores.shape
             if width % align:
-                raise HeaprError(f"align {align} does not divide the {width} neurons of {prefix}; "
-                                 f"use --align {torch.gcd(torch.tensor(align), torch.tensor(width)).item()}")
+                raise HeaprError(
+                    f"align {align} does not divide the {width} neurons of {prefix}; "
+                    f"use --align {torch.gcd(torch.tensor(align), torch.tensor(width)).item()}"
+                )
             ranked, order[prefix] = scores.sort(dim=-1, descending=True, stable=True)
             blocks = ranked.view(experts, width // align, align).mean(-1)
             blocks[torch.arange(width // align) < (-(-floors[prefix] // align))[:, None]] = torch.inf
@@ -70,14 +77,21 @@ class NeuronBlocks:
 
     def totals(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
         """float64 [B]: sums over each block of per-neuron `values` [E, I]."""
-        return torch.cat([values[prefix].double().gather(1, neurons).view(-1, self.align).sum(-1)
-                          for prefix, neurons in self.order.items()])
+        return torch.cat(
+            [
+                values[prefix].double().gather(1, neurons).view(-1, self.align).sum(-1)
+                for prefix, neurons in self.order.items()
+            ]
+        )
 
     def masks(self, kept: torch.Tensor) -> dict[str, torch.Tensor]:
         """bool [E, I] by prefix from bool [B]."""
-        return {prefix: torch.zeros(self.order[prefix].shape, dtype=torch.bool)
-                .scatter_(1, self.order[prefix], part.repeat_interleave(self.align, -1))
-                for prefix, part in self._per_layer(kept).items()}
+        return {
+            prefix: torch.zeros(self.order[prefix].shape, dtype=torch.bool).scatter_(
+                1, self.order[prefix], part.repeat_interleave(self.align, -1)
+            )
+            for prefix, part in self._per_layer(kept).items()
+        }
 
     def kept_per_expert(self, kept: torch.Tensor) -> torch.Tensor:
         """int64 [sum of E]: blocks each expert keeps, from bool [B]."""
@@ -85,5 +99,7 @@ class NeuronBlocks:
 
     def _per_layer(self, kept: torch.Tensor) -> dict[str, torch.Tensor]:
         parts = kept.split([neurons.numel() // self.align for neurons in self.order.values()])
-        return {prefix: part.view(len(neurons), -1)
-                for (prefix, neurons), part in zip(self.order.items(), parts, strict=True)}
+        return {
+            prefix: part.view(len(neurons), -1)
+            for (prefix, neurons), part in zip(self.order.items(), parts, strict=True)
+        }

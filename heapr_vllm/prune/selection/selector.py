@@ -21,8 +21,18 @@ from heapr_vllm.prune.selection.super_experts import DEFAULT_PROTECTION, super_e
 class Selector:
     """One criterion's ranking of a model's neurons, sorted once; then masks for any budget in milliseconds."""
 
-    def __init__(self, moments: NeuronMoments, criterion: str = "heapr", *, scope: str = "global", align: int = 16,
-                 min_width: int = 0, unrouted: str = "keep", protect: float | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        moments: NeuronMoments,
+        criterion: str = "heapr",
+        *,
+        scope: str = "global",
+        align: int = 16,
+        min_width: int = 0,
+        unrouted: str = "keep",
+        protect: float | None = None,
+        seed: int = 0,
+    ) -> None:
         """Sorts the neurons of `moments` by `criterion` and marks those that stay in any case.
 
         At least `min_width` neurons of every expert and the fraction `protect` of every super expert stay, rounded up
@@ -37,16 +47,26 @@ class Selector:
         for prefix, tokens in moments.tokens.items():
             silent = tokens == 0
             if unrouted == "error" and silent.any():
-                raise HeaprError(f"{int(silent.sum())} experts of {prefix} saw no calibration token; calibrate on more "
-                                 "text, or choose --unrouted keep or prune")
+                raise HeaprError(
+                    f"{int(silent.sum())} experts of {prefix} saw no calibration token; calibrate on more "
+                    "text, or choose --unrouted keep or prune"
+                )
             saliency[prefix][silent] = torch.inf if unrouted == "keep" else -1.0
         self.blocks = NeuronBlocks.build(saliency, align, floors, moments.tokens)
-        self.metadata = {"criterion": criterion, "scope": scope, "align": align, "min_width": min_width,
-                         "unrouted": unrouted, "protected": protected,
-                         "tokens": {prefix: tokens.tolist() for prefix, tokens in moments.tokens.items()},
-                         "base_model": {"name_or_path": moments.metadata.get("model", ""),
-                                        "revision": moments.metadata.get("revision"),
-                                        "fingerprint": moments.metadata.get("base_fingerprint")}}
+        self.metadata = {
+            "criterion": criterion,
+            "scope": scope,
+            "align": align,
+            "min_width": min_width,
+            "unrouted": unrouted,
+            "protected": protected,
+            "tokens": {prefix: tokens.tolist() for prefix, tokens in moments.tokens.items()},
+            "base_model": {
+                "name_or_path": moments.metadata.get("model", ""),
+                "revision": moments.metadata.get("revision"),
+                "fingerprint": moments.metadata.get("base_fingerprint"),
+            },
+        }
 
     def _protect(self, floors: dict[str, torch.Tensor], fraction: float | None) -> list[str] | None:
         """Raises `floors` for super experts and names them; None if the moments cannot tell."""
@@ -56,8 +76,10 @@ class Selector:
             return None
         fraction = DEFAULT_PROTECTION if fraction is None else fraction
         if not 0 <= fraction <= 1:
-            raise HeaprError(f"--protect {fraction} is not between 0 and 1; it is the fraction of a super expert's "
-                             "neurons that stays")
+            raise HeaprError(
+                f"--protect {fraction} is not between 0 and 1; it is the fraction of a super expert's "
+                "neurons that stays"
+            )
         names = []
         for prefix, outliers in super_experts(self.moments).items():
             floor = math.ceil(fraction * self.moments.activation_sq[prefix].shape[1])
@@ -82,13 +104,21 @@ class Selector:
     def point(self, kept: torch.Tensor) -> dict[str, float]:
         """What keeping the blocks `kept` does: both reductions and the predicted increase of the loss per token."""
         frequency = self.blocks.frequency
-        return {"stored_reduction": 1 - kept.double().mean().item(),
-                "executed_reduction": 1 - (frequency[kept].sum() / frequency.sum()).item(),
-                "loss_increase": self.block_loss[~kept].sum().item()}
+        return {
+            "stored_reduction": 1 - kept.double().mean().item(),
+            "executed_reduction": 1 - (frequency[kept].sum() / frequency.sum()).item(),
+            "loss_increase": self.block_loss[~kept].sum().item(),
+        }
 
 
-def select(moments: NeuronMoments, sparsity: float | None = None, *, flops: float | None = None,
-           criterion: str | None = None, **options: Any) -> NeuronMasks:
+def select(
+    moments: NeuronMoments,
+    sparsity: float | None = None,
+    *,
+    flops: float | None = None,
+    criterion: str | None = None,
+    **options: Any,
+) -> NeuronMasks:
     """Masks that remove the neurons with the lowest saliency under `criterion` (None: `default_criterion`).
 
     `sparsity`: fraction of routed neurons removed. `flops`: fraction of executed expert FLOPs per token removed, by the
@@ -104,8 +134,15 @@ def default_criterion(flops: float | None) -> str:
     return "heapr" if flops is None else "fisher"
 
 
-def select_by_saliency(saliency: dict[str, torch.Tensor], sparsity: float, *, scope: str = "global", align: int = 16,
-                       min_width: int = 0, metadata: dict | None = None) -> NeuronMasks:
+def select_by_saliency(
+    saliency: dict[str, torch.Tensor],
+    sparsity: float,
+    *,
+    scope: str = "global",
+    align: int = 16,
+    min_width: int = 0,
+    metadata: dict | None = None,
+) -> NeuronMasks:
     """Masks from any `saliency`, prefix to [E, I], higher is kept.
 
     Inside an expert neurons are sorted by saliency and cut into blocks of `align`; blocks compete by their mean
@@ -117,8 +154,10 @@ def select_by_saliency(saliency: dict[str, torch.Tensor], sparsity: float, *, sc
     floors = {prefix: torch.full((len(scores),), min_width) for prefix, scores in saliency.items()}
     blocks = NeuronBlocks.build(saliency, align, floors)
     kept, prices = keep_blocks(blocks, budget, scope)
-    return NeuronMasks(blocks.masks(kept), {**(metadata or {}), "scope": scope, "align": align, "min_width": min_width,
-                                            **_record(budget, prices)})
+    return NeuronMasks(
+        blocks.masks(kept),
+        {**(metadata or {}), "scope": scope, "align": align, "min_width": min_width, **_record(budget, prices)},
+    )
 
 
 def keep_blocks(blocks: NeuronBlocks, budget: Budget, scope: str) -> tuple[torch.Tensor, list[Prices]]:
@@ -144,9 +183,11 @@ def keep_blocks(blocks: NeuronBlocks, budget: Budget, scope: str) -> tuple[torch
             prices.append(price)
     for name, value in (("sparsity", budget.stored), ("flops", budget.executed)):
         if reach[name] < 1:
-            raise HeaprError(f"{name} {value:g} is out of reach with scope {scope}: --min-width, --protect and experts "
-                             f"without a calibration token keep too much; the nearest is {_floor(reach[name])}; lower "
-                             "the budget or the floors, calibrate on more text, or choose --unrouted prune")
+            raise HeaprError(
+                f"{name} {value:g} is out of reach with scope {scope}: --min-width, --protect and experts "
+                f"without a calibration token keep too much; the nearest is {_floor(reach[name])}; lower "
+                "the budget or the floors, calibrate on more text, or choose --unrouted prune"
+            )
     return kept, prices
 
 

@@ -19,8 +19,10 @@ def super_experts(moments: NeuronMoments) -> dict[str, torch.Tensor]:
     """
     moments.require(("peak_norm",), "--protect")
     overall = _median_of_routed(torch.cat(list(moments.peak_norm.values())))
-    return {prefix: peaks > OUTLIER_FACTOR * torch.maximum(overall, _median_of_routed(peaks))
-            for prefix, peaks in moments.peak_norm.items()}
+    return {
+        prefix: peaks > OUTLIER_FACTOR * torch.maximum(overall, _median_of_routed(peaks))
+        for prefix, peaks in moments.peak_norm.items()
+    }
 
 
 def _median_of_routed(peaks: torch.Tensor) -> torch.Tensor:

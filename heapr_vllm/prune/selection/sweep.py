@@ -39,8 +39,9 @@ def frontier(selector: Selector, budget: Budget) -> dict[str, Any]:
     return {"criterion": selector.metadata["criterion"], "chosen": selector.point(selector.keep(budget)[0]), **curves}
 
 
-def sweep(moments: NeuronMoments, criteria: Iterable[str], ratios: Iterable[float] = RATIOS,
-          **options: Any) -> list[dict[str, Any]]:
+def sweep(
+    moments: NeuronMoments, criteria: Iterable[str], ratios: Iterable[float] = RATIOS, **options: Any
+) -> list[dict[str, Any]]:
     """One row per criterion and budget: both reductions, predicted loss increase in nats per token, dead experts.
 
     A budget out of reach gives a row with `error` in their place. `options` as in `Selector`. Raises HeaprError if an
@@ -65,16 +66,20 @@ def format_sweep(rows: list[dict[str, Any]]) -> str:
     """The rows as an aligned table, budgets of one kind and size together, the lowest predicted loss first."""
     header = ("budget", "criterion", "stored", "executed", "predicted loss", "perplexity", "dead experts")
     lines = ["{:<16} {:<16} {:>8} {:>9} {:>15} {:>11} {:>13}".format(*header)]
-    ordered = sorted(rows, key=lambda row: (row["sparsity"] is None, row["sparsity"] or row["flops"],
-                                            row.get("loss_increase", math.inf)))
+    ordered = sorted(
+        rows,
+        key=lambda row: (row["sparsity"] is None, row["sparsity"] or row["flops"], row.get("loss_increase", math.inf)),
+    )
     for row in ordered:
         budget = f"stored -{row['sparsity']:.0%}" if row["sparsity"] else f"executed -{row['flops']:.0%}"
         if "error" in row:
             lines.append(f"{budget:<16} {row['criterion']:<16} out of reach")
         else:
-            lines.append(f"{budget:<16} {row['criterion']:<16} {-row['stored_reduction']:>8.1%} "
-                         f"{-row['executed_reduction']:>9.1%} {row['loss_increase']:>+15.5f} "
-                         f"{format_perplexity(row['loss_increase']):>11} {row['dead_experts']:>13}")
+            lines.append(
+                f"{budget:<16} {row['criterion']:<16} {-row['stored_reduction']:>8.1%} "
+                f"{-row['executed_reduction']:>9.1%} {row['loss_increase']:>+15.5f} "
+                f"{format_perplexity(row['loss_increase']):>11} {row['dead_experts']:>13}"
+            )
     return "\n".join(lines)
 
 

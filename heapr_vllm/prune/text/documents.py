@@ -51,8 +51,9 @@ def _read_hub_dataset(spec: str) -> list[str]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise HeaprError(f"dataset {spec} needs the `datasets` package: pip install heapr-vllm[prune], "
-                         "or pass a .txt or .jsonl file") from error
+        raise HeaprError(
+            f"dataset {spec} needs the `datasets` package: pip install heapr-vllm[prune], or pass a .txt or .jsonl file"
+        ) from error
     try:
         rows = load_dataset(match["name"], match["subset"], split=match["split"] or "train")
     except (FileNotFoundError, ConnectionError, ValueError, OSError) as error:

@@ -14,16 +14,9 @@ from heapr_vllm.prune.text.documents import read_documents
 POOL_FACTOR = 8  # blocks are drawn from a pool this many times larger, so that they come from many documents
 
 
-
-
-
-
-
-
-
-
-def token_blocks(documents: list[str], tokenizer: Any, num_samples: int, max_seq_length: int,
-                 seed: int) -> torch.Tensor:
+def token_blocks(
+    documents: list[str], tokenizer: Any, num_samples: int, max_seq_length: int, seed: int
+) -> torch.Tensor:
     """int64 [num_samples, max_seq_length]: a seeded sample of the documents joined by the end-of-text token.
 
     Documents are taken in random order until the pool is full (or they run out), then blocks are drawn at random.
@@ -39,22 +32,27 @@ def token_blocks(documents: list[str], tokenizer: Any, num_samples: int, max_seq
             break
     available = len(ids) // max_seq_length
     if available < num_samples:
-        raise HeaprError(f"the dataset has {available} blocks of {max_seq_length} tokens, {num_samples} are needed; "
-                         "ask for fewer, lower --max-seq-length, or give more text")
+        raise HeaprError(
+            f"the dataset has {available} blocks of {max_seq_length} tokens, {num_samples} are needed; "
+            "ask for fewer, lower --max-seq-length, or give more text"
+        )
     blocks = torch.tensor(ids[: available * max_seq_length]).view(available, max_seq_length)
     return blocks[torch.randperm(available, generator=generator)[:num_samples]]
 
 
-def checkpoint_blocks(checkpoint: Checkpoint, spec: str, num_samples: int, max_seq_length: int,
-                      seed: int) -> torch.Tensor:
+def checkpoint_blocks(
+    checkpoint: Checkpoint, spec: str, num_samples: int, max_seq_length: int, seed: int
+) -> torch.Tensor:
     """`token_blocks` of the dataset `spec` for a checkpoint. Raises HeaprError if it has too few positions."""
     text = checkpoint.config.get("text_config", checkpoint.config)
     limit = text.get("max_position_embeddings", max_seq_length)
     if max_seq_length > limit:
-        raise HeaprError(f"--max-seq-length {max_seq_length} exceeds the model's {limit} positions; "
-                         f"pass --max-seq-length {limit}")
-    return token_blocks(read_documents(spec), AutoTokenizer.from_pretrained(checkpoint.path), num_samples,
-                        max_seq_length, seed)
+        raise HeaprError(
+            f"--max-seq-length {max_seq_length} exceeds the model's {limit} positions; pass --max-seq-length {limit}"
+        )
+    return token_blocks(
+        read_documents(spec), AutoTokenizer.from_pretrained(checkpoint.path), num_samples, max_seq_length, seed
+    )
 
 
 def fingerprint(blocks: torch.Tensor) -> str:

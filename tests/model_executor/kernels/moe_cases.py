@@ -105,8 +105,10 @@ def build(case: Case, dtype: torch.dtype, seed: int = 0) -> Layer:
     generator = torch.Generator(DEVICE).manual_seed(seed + case.tokens)
     local = [width if expert not in case.remote else 0 for expert, width in enumerate(case.widths)]
     layout = RaggedLayout.build(local, [round_up(width, 64) for width in local])
-    w13, w2 = (torch.zeros(rows, case.hidden_size, dtype=dtype, device=DEVICE)
-               for rows in (2 * layout.num_rows, layout.num_rows))
+    w13, w2 = (
+        torch.zeros(rows, case.hidden_size, dtype=dtype, device=DEVICE)
+        for rows in (2 * layout.num_rows, layout.num_rows)
+    )
     for expert, width in enumerate(local):
         if width:
             row, stored = layout.place(expert)

@@ -37,14 +37,17 @@ def capture_graphs(monkeypatch: pytest.MonkeyPatch, mode: CUDAGraphMode) -> None
     monkeypatch.setattr(forced, "get_current_vllm_config_or_none", lambda: config)
 
 
-@pytest.mark.parametrize(("environment", "kernel"), [
-    ({"HEAPR_KERNEL": "triton", "TRITON_INTERPRET": "1"}, "triton"),
-    ({"HEAPR_KERNEL": "reference"}, "reference"),
-    ({"HEAPR_KERNEL": "native"}, "vec"),
-    ({"HEAPR_KERNEL": "native", "HEAPR_CPU_KERNEL": "ragged"}, "vec"),
-    ({"HEAPR_KERNEL": "reference", "HEAPR_CPU_KERNEL": "native"}, "reference"),
-    ({"HEAPR_KERNEL": "", "HEAPR_CPU_KERNEL": "native"}, "vec"),
-])
+@pytest.mark.parametrize(
+    ("environment", "kernel"),
+    [
+        ({"HEAPR_KERNEL": "triton", "TRITON_INTERPRET": "1"}, "triton"),
+        ({"HEAPR_KERNEL": "reference"}, "reference"),
+        ({"HEAPR_KERNEL": "native"}, "vec"),
+        ({"HEAPR_KERNEL": "native", "HEAPR_CPU_KERNEL": "ragged"}, "vec"),
+        ({"HEAPR_KERNEL": "reference", "HEAPR_CPU_KERNEL": "native"}, "reference"),
+        ({"HEAPR_KERNEL": "", "HEAPR_CPU_KERNEL": "native"}, "vec"),
+    ],
+)
 def test_forced(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], kernel: str) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -65,10 +68,13 @@ def test_forced_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert op.select_kernel(torch.bfloat16, 64) == kernel == op.kernel_choice()
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("cuda", "HEAPR_KERNEL=cuda is no kernel; choose from triton, ragged, native, reference, or unset it"),
-    ("triton", "HEAPR_KERNEL=triton cannot run here: there is no GPU; set TRITON_INTERPRET=1"),
-])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cuda", "HEAPR_KERNEL=cuda is no kernel; choose from triton, ragged, native, reference, or unset it"),
+        ("triton", "HEAPR_KERNEL=triton cannot run here: there is no GPU; set TRITON_INTERPRET=1"),
+    ],
+)
 def test_refused_before_any_worker_starts(monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
     monkeypatch.setenv("HEAPR_KERNEL", name)
     for ask in (op.kernel_choice, lambda: op.select_kernel(torch.float32, 64)):
@@ -93,14 +99,18 @@ def test_kernels_of_cpus_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch, n
         op.kernel_choice()
 
 
-@pytest.mark.parametrize(("name", "dtype", "hidden_size", "message"), [
-    ("triton", torch.float32, 40, "the hidden size 40 is no multiple of 16"),
-    ("triton", torch.bfloat16, 64, "interpreter gets bfloat16 wrong; add --dtype float32"),
-    ("ragged", torch.float32, 48, "the hidden size 48 is no multiple of 32"),
-    ("native", torch.float32, 48, "hidden size in multiples of 32"),
-])
-def test_layers_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, hidden_size: int,
-                                message: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype", "hidden_size", "message"),
+    [
+        ("triton", torch.float32, 40, "the hidden size 40 is no multiple of 16"),
+        ("triton", torch.bfloat16, 64, "interpreter gets bfloat16 wrong; add --dtype float32"),
+        ("ragged", torch.float32, 48, "the hidden size 48 is no multiple of 32"),
+        ("native", torch.float32, 48, "hidden size in multiples of 32"),
+    ],
+)
+def test_layers_that_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, hidden_size: int, message: str
+) -> None:
     monkeypatch.setattr(forced.cpu_ragged_moe, "can_run", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("HEAPR_KERNEL", name)
@@ -122,8 +132,13 @@ def test_compiled_graphs_are_not_shared_between_kernels(monkeypatch: pytest.Monk
     monkeypatch.setattr(forced.cpu_ragged_moe, "can_run", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     choices = set()
-    for kernel, buckets in (("triton", ""), ("ragged", ""), ("reference", ""), ("native", "always"),
-                            ("native", "never")):
+    for kernel, buckets in (
+        ("triton", ""),
+        ("ragged", ""),
+        ("reference", ""),
+        ("native", "always"),
+        ("native", "never"),
+    ):
         monkeypatch.setenv("HEAPR_KERNEL", kernel)
         monkeypatch.setenv("HEAPR_CPU_BUCKETS", buckets)
         choices.add(op.kernel_choice())

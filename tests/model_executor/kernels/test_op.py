@@ -65,8 +65,11 @@ def layer(case: tuple, dtype: torch.dtype, kernel: str) -> tuple:
     generator = torch.Generator().manual_seed(len(widths) * tokens)
     local = [e for e in range(len(widths)) if e not in remote]
     local_widths = [widths[e] for e in local]
-    stored = (bucketed(local_widths, WIDTH_UNIT, max_buckets) if kernel not in (REFERENCE, TRITON, RAGGED) else
-              stored_widths(kernel, local_widths, top_k, hidden, dtype.itemsize))
+    stored = (
+        bucketed(local_widths, WIDTH_UNIT, max_buckets)
+        if kernel not in (REFERENCE, TRITON, RAGGED)
+        else stored_widths(kernel, local_widths, top_k, hidden, dtype.itemsize)
+    )
     layout = RaggedLayout.build(local_widths, stored)
     w13 = torch.full((2 * layout.num_rows, hidden), torch.nan, dtype=dtype)
     w2 = torch.full((layout.num_rows, hidden), torch.nan, dtype=dtype)
@@ -116,8 +119,10 @@ def test_ids_of_nobody_add_nothing(kernel: str) -> None:
     """Some all-to-all backends mark routes of other ranks with -1."""
     arguments, _ = layer((9, [64, 32, 96], 2, 64, 3, ()), torch.float32, kernel)
     outputs = []
-    for ids, weights in ((arguments[4], arguments[3] * (arguments[4] != 1)),
-                         (arguments[4].where(arguments[4] != 1, -1), arguments[3])):
+    for ids, weights in (
+        (arguments[4], arguments[3] * (arguments[4] != 1)),
+        (arguments[4].where(arguments[4] != 1, -1), arguments[3]),
+    ):
         output = torch.full_like(arguments[0], torch.nan)
         torch.ops.heapr.ragged_moe(output, *arguments[:3], weights, ids, *arguments[5:])
         outputs.append(output)
@@ -189,8 +194,12 @@ def test_without_a_compiler_the_native_op_is_used(obstacle: str, tmp_path: Path)
         current_platform.import_kernels()
         print("kernel", select_kernel(torch.float32, 64), select_kernel(torch.float32, 64))
     """
-    environment = {**os.environ, "CXX": "no-such-compiler", "VLLM_CACHE_ROOT": str(tmp_path),
-                   "HEAPR_CPU_KERNEL": "ragged"}
+    environment = {
+        **os.environ,
+        "CXX": "no-such-compiler",
+        "VLLM_CACHE_ROOT": str(tmp_path),
+        "HEAPR_CPU_KERNEL": "ragged",
+    }
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     printed = process.stdout + process.stderr
     assert "kernel vec vec" in printed and printed.count("kernel cannot be compiled") == 1, printed
@@ -222,8 +231,9 @@ def test_native_op_never_sees_ids_out_of_range(monkeypatch: pytest.MonkeyPatch) 
 def test_ops_are_registered_once_and_opaque(kernel: str) -> None:
     register_op()
     arguments, expected = layer(CASES[2], torch.float32, kernel)
-    op, arguments = ((torch.ops.heapr.cpu_ragged_moe, arguments[:7]) if kernel == RAGGED else
-                     (torch.ops.heapr.ragged_moe, arguments))
+    op, arguments = (
+        (torch.ops.heapr.cpu_ragged_moe, arguments[:7]) if kernel == RAGGED else (torch.ops.heapr.ragged_moe, arguments)
+    )
     assert op.default._schema.arguments[0].alias_info.is_write
 
     @torch.compile(fullgraph=True, backend="aot_eager")

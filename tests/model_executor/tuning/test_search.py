@@ -40,8 +40,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def results(folder: Path) -> dict[str, dict]:
     """Token count to entry of the only profile of the only file."""
-    path, = folder.glob("*.json")
-    profile, = json.loads(path.read_text())["profiles"]
+    (path,) = folder.glob("*.json")
+    (profile,) = json.loads(path.read_text())["profiles"]
     return profile["tokens"]
 
 
@@ -79,13 +79,31 @@ def test_a_killed_run_continues(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_without_time_nothing_is_written(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert search.tune([JOB], [1], folder, 0) == ([], 1) and not list(folder.iterdir())
-    assert main.main(["tune", "--shape", "tiny", "--tokens", "1", "2", "--sparsity", "0", "--time-budget", "0s",
-                     "-o", str(folder)]) == 0
+    assert (
+        main.main(
+            [
+                "tune",
+                "--shape",
+                "tiny",
+                "--tokens",
+                "1",
+                "2",
+                "--sparsity",
+                "0",
+                "--time-budget",
+                "0s",
+                "-o",
+                str(folder),
+            ]
+        )
+        == 0
+    )
     assert "no time was left for 2 token counts" in capsys.readouterr().out
 
 
-def test_without_gpu_and_interpreter_it_says_what_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch,
-                                                              capsys: pytest.CaptureFixture) -> None:
+def test_without_gpu_and_interpreter_it_says_what_is_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main.main(["tune", "--shape", "tiny"]) == 2
@@ -96,8 +114,9 @@ def test_without_gpu_and_interpreter_it_says_what_is_missing(folder: Path, monke
 @pytest.mark.parametrize("tokens", [1, 32, 1024, 8192, 65536])
 def test_candidates_fit_the_layout_and_the_machine(name: str, tokens: int) -> None:
     moe = PAPER_SHAPES[name]
-    shape = LayerShape.of(ragged_widths(moe.num_experts, moe.moe_intermediate_size, 0.25), moe.hidden_size, moe.top_k,
-                          torch.bfloat16)
+    shape = LayerShape.of(
+        ragged_widths(moe.num_experts, moe.moe_intermediate_size, 0.25), moe.hidden_size, moe.top_k, torch.bfloat16
+    )
     for block_m in search.block_sizes(shape, tokens):
         for kind in ("up", "down"):
             tiles = search.candidates(kind, shape, block_m, tokens)
@@ -150,10 +169,10 @@ def test_every_way_to_run_is_tried(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_jobs_of_a_model(masks_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, = jobs_of_model(masks_repository)
+    (whole,) = jobs_of_model(masks_repository)
     assert whole.moe[1:3] == (2, 64) and whole.dtype == torch.float32, "from config.json"
     assert all(width % 64 == 0 for width in whole.widths) and 0 in whole.widths
-    half, = jobs_of_model(masks_repository, torch.bfloat16, tp_size=2)
+    (half,) = jobs_of_model(masks_repository, torch.bfloat16, tp_size=2)
     assert sum(half.widths) < sum(whole.widths) and half.dtype == torch.bfloat16
     with pytest.raises(HeaprError, match="unknown shape 'nope'; choose from Qwen3-30B-A3B"):
         jobs_of_shapes(["nope"], [0.25], torch.bfloat16)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune import CalibrationSettings, NeuronMoments, collect_moments
-from heapr_vllm.prune.calibration import calibrate
+from heapr_vllm.prune.calibration.calibrate import calibrate
 from heapr_vllm.prune.calibration.collector import MomentCollector
 from heapr_vllm.prune.calibration.dry_run import plan
 from heapr_vllm.prune.calibration.moments import CALIBRATION_FILE, MOMENTS_FILE, NORMS, OUTPUTS, SUMS
@@ -62,9 +62,23 @@ def test_nan_weights_are_reported(model) -> None:
 def test_killed_run_resumes_to_the_same_bytes(qwen3: Path, corpus: Path, tmp_path: Path) -> None:
     settings = CalibrationSettings(str(qwen3), str(corpus), num_calibration_samples=40, max_seq_length=64)
     calibrate(settings, tmp_path / "whole")
-    command = [sys.executable, "-m", "heapr_vllm", "calibrate", str(qwen3), "--dataset", str(corpus), "-o",
-               str(tmp_path / "killed"), "--num-calibration-samples", "40", "--max-seq-length", "64",
-               "--checkpoint-every", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "heapr_vllm",
+        "calibrate",
+        str(qwen3),
+        "--dataset",
+        str(corpus),
+        "-o",
+        str(tmp_path / "killed"),
+        "--num-calibration-samples",
+        "40",
+        "--max-seq-length",
+        "64",
+        "--checkpoint-every",
+        "1",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not (tmp_path / "killed" / PARTIAL_FILE).exists() and process.poll() is None and time.time() < deadline:

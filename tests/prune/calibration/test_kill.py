@@ -35,14 +35,35 @@ def base(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_killed_calibration(base: Path, corpus: Path, tmp_path: Path) -> None:
-    command = ["calibrate", str(base), "--dataset", str(corpus), "--num-calibration-samples", "60",
-               "--max-seq-length", "64", "--checkpoint-every", "3"]
+    command = [
+        "calibrate",
+        str(base),
+        "--dataset",
+        str(corpus),
+        "--num-calibration-samples",
+        "60",
+        "--max-seq-length",
+        "64",
+        "--checkpoint-every",
+        "3",
+    ]
     kill_and_continue(command, ["--resume"], lambda output: (output / PARTIAL_FILE).exists(), tmp_path)
 
 
 def test_killed_streamed_calibration(base: Path, corpus: Path, tmp_path: Path) -> None:
-    command = ["calibrate", str(base), "--dataset", str(corpus), "--num-calibration-samples", "60",
-               "--max-seq-length", "64", "--checkpoint-every", "3", "--stream"]
+    command = [
+        "calibrate",
+        str(base),
+        "--dataset",
+        str(corpus),
+        "--num-calibration-samples",
+        "60",
+        "--max-seq-length",
+        "64",
+        "--checkpoint-every",
+        "3",
+        "--stream",
+    ]
     kill_and_continue(command, ["--resume"], lambda output: (output / PARTIAL_FILE).exists(), tmp_path)
 
 
@@ -74,16 +95,24 @@ def kill_and_continue(command: list[str], again: list[str], begun: Callable[[Pat
     pytest.fail(f"only {killed} of {3 * KILLS} runs were still there to be killed")
 
 
-def run(command: list[str], output: Path, begun: Callable[[Path], bool], after_start: float | None = None,
-        after_begin: float = float("inf")) -> tuple[float, float] | None:
+def run(
+    command: list[str],
+    output: Path,
+    begun: Callable[[Path], bool],
+    after_start: float | None = None,
+    after_begin: float = float("inf"),
+) -> tuple[float, float] | None:
     """Seconds before and after the work had begun, or None if the process was killed.
 
     It is killed `after_start` seconds after its start, or `after_begin` seconds after its work has begun.
     """
     output.parent.mkdir()
     started = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "heapr_vllm", *command, "-o", str(output)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "heapr_vllm", *command, "-o", str(output)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     begin = None
     while process.poll() is None:
         now = time.monotonic()
@@ -102,6 +131,7 @@ def files(folder: Path) -> dict[str, bytes | dict]:
     contents = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for name in contents:
         if name.endswith(CALIBRATION_FILE):
-            contents[name] = {key: value for key, value in json.loads(contents[name]).items()
-                              if key != "wall_time_seconds"}
+            contents[name] = {
+                key: value for key, value in json.loads(contents[name]).items() if key != "wall_time_seconds"
+            }
     return contents

@@ -22,10 +22,21 @@ from tests import tiny_models
 
 MIB = 2**20
 LIMIT = 1600 * MIB  # `ulimit -v`; Python, torch and transformers alone take 1000 MiB of it
-CONFIG = Qwen3MoeConfig(vocab_size=tiny_models.VOCAB, hidden_size=1024, num_hidden_layers=10, num_attention_heads=8,
-                        num_key_value_heads=4, head_dim=128, num_experts=32, num_experts_per_tok=2,
-                        moe_intermediate_size=512, max_position_embeddings=512, eos_token_id=256, dtype="float32",
-                        architectures=["Qwen3MoeForCausalLM"])
+CONFIG = Qwen3MoeConfig(
+    vocab_size=tiny_models.VOCAB,
+    hidden_size=1024,
+    num_hidden_layers=10,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_experts=32,
+    num_experts_per_tok=2,
+    moe_intermediate_size=512,
+    max_position_embeddings=512,
+    eos_token_id=256,
+    dtype="float32",
+    architectures=["Qwen3MoeForCausalLM"],
+)
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +88,18 @@ def limited(output: Path, *arguments: str) -> tuple[int, str, int]:
 
 def test_model_larger_than_the_memory_limit(large: Path, corpus: Path, tmp_path: Path) -> None:
     assert Checkpoint.resolve(large).num_bytes() > LIMIT
-    arguments = ["calibrate", str(large), "--dataset", str(corpus), "-o", str(tmp_path / "calib"),
-                 "--num-calibration-samples", "2", "--max-seq-length", "64"]
+    arguments = [
+        "calibrate",
+        str(large),
+        "--dataset",
+        str(corpus),
+        "-o",
+        str(tmp_path / "calib"),
+        "--num-calibration-samples",
+        "2",
+        "--max-seq-length",
+        "64",
+    ]
     code, output, _ = limited(tmp_path / "whole.txt", *arguments)
     assert code != 0 and re.search("allocate memory|MemoryError", output), "the limit is not one for the whole model"
     code, output, _ = limited(tmp_path / "plan.txt", *arguments, "--stream", "--dry-run")

@@ -47,8 +47,10 @@ def brute_force_saliency(model, blocks: torch.Tensor) -> dict[str, torch.Tensor]
         g = torch.cat([out.grad for _, out in pairs]).double()
         w = model.get_submodule(name).down_proj[expert].detach().double()
         covariance = g.T @ g / len(g)
-        scores = [(0.5 * (h[:, k, None] * w[:, k]) @ covariance * (h[:, k, None] * w[:, k])).sum(-1).mean()
-                  for k in range(w.shape[1])]
+        scores = [
+            (0.5 * (h[:, k, None] * w[:, k]) @ covariance * (h[:, k, None] * w[:, k])).sum(-1).mean()
+            for k in range(w.shape[1])
+        ]
         saliency.setdefault(name, []).append(torch.stack(scores))
     return {name: torch.stack(rows) for name, rows in saliency.items()}
 

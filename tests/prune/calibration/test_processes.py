@@ -10,7 +10,7 @@ import torch
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune import CalibrationSettings, NeuronMoments
-from heapr_vllm.prune.calibration import calibrate
+from heapr_vllm.prune.calibration.calibrate import calibrate
 from heapr_vllm.prune.calibration.moments import NORMS, OUTPUTS, SUMS
 from heapr_vllm.prune.calibration.processes import Processes
 
@@ -18,9 +18,27 @@ from heapr_vllm.prune.calibration.processes import Processes
 @pytest.mark.parametrize("stream", [False, True])
 def test_two_processes_equal_one(stream: bool, qwen3: Path, corpus: Path, tmp_path: Path) -> None:
     alone = calibrate(CalibrationSettings(str(qwen3), str(corpus), 5, 64, stream=stream), tmp_path / "alone")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-               "heapr_vllm", "calibrate", str(qwen3), "--dataset", str(corpus), "-o", str(tmp_path / "two"),
-               "--num-calibration-samples", "5", "--max-seq-length", "64", *(["--stream"] if stream else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "heapr_vllm",
+        "calibrate",
+        str(qwen3),
+        "--dataset",
+        str(corpus),
+        "-o",
+        str(tmp_path / "two"),
+        "--num-calibration-samples",
+        "5",
+        "--max-seq-length",
+        "64",
+        *(["--stream"] if stream else []),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("wrote ") == 1
@@ -29,8 +47,9 @@ def test_two_processes_equal_one(stream: bool, qwen3: Path, corpus: Path, tmp_pa
     for prefix, tokens in alone.tokens.items():
         assert torch.equal(two.tokens[prefix], tokens)
         for name in (*SUMS, *OUTPUTS, *NORMS):  # the file holds float32, the sums were float64
-            torch.testing.assert_close(getattr(two, name)[prefix], getattr(alone, name)[prefix].float(), rtol=1e-6,
-                                       atol=0)
+            torch.testing.assert_close(
+                getattr(two, name)[prefix], getattr(alone, name)[prefix].float(), rtol=1e-6, atol=0
+            )
     names = {path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*")}
     assert {path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*")} == names
 

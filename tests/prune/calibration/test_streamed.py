@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.prune import CalibrationSettings, NeuronMoments, collect_moments
-from heapr_vllm.prune.calibration import calibrate
+from heapr_vllm.prune.calibration.calibrate import calibrate
 from heapr_vllm.prune.calibration.moments import MOMENTS_FILE, NORMS, OUTPUTS, SUMS
 from heapr_vllm.prune.calibration.saved_state import PARTIAL_FILE, STREAM_FOLDER
 from heapr_vllm.prune.calibration.streamed import collect_moments_streamed, num_steps
@@ -35,8 +35,9 @@ def assert_same(a: NeuronMoments, b: NeuronMoments, rtol: float) -> None:
             torch.testing.assert_close(getattr(a, name)[prefix], getattr(b, name)[prefix], rtol=rtol, atol=0)
 
 
-def streamed(checkpoint: Path, blocks: torch.Tensor, folder: Path, batch_size: int = 1,
-             dtype: str = "auto") -> NeuronMoments:
+def streamed(
+    checkpoint: Path, blocks: torch.Tensor, folder: Path, batch_size: int = 1, dtype: str = "auto"
+) -> NeuronMoments:
     model = LayeredModel(Checkpoint.resolve(checkpoint), dtype)
     moments = collect_moments_streamed(model, blocks, ActivationStore(folder), batch_size)
     assert all(parameter.is_meta for layer in model.layers for parameter in layer.parameters())
@@ -44,8 +45,9 @@ def streamed(checkpoint: Path, blocks: torch.Tensor, folder: Path, batch_size: i
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "deepseek_v3", "dense_between", "mixtral",
-                                    "ernie4_5_moe", "qwen3_5_moe_vl"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "qwen2_moe", "deepseek_v3", "dense_between", "mixtral", "ernie4_5_moe", "qwen3_5_moe_vl"]
+)
 def test_moments_equal_those_of_the_whole_model(family: str, dtype: str, tmp_path: Path) -> None:
     base = tiny_models.save(family, tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
@@ -78,8 +80,9 @@ def test_long_sequences_go_through_the_head_in_parts(qwen3: Path, tmp_path: Path
 
 def test_stopped_after_any_step_resumes_to_the_same_bytes(tmp_path: Path, corpus: Path, monkeypatch) -> None:
     base = tiny_models.save("dense_between", tmp_path / "base")
-    settings = CalibrationSettings(str(base), str(corpus), num_calibration_samples=3, max_seq_length=32, batch_size=2,
-                                   stream=True)
+    settings = CalibrationSettings(
+        str(base), str(corpus), num_calibration_samples=3, max_seq_length=32, batch_size=2, stream=True
+    )
     calibrate(settings, tmp_path / "whole", checkpoint_every=2)
     wanted = (tmp_path / "whole" / MOMENTS_FILE).read_bytes()
     steps = num_steps(LayeredModel(Checkpoint.resolve(base)), 2)
@@ -114,11 +117,20 @@ def test_resume_insists_on_the_same_settings_and_finishes_once(qwen3: Path, corp
         calibrate(replace(settings, stream=False), tmp_path / "c", resume=True)
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda tensors: tensors.pop("model.layers.1.self_attn.q_proj.weight"), "lacks weights of model.layers.1.self_at"),
-    (lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}), r"model.norm.weight is \[3\]"),
-    (lambda tensors: tensors["model.norm.weight"].fill_(torch.nan), "the loss is nan at sample 0; try --dtype float32"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda tensors: tensors.pop("model.layers.1.self_attn.q_proj.weight"),
+            "lacks weights of model.layers.1.self_at",
+        ),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}), r"model.norm.weight is \[3\]"),
+        (
+            lambda tensors: tensors["model.norm.weight"].fill_(torch.nan),
+            "the loss is nan at sample 0; try --dtype float32",
+        ),
+    ],
+)
 def test_bad_weights_leave_nothing_behind(damage, message: str, qwen3: Path, corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(qwen3, tmp_path / "base")
     tensors = load_file(tmp_path / "base" / "model.safetensors")

@@ -15,9 +15,9 @@ from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.config import PruningConfig
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.prune import CalibrationSettings, export_checkpoint, write_masks_repository
-from heapr_vllm.prune.calibration import calibrate
+from heapr_vllm.prune.calibration.calibrate import calibrate
 from heapr_vllm.prune.models.pruned import applied, opened
-from heapr_vllm.prune.selection import selector
+from heapr_vllm.prune.selection.selector import select
 from tests import tiny_models
 
 FIRST = "model.layers.0.mlp.experts"
@@ -34,8 +34,9 @@ def test_masks_repository_is_small_and_complete(masks_repository: Path, qwen3: P
     assert config == json.loads((qwen3 / "config.json").read_text())
 
 
-def test_compact_holds_exactly_the_kept_neurons(masks_repository: Path, awkward_masks: NeuronMasks, qwen3: Path,
-                                                tmp_path: Path) -> None:
+def test_compact_holds_exactly_the_kept_neurons(
+    masks_repository: Path, awkward_masks: NeuronMasks, qwen3: Path, tmp_path: Path
+) -> None:
     export_checkpoint(masks_repository, tmp_path / "compact")
     base, compact = load_file(qwen3 / "model.safetensors"), load_file(tmp_path / "compact" / "model.safetensors")
     assert base.keys() == compact.keys()
@@ -55,8 +56,9 @@ def test_compact_holds_exactly_the_kept_neurons(masks_repository: Path, awkward_
     assert block["quant_method"] == "heapr" and block["layout"] == "compact"
 
 
-def test_masked_layout_equals_masks_applied(masks_repository: Path, awkward_masks: NeuronMasks, qwen3: Path,
-                                            tmp_path: Path) -> None:
+def test_masked_layout_equals_masks_applied(
+    masks_repository: Path, awkward_masks: NeuronMasks, qwen3: Path, tmp_path: Path
+) -> None:
     export_checkpoint(masks_repository, tmp_path / "masked", layout="masked")
     assert "quantization_config" not in json.loads((tmp_path / "masked" / "config.json").read_text())
     ids = torch.arange(50)[None]
@@ -73,10 +75,13 @@ def test_stacked_experts_and_several_shards(masks_repository: Path, qwen3: Path,
     stacked = {name: tensor for name, tensor in base.items() if ".experts." not in name}
     for layer in range(3):
         prefix = f"model.layers.{layer}.mlp.experts"
-        parts = {proj: [base[f"{prefix}.{e}.{proj}.weight"] for e in range(8)]
-                 for proj in ("gate_proj", "up_proj", "down_proj")}
-        stacked[f"{prefix}.gate_up_proj"] = torch.cat([torch.stack(parts["gate_proj"]),
-                                                       torch.stack(parts["up_proj"])], 1)
+        parts = {
+            proj: [base[f"{prefix}.{e}.{proj}.weight"] for e in range(8)]
+            for proj in ("gate_proj", "up_proj", "down_proj")
+        }
+        stacked[f"{prefix}.gate_up_proj"] = torch.cat(
+            [torch.stack(parts["gate_proj"]), torch.stack(parts["up_proj"])], 1
+        )
         stacked[f"{prefix}.down_proj"] = torch.stack(parts["down_proj"])
     fused = tmp_path / "fused"
     shutil.copytree(qwen3, fused)
@@ -118,10 +123,12 @@ def test_draft_layer_is_copied(family: str, layers: tuple[int, ...], layout: str
     base = tiny_models.save(family, tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
     draft = {name: tensor for name, tensor in tensors.items() if name.startswith(tiny_models.DRAFT[family])}
-    moments = [calibrate(CalibrationSettings(str(base), str(corpus), 2, 32, stream=stream), tmp_path / f"calib{stream}")
-               for stream in (False, True)]
+    moments = [
+        calibrate(CalibrationSettings(str(base), str(corpus), 2, 32, stream=stream), tmp_path / f"calib{stream}")
+        for stream in (False, True)
+    ]
     assert all(set(part.tokens) == {f"model.layers.{layer}.mlp.experts" for layer in layers} for part in moments)
-    write_masks_repository(selector(moments[0], sparsity=0.5), tmp_path / "calibTrue", tmp_path / "masks")
+    write_masks_repository(select(moments[0], sparsity=0.5), tmp_path / "calibTrue", tmp_path / "masks")
     export_checkpoint(tmp_path / "masks", tmp_path / "out", model=str(base), layout=layout)
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert draft and all(torch.equal(written[name], tensor) for name, tensor in draft.items())

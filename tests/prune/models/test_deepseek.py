@@ -14,10 +14,21 @@ from heapr_vllm.formats.deepseek_config import DeepseekConfig
 from heapr_vllm.prune import collect_moments
 from heapr_vllm.prune.models.deepseek import DeepseekForCausalLM, register_deepseek_model
 
-SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 12,
-         "num_hidden_layers": 3, "num_attention_heads": 4, "n_shared_experts": 2, "n_routed_experts": 6,
-         "num_experts_per_tok": 3, "first_k_dense_replace": 1, "initializer_range": 0.3, "bos_token_id": None,
-         "eos_token_id": None}
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 12,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "n_shared_experts": 2,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +72,12 @@ def by_hand(weights: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor
             continue
         probabilities = (h @ weights[f"{prefix}.mlp.gate.weight"].T).softmax(-1)
         kept, experts = probabilities.topk(SIZES["num_experts_per_tok"])
-        routed = torch.stack([sum(p * ffn(token, f"{prefix}.mlp.experts.{e}") for p, e in zip(ps, es, strict=True))
-                              for token, ps, es in zip(h, kept, experts.tolist(), strict=True)])
+        routed = torch.stack(
+            [
+                sum(p * ffn(token, f"{prefix}.mlp.experts.{e}") for p, e in zip(ps, es, strict=True))
+                for token, ps, es in zip(h, kept, experts.tolist(), strict=True)
+            ]
+        )
         x = x + routed + ffn(h, f"{prefix}.mlp.shared_experts")
     return norm(x, "model.norm.weight") @ weights["lm_head.weight"].T
 

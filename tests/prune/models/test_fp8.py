@@ -13,9 +13,9 @@ from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.reader import TensorReader, dequantize
 from heapr_vllm.prune import CalibrationSettings, NeuronMoments, export_checkpoint, write_masks_repository
-from heapr_vllm.prune.calibration import calibrate
+from heapr_vllm.prune.calibration.calibrate import calibrate
 from heapr_vllm.prune.calibration.moments import SUMS
-from heapr_vllm.prune.selection import selector
+from heapr_vllm.prune.selection.selector import select
 from tests import tiny_models
 
 BLOCK = 32  # 128 in released models, where a tiny model's matrices would be one block
@@ -58,19 +58,21 @@ def test_moments_are_those_of_the_dequantised_model(pair: tuple[Path, Path], cor
         for prefix, tokens in wanted.tokens.items():
             assert torch.equal(moments.tokens[prefix], tokens)
             for name in SUMS:
-                torch.testing.assert_close(getattr(moments, name)[prefix], getattr(wanted, name)[prefix], rtol=1e-6,
-                                           atol=0)
+                torch.testing.assert_close(
+                    getattr(moments, name)[prefix], getattr(wanted, name)[prefix], rtol=1e-6, atol=0
+                )
 
 
 def test_export_writes_bfloat16(pair: tuple[Path, Path], corpus: Path, tmp_path: Path) -> None:
     fp8, plain = pair
     calibrate(settings(fp8, corpus), tmp_path / "calib")
-    masks = selector(NeuronMoments.from_pretrained(tmp_path / "calib"), sparsity=0.5)
+    masks = select(NeuronMoments.from_pretrained(tmp_path / "calib"), sparsity=0.5)
     write_masks_repository(masks, tmp_path / "calib", tmp_path / "masks")
     for layout in ("compact", "masked"):
         for base in pair:
-            export_checkpoint(tmp_path / "masks", tmp_path / base.name / layout, model=str(base), layout=layout,
-                              verify=False)
+            export_checkpoint(
+                tmp_path / "masks", tmp_path / base.name / layout, model=str(base), layout=layout, verify=False
+            )
         written, wanted = (load_file(tmp_path / base.name / layout / "model.safetensors") for base in pair)
         assert written.keys() == wanted.keys()
         for name, tensor in written.items():

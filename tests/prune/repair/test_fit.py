@@ -31,7 +31,7 @@ from heapr_vllm.prune.repair import fit as repair_module
 from heapr_vllm.prune.repair.fit import RepairSettings, check_tokens, layer_groups
 from heapr_vllm.prune.repair.least_squares import compensations, repairable, repaired
 from heapr_vllm.prune.repair.second_moments import collect_second_moments
-from heapr_vllm.prune.selection import selector
+from heapr_vllm.prune.selection.selector import select
 from heapr_vllm.prune.text.documents import read_documents
 from heapr_vllm.prune.text.samples import token_blocks
 from tests.conftest import BUNDLED
@@ -66,8 +66,12 @@ def test_only_kept_columns_of_down_proj_change(compact: Path, awkward_masks: Neu
         if not torch.equal(tensor, wanted):
             changed.add(name)
     tokens = json.loads((compact / "heapr" / CALIBRATION_FILE).read_text())["tokens"]
-    assert changed == {f"{prefix}.{expert}.down_proj.weight" for prefix, experts in repairable(awkward_masks).items()
-                       for expert in experts if tokens[prefix][expert]}
+    assert changed == {
+        f"{prefix}.{expert}.down_proj.weight"
+        for prefix, experts in repairable(awkward_masks).items()
+        for expert in experts
+        if tokens[prefix][expert]
+    }
 
 
 def test_streamed_repair_gives_the_same_bytes(masks_repository: Path, compact: Path, tmp_path: Path) -> None:
@@ -80,8 +84,9 @@ def test_streamed_repair_gives_the_same_bytes(masks_repository: Path, compact: P
     assert not list(tmp_path.glob(".*"))
 
 
-def test_masked_layout_equals_the_repair_in_memory(masks_repository: Path, awkward_masks: NeuronMasks, qwen3: Path,
-                                                   corpus: Path, tmp_path: Path) -> None:
+def test_masked_layout_equals_the_repair_in_memory(
+    masks_repository: Path, awkward_masks: NeuronMasks, qwen3: Path, corpus: Path, tmp_path: Path
+) -> None:
     export_checkpoint(masks_repository, tmp_path / "masked", layout="masked", repair=RepairSettings())
     assert "quantization_config" not in json.loads((tmp_path / "masked" / "config.json").read_text())
     base = AutoModelForCausalLM.from_pretrained(qwen3, dtype=torch.float32)
@@ -111,8 +116,9 @@ def test_layers_are_grouped_by_memory(awkward_masks: NeuronMasks) -> None:
         layer_groups(awkward_masks, experts, 1000)
 
 
-def test_interrupted_repair_continues_behind_the_last_group(masks_repository: Path, compact: Path, tmp_path: Path,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_repair_continues_behind_the_last_group(
+    masks_repository: Path, compact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs = []
 
     def collect(*args, experts, **kwargs):
@@ -132,8 +138,9 @@ def test_interrupted_repair_continues_behind_the_last_group(masks_repository: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["compact"]
 
 
-def test_leftovers_of_another_repair_are_not_used(masks_repository: Path, compact: Path, tmp_path: Path,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_of_another_repair_are_not_used(
+    masks_repository: Path, compact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A repair whose export failed, another one interrupted in the same place, then each of them again."""
     more = replace(ONE_LAYER, num_samples=8)
     export_checkpoint(masks_repository, tmp_path / "more", repair=more)
@@ -157,8 +164,19 @@ def fails_with(error: BaseException) -> Callable[..., None]:
 
 
 def test_killed_export_continues_to_the_same_bytes(masks_repository: Path, compact: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "heapr_vllm", "export", str(masks_repository), "-o", str(tmp_path / "compact"),
-               "--repair", "least-squares", "--repair-memory", str(LAYER_BYTES)]
+    command = [
+        sys.executable,
+        "-m",
+        "heapr_vllm",
+        "export",
+        str(masks_repository),
+        "-o",
+        str(tmp_path / "compact"),
+        "--repair",
+        "least-squares",
+        "--repair-memory",
+        str(LAYER_BYTES),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not (tmp_path / ".compact.repair" / "state.json").exists() and time.time() < deadline:
@@ -180,8 +198,10 @@ def test_record_card_and_config(compact: Path, masks_repository: Path, capsys: p
     record = json.loads(capsys.readouterr().out)["repair"]
     assert record["tokens"] == 6 * 64 and record["method"] == "least-squares" and record["prior"] > 0
     assert 0 < record["output_error_removed"] < 1
-    assert record["dataset_fingerprint"] == json.loads((compact / "heapr" / CALIBRATION_FILE).read_text())[
-        "dataset_fingerprint"]
+    assert (
+        record["dataset_fingerprint"]
+        == json.loads((compact / "heapr" / CALIBRATION_FILE).read_text())["dataset_fingerprint"]
+    )
     assert main(["inspect", str(compact)]) == 0
     line = "least-squares on 384 tokens"
     assert f"repair: {line}" in capsys.readouterr().out and f"| repair | {line}" in (compact / "README.md").read_text()
@@ -195,8 +215,23 @@ def test_export_of_an_export_does_not_claim_a_repair(compact: Path, tmp_path: Pa
 
 def test_other_text_and_more_samples(masks_repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "other.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
-    assert main(["export", str(masks_repository), "-o", str(tmp_path / "out"), "--repair", "least-squares",
-                 "--repair-dataset", str(tmp_path / "other.txt"), "--repair-samples", "9"]) == 0
+    assert (
+        main(
+            [
+                "export",
+                str(masks_repository),
+                "-o",
+                str(tmp_path / "out"),
+                "--repair",
+                "least-squares",
+                "--repair-dataset",
+                str(tmp_path / "other.txt"),
+                "--repair-samples",
+                "9",
+            ]
+        )
+        == 0
+    )
     assert f"least-squares on 576 tokens of {tmp_path / 'other.txt'}" in capsys.readouterr().out
 
 
@@ -208,19 +243,34 @@ def moved(masks_repository: Path, folder: Path, **changes: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("changes", "arguments", "message"), [
-    ({}, ["--repair", "magic"], "repair 'magic' is not one of least-squares"),
-    ({}, ["--repair-samples", "9"], "belong to --repair least-squares"),
-    ({}, ["--repair", "least-squares", "--repair-memory", "1KiB"], "pass --repair-memory 1MiB or more"),
-    ({}, ["--repair", "least-squares", "--repair-samples", "9999"], "has .* blocks of 64 tokens, 9999 are needed"),
-    ({"tokens": FEW_TOKENS}, ["--repair", "least-squares", "--repair-samples", "1"],
-     "too little text for a repair: .* --repair-samples"),
-    ({"dataset": "gone.txt"}, ["--repair", "least-squares"],
-     "needs the calibration text: dataset file gone.txt does not exist; or name another text with --repair-dataset"),
-    ({"seed": 5}, ["--repair", "least-squares"], "not the text of the calibration any more .* --repair-dataset"),
-])
-def test_what_cannot_be_repaired(changes: dict, arguments: list[str], message: str, masks_repository: Path,
-                                 tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({}, ["--repair", "magic"], "repair 'magic' is not one of least-squares"),
+        ({}, ["--repair-samples", "9"], "belong to --repair least-squares"),
+        ({}, ["--repair", "least-squares", "--repair-memory", "1KiB"], "pass --repair-memory 1MiB or more"),
+        ({}, ["--repair", "least-squares", "--repair-samples", "9999"], "has .* blocks of 64 tokens, 9999 are needed"),
+        (
+            {"tokens": FEW_TOKENS},
+            ["--repair", "least-squares", "--repair-samples", "1"],
+            "too little text for a repair: .* --repair-samples",
+        ),
+        (
+            {"dataset": "gone.txt"},
+            ["--repair", "least-squares"],
+            r"needs the calibration text: dataset file gone.txt does not exist; or name another text with --repair-datase",
+        ),
+        ({"seed": 5}, ["--repair", "least-squares"], "not the text of the calibration any more .* --repair-dataset"),
+    ],
+)
+def test_what_cannot_be_repaired(
+    changes: dict,
+    arguments: list[str],
+    message: str,
+    masks_repository: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
     masks = moved(masks_repository, tmp_path / "masks", **changes)
     capsys.readouterr()
     assert main(["export", str(masks), "-o", str(tmp_path / "out"), *arguments]) == 2
@@ -234,8 +284,9 @@ def test_whole_experts_leave_nothing_to_repair(calibration: Path, tmp_path: Path
     keep = {prefix: (torch.arange(8) % 2 == 0)[:, None].expand(sums.shape).clone() for prefix, sums in shapes.items()}
     record = json.loads((calibration / CALIBRATION_FILE).read_text())
     base = {"name_or_path": record["model"], "revision": None, "fingerprint": record["base_fingerprint"]}
-    masks = NeuronMasks(keep, {"criterion": "none", "scope": "expert", "align": 1, "sparsity": None,
-                               "base_model": base})
+    masks = NeuronMasks(
+        keep, {"criterion": "none", "scope": "expert", "align": 1, "sparsity": None, "base_model": base}
+    )
     write_masks_repository(masks, calibration, tmp_path / "masks")
     with pytest.raises(HeaprError, match="kept whole or removed whole, so there is nothing to repair"):
         export_checkpoint(tmp_path / "masks", tmp_path / "out", repair=RepairSettings())
@@ -258,10 +309,12 @@ def test_repair_helps_a_trained_model(python_corpus: Path) -> None:
     """Held-out perplexity of the bundled model at half size: repaired, a good part of the increase is gone."""
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
-    blocks = {split: token_blocks(read_documents(str(python_corpus / f"{split}.jsonl")), tokenizer, 16, 512, seed=0)
-              for split in ("calibration", "held_out")}
+    blocks = {
+        split: token_blocks(read_documents(str(python_corpus / f"{split}.jsonl")), tokenizer, 16, 512, seed=0)
+        for split in ("calibration", "held_out")
+    }
     moments = collect_moments(model, blocks["calibration"], batch_size=4)
-    masks = selector(moments, flops=0.5)
+    masks = select(moments, flops=0.5)
     found = compensations(collect_second_moments(model, blocks["calibration"], batch_size=4), masks)
     dense = perplexity(model, blocks["held_out"])
     with applied(masks, model):

@@ -42,15 +42,24 @@ def test_is_the_ridge_regression_of_the_docstring(tokens: int, prior: float, gen
 def test_many_tokens_reach_the_least_squares_optimum(generator: torch.Generator) -> None:
     ph, weight, moment = random_moment(100, generator)
     optimum = torch.linalg.lstsq(ph[:, KEEP], ph @ weight.T).solution.T
-    distances = [float((compensate(weight, KEEP, compensation(SecondMoment(100 * n, moment.sums * n), KEEP))[:, KEEP]
-                        - optimum).norm() / optimum.norm()) for n in (1, 100, 10_000)]
+    distances = [
+        float(
+            (
+                compensate(weight, KEEP, compensation(SecondMoment(100 * n, moment.sums * n), KEEP))[:, KEEP] - optimum
+            ).norm()
+            / optimum.norm()
+        )
+        for n in (1, 100, 10_000)
+    ]
     assert distances[0] > distances[1] > distances[2] and distances[2] < 1e-3
 
 
 def test_few_tokens_shrink_towards_the_original_weights(generator: torch.Generator) -> None:
     _, _, moment = random_moment(4096, generator)
-    norms = [float(compensation(SecondMoment(tokens, moment.sums * tokens / 4096), KEEP).norm())
-             for tokens in (1, 16, 256, 4096)]
+    norms = [
+        float(compensation(SecondMoment(tokens, moment.sums * tokens / 4096), KEEP).norm())
+        for tokens in (1, 16, 256, 4096)
+    ]
     assert norms == sorted(norms) and norms[0] < 0.3 * norms[-1]
     nothing = compensation(SecondMoment(0, torch.zeros(WIDTH, WIDTH, dtype=torch.float64)), KEEP)
     assert nothing.shape == (WIDTH - int(KEEP.sum()), int(KEEP.sum())) and not nothing.any()
@@ -58,8 +67,9 @@ def test_few_tokens_shrink_towards_the_original_weights(generator: torch.Generat
 
 def test_linear_combinations_of_kept_neurons_are_restored(generator: torch.Generator) -> None:
     ph, weight, _ = random_moment(4000, generator)
-    ph[:, ~KEEP] = ph[:, KEEP] @ torch.randn(int(KEEP.sum()), WIDTH - int(KEEP.sum()), generator=generator,
-                                             dtype=torch.float64)
+    ph[:, ~KEEP] = ph[:, KEEP] @ torch.randn(
+        int(KEEP.sum()), WIDTH - int(KEEP.sum()), generator=generator, dtype=torch.float64
+    )
     moment = SecondMoment(len(ph), ph.T @ ph)
     refitted = compensate(weight, KEEP, compensation(moment, KEEP, prior=0.0))
     error = ph[:, KEEP] @ refitted[:, KEEP].T - ph @ weight.T

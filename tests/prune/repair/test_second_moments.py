@@ -44,8 +44,11 @@ def test_only_the_wanted_experts_and_no_later_layer(model) -> None:
     wanted = {"model.layers.0.mlp.experts": [3, 5], "model.layers.1.mlp.experts": [0]}
     found = collect_second_moments(model, BLOCKS, experts=wanted, after_batch=done.append)
     assert {prefix: list(experts) for prefix, experts in found.items()} == wanted and done == [1] * 5
-    assert all(torch.equal(moment.sums, everything[prefix][expert].sums)
-               for prefix, experts in found.items() for expert, moment in experts.items())
+    assert all(
+        torch.equal(moment.sums, everything[prefix][expert].sums)
+        for prefix, experts in found.items()
+        for expert, moment in experts.items()
+    )
     assert not ran, "the forward pass ends with the last wanted layer"
     model(BLOCKS[:1])
     assert ran, "and the model is left as it was"

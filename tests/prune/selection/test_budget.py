@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune import NeuronMoments
-from heapr_vllm.prune.selection import selector
 from heapr_vllm.prune.selection.budget import choose, stored_for_size
 from heapr_vllm.prune.selection.neuron_blocks import NeuronBlocks
+from heapr_vllm.prune.selection.selector import select
 
 
 def instance(num_blocks: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +76,7 @@ def moments(seed: int = 0) -> NeuronMoments:
 @pytest.mark.parametrize(("sparsity", "flops"), [(None, 0.3), (0.4, 0.6), (0.7, 0.2), (0.4, 0.41)])
 def test_masks_meet_both_budgets_with_aligned_nested_widths(scope: str, sparsity: float | None, flops: float) -> None:
     source = moments()
-    masks = selector(source, sparsity, flops=flops, scope=scope, align=4)
+    masks = select(source, sparsity, flops=flops, scope=scope, align=4)
     assert masks.executed_reduction(source.tokens) >= flops
     assert sparsity is None or masks.sparsity >= sparsity - 4 / masks.num_neurons
     assert masks.metadata["flops"] == flops and masks.metadata["criterion"] == "fisher"
@@ -89,7 +89,7 @@ def test_masks_meet_both_budgets_with_aligned_nested_widths(scope: str, sparsity
 
 
 def test_flops_budget_cuts_busy_experts_first() -> None:
-    stored, executed = selector(moments(), 0.5, criterion="fisher", align=1), selector(moments(), flops=0.5, align=1)
+    stored, executed = select(moments(), 0.5, criterion="fisher", align=1), select(moments(), flops=0.5, align=1)
     assert executed.executed_reduction(moments().tokens) == pytest.approx(0.5, abs=0.02)
     for prefix in stored.widths:
         assert executed.widths[prefix][3] < stored.widths[prefix][3]
@@ -109,12 +109,25 @@ def test_target_size_is_met_within_a_block() -> None:
         assert target - 40 < 1000 - 640 * stored <= target
 
 
-@pytest.mark.parametrize(("target", "metadata", "forced", "message"), [
-    (300, {"checkpoint_bytes": 1000, "routed_bytes": 640}, 0, "out of reach: 360 B are not .* the nearest is 400 B"),
-    (500, {"checkpoint_bytes": 1000, "routed_bytes": 640}, 10, "out of reach: .* the nearest is 760 B"),
-    (2**31, {"checkpoint_bytes": 2**30, "routed_bytes": 640}, 0, "2.00 GiB is no smaller than the checkpoint, 1.00 Gi"),
-    (300, {}, 0, "calibrate again, or pass --sparsity"),
-])
+@pytest.mark.parametrize(
+    ("target", "metadata", "forced", "message"),
+    [
+        (
+            300,
+            {"checkpoint_bytes": 1000, "routed_bytes": 640},
+            0,
+            "out of reach: 360 B are not .* the nearest is 400 B",
+        ),
+        (500, {"checkpoint_bytes": 1000, "routed_bytes": 640}, 10, "out of reach: .* the nearest is 760 B"),
+        (
+            2**31,
+            {"checkpoint_bytes": 2**30, "routed_bytes": 640},
+            0,
+            "2.00 GiB is no smaller than the checkpoint, 1.00 Gi",
+        ),
+        (300, {}, 0, "calibrate again, or pass --sparsity"),
+    ],
+)
 def test_target_sizes_that_are_impossible(target: int, metadata: dict, forced: int, message: str) -> None:
     with pytest.raises(HeaprError, match=message):
         stored_for_size(target, metadata, sixteen_blocks(forced))

@@ -12,8 +12,8 @@ from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.tensorfile import save_tensors
 from heapr_vllm.prune import NeuronMoments, collect_moments
 from heapr_vllm.prune.calibration.moments import MOMENTS_FILE, NORMS, OUTPUTS, SUMS
-from heapr_vllm.prune.selection import selector
 from heapr_vllm.prune.selection.criteria import CRITERIA, score
+from heapr_vllm.prune.selection.selector import select
 from tests.prune.calibration.test_moments import expert_outputs
 
 
@@ -28,9 +28,12 @@ def test_output_norms(qwen3: Path) -> None:
     blocks = torch.randint(0, 256, (3, 64), generator=torch.Generator().manual_seed(2))
     moments = collect_moments(model, blocks, batch_size=2)
     weights: dict[str, list[torch.Tensor]] = {}
-    hooks = [model.get_submodule(name).register_forward_pre_hook(
-        lambda _, args, name=name: weights.setdefault(name, []).append(dense_weights(*args[1:], moments, name)))
-        for name in moments.tokens]
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: weights.setdefault(name, []).append(dense_weights(*args[1:], moments, name))
+        )
+        for name in moments.tokens
+    ]
     for (name, expert), pairs in expert_outputs(model, blocks).items():
         norms = torch.cat([out.detach().norm(dim=-1) for _, out in pairs])
         weight = torch.cat(weights[name])[:, expert]
@@ -53,16 +56,23 @@ def test_weight_criteria(moments: NeuronMoments, qwen3: Path) -> None:
         experts = model.get_submodule(prefix)
         gate, up = experts.gate_up_proj.detach().double().chunk(2, 1)
         down = experts.down_proj.detach().double()
-        torch.testing.assert_close(magnitude[prefix], gate.norm(dim=2) * up.norm(dim=2) * down.norm(dim=1),
-                                   rtol=1e-6, atol=0)
-        torch.testing.assert_close(energy[prefix], moments.activation_sq[prefix].double() * (down**2).sum(1),
-                                   rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            magnitude[prefix], gate.norm(dim=2) * up.norm(dim=2) * down.norm(dim=1), rtol=1e-6, atol=0
+        )
+        torch.testing.assert_close(
+            energy[prefix], moments.activation_sq[prefix].double() * (down**2).sum(1), rtol=1e-6, atol=0
+        )
 
 
 def test_sums_and_means(moments: NeuronMoments) -> None:
     """Twice the text in the same proportions doubles the sums and leaves the means alone."""
-    twice = replace(moments, **{name: {prefix: 2 * values for prefix, values in getattr(moments, name).items()}
-                                for name in ("tokens", *SUMS, "routed_norm")})
+    twice = replace(
+        moments,
+        **{
+            name: {prefix: 2 * values for prefix, values in getattr(moments, name).items()}
+            for name in ("tokens", *SUMS, "routed_norm")
+        },
+    )
     factors = {"heapr": 1, "reap": 1, "magnitude": 1, "random": 1, "fisher": 2, "heapr-frequency": 2, "energy": 2}
     assert factors.keys() == CRITERIA.keys()
     for name, factor in factors.items():
@@ -73,35 +83,37 @@ def test_sums_and_means(moments: NeuronMoments) -> None:
 
 def test_frequency_per_flop_is_the_papers_ranking(moments: NeuronMoments) -> None:
     for flops in (0.1, 0.3, 0.6):
-        masks = selector(moments, flops=flops, criterion="heapr-frequency", align=4)
-        paper = selector(moments, masks.sparsity, criterion="heapr", align=4)
+        masks = select(moments, flops=flops, criterion="heapr-frequency", align=4)
+        paper = select(moments, masks.sparsity, criterion="heapr", align=4)
         assert all(torch.equal(keep, paper.keep[prefix]) for prefix, keep in masks.keep.items())
 
 
 def test_random_is_seeded(moments: NeuronMoments) -> None:
-    one, other = (selector(moments, 0.5, criterion="random", seed=seed) for seed in (0, 1))
-    again = selector(moments, 0.5, criterion="random", seed=0)
+    one, other = (select(moments, 0.5, criterion="random", seed=seed) for seed in (0, 1))
+    again = select(moments, 0.5, criterion="random", seed=0)
     assert all(torch.equal(one.keep[prefix], again.keep[prefix]) for prefix in one.keep)
     assert any(not torch.equal(one.keep[prefix], other.keep[prefix]) for prefix in one.keep)
 
 
 def test_reap_removes_whole_experts(moments: NeuronMoments) -> None:
-    masks = selector(moments, 0.25, criterion="reap", scope="layer")
+    masks = select(moments, 0.25, criterion="reap", scope="layer")
     for prefix, widths in masks.widths.items():
         assert sorted(widths.tolist()) == [0, 0, *[64] * 6]
         assert set((widths == 0).nonzero().flatten().tolist()) == set(
-            (moments.routed_norm[prefix] / moments.tokens[prefix]).argsort()[:2].tolist())
+            (moments.routed_norm[prefix] / moments.tokens[prefix]).argsort()[:2].tolist()
+        )
 
 
 def test_moments_of_an_older_version(moments: NeuronMoments, tmp_path: Path) -> None:
     """They load, serve the criteria that need no norms, and say what to do for the others."""
-    tensors = {f"{prefix}.{name}": values for name in ("tokens", *SUMS)
-               for prefix, values in getattr(moments, name).items()}
+    tensors = {
+        f"{prefix}.{name}": values for name in ("tokens", *SUMS) for prefix, values in getattr(moments, name).items()
+    }
     save_tensors(tmp_path / MOMENTS_FILE, tensors, moments.metadata, version=1)
     old = NeuronMoments.from_pretrained(tmp_path)
     for name in ("heapr", "fisher", "heapr-frequency", "random"):
         assert all(torch.equal(scores, score(moments, name)[prefix]) for prefix, scores in score(old, name).items())
-    assert selector(old, 0.5).metadata["protected"] is None
+    assert select(old, 0.5).metadata["protected"] is None
     for name in ("energy", "magnitude", "reap"):
         with pytest.raises(HeaprError, match=f"criterion {name} needs .*_norm.* lack; calibrate again"):
             score(old, name)

@@ -8,18 +8,26 @@ from hypothesis import strategies as st
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune import NeuronMoments, select_by_saliency
-from heapr_vllm.prune.selection import selector
+from heapr_vllm.prune.selection.selector import select
 
 
 def scores(layers: int, experts: int, width: int, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {f"model.layers.{i}.mlp.experts": torch.rand(experts, width, generator=generator).pow(4)
-            for i in range(layers)}
+    return {
+        f"model.layers.{i}.mlp.experts": torch.rand(experts, width, generator=generator).pow(4) for i in range(layers)
+    }
 
 
 @settings(max_examples=60, deadline=None)
-@given(layers=st.integers(1, 4), experts=st.integers(1, 6), blocks=st.integers(1, 6), align=st.sampled_from([1, 4, 16]),
-       sparsity=st.floats(0.01, 0.99), scope=st.sampled_from(["global", "layer", "expert"]), seed=st.integers(0, 99))
+@given(
+    layers=st.integers(1, 4),
+    experts=st.integers(1, 6),
+    blocks=st.integers(1, 6),
+    align=st.sampled_from([1, 4, 16]),
+    sparsity=st.floats(0.01, 0.99),
+    scope=st.sampled_from(["global", "layer", "expert"]),
+    seed=st.integers(0, 99),
+)
 def test_budget_and_alignment(layers, experts, blocks, align, sparsity, scope, seed) -> None:
     saliency = scores(layers, experts, blocks * align, seed)
     masks = select_by_saliency(saliency, sparsity, scope=scope, align=align)
@@ -35,8 +43,9 @@ def test_scopes_spread_the_budget_differently() -> None:
     saliency = scores(3, 4, 32, 0)
     saliency["model.layers.1.mlp.experts"] *= 100
     saliency["model.layers.2.mlp.experts"][3] *= 1e-3
-    kept = {scope: select_by_saliency(saliency, 0.5, scope=scope, align=4).widths for scope in
-            ("global", "layer", "expert")}
+    kept = {
+        scope: select_by_saliency(saliency, 0.5, scope=scope, align=4).widths for scope in ("global", "layer", "expert")
+    }
     assert all((widths == 16).all() for widths in kept["expert"].values())
     assert all(int(widths.sum()) == 64 for widths in kept["layer"].values())
     assert int(kept["layer"]["model.layers.2.mlp.experts"][3]) == 0
@@ -75,38 +84,41 @@ def moments_with_silent_expert() -> NeuronMoments:
 
 @pytest.mark.parametrize(("unrouted", "width"), [("keep", 16), ("prune", 0)])
 def test_unrouted_experts(unrouted: str, width: int) -> None:
-    masks = selector(moments_with_silent_expert(), 0.5, align=4, unrouted=unrouted)
+    masks = select(moments_with_silent_expert(), 0.5, align=4, unrouted=unrouted)
     assert masks.widths["model.layers.0.mlp.experts"][1] == width
     assert masks.num_kept == 24
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"sparsity": 0.0}, "not between 0 and 1"),
-    ({"sparsity": 1.0}, "not between 0 and 1"),
-    ({"sparsity": float("nan")}, "not between 0 and 1"),
-    ({"sparsity": 0.5, "align": 5}, "align 5 does not divide the 16 neurons .* use --align 1"),
-    ({"sparsity": 0.5, "scope": "world"}, "scope 'world' is not one of"),
-    ({"sparsity": 0.9, "min_width": 8}, "0.9 is out of reach .* --min-width, .* the nearest is 0.3333; "),
-    ({"flops": 0.9, "min_width": 8}, "flops 0.9 is out of reach .* the nearest is 0.5; "),
-    ({}, "no budget is given; pass --sparsity, --target-size or --flops"),
-    ({"flops": 1.5}, "flops 1.5 is not between 0 and 1"),
-    ({"sparsity": 0.5, "criterion": "luck"}, "criterion 'luck' is not one of heapr, fisher"),
-    ({"sparsity": 0.5, "protect": 0.5}, "--protect needs peak_norm, .* calibrate again"),
-    ({"sparsity": 0.5, "criterion": "reap"}, "criterion reap needs routed_norm, .* calibrate again"),
-    ({"sparsity": 0.5, "unrouted": "error"}, "1 experts of model.layers.0.mlp.experts saw no calibration token"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": 0.0}, "not between 0 and 1"),
+        ({"sparsity": 1.0}, "not between 0 and 1"),
+        ({"sparsity": float("nan")}, "not between 0 and 1"),
+        ({"sparsity": 0.5, "align": 5}, "align 5 does not divide the 16 neurons .* use --align 1"),
+        ({"sparsity": 0.5, "scope": "world"}, "scope 'world' is not one of"),
+        ({"sparsity": 0.9, "min_width": 8}, "0.9 is out of reach .* --min-width, .* the nearest is 0.3333; "),
+        ({"flops": 0.9, "min_width": 8}, "flops 0.9 is out of reach .* the nearest is 0.5; "),
+        ({}, "no budget is given; pass --sparsity, --target-size or --flops"),
+        ({"flops": 1.5}, "flops 1.5 is not between 0 and 1"),
+        ({"sparsity": 0.5, "criterion": "luck"}, "criterion 'luck' is not one of heapr, fisher"),
+        ({"sparsity": 0.5, "protect": 0.5}, "--protect needs peak_norm, .* calibrate again"),
+        ({"sparsity": 0.5, "criterion": "reap"}, "criterion reap needs routed_norm, .* calibrate again"),
+        ({"sparsity": 0.5, "unrouted": "error"}, "1 experts of model.layers.0.mlp.experts saw no calibration token"),
+    ],
+)
 def test_bad_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(HeaprError, match=message):
-        selector(moments_with_silent_expert(), **{"align": 4, **arguments})
+        select(moments_with_silent_expert(), **{"align": 4, **arguments})
 
 
 def test_unrouted_experts_that_do_not_fit_the_budget() -> None:
     with pytest.raises(HeaprError, match="out of reach with scope expert: .* experts without a calibration token"):
-        selector(moments_with_silent_expert(), 0.5, align=4, scope="expert")
+        select(moments_with_silent_expert(), 0.5, align=4, scope="expert")
 
 
 def test_overflowed_gradients_are_refused() -> None:
     moments = moments_with_silent_expert()
     moments.gradient_sq["model.layers.0.mlp.experts"][0, 0] = torch.inf
     with pytest.raises(HeaprError, match="not finite; calibrate again with --dtype float32"):
-        selector(moments, 0.5, align=4)
+        select(moments, 0.5, align=4)

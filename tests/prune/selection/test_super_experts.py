@@ -8,7 +8,7 @@ import pytest
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune import NeuronMoments
-from heapr_vllm.prune.selection import selector
+from heapr_vllm.prune.selection.selector import select
 from heapr_vllm.prune.selection.super_experts import super_experts
 
 FIRST, SECOND = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
@@ -33,8 +33,10 @@ def test_outliers_only(moments: NeuronMoments, calibration: Path) -> None:
 
 def test_large_layers_and_small_outliers_are_none(moments: NeuronMoments) -> None:
     """A layer whose outputs are all large has no outlier; nor is an outlier of a layer one if the model has larger."""
-    peaks = {prefix: norms * scale for (prefix, norms), scale in
-             zip(moments.peak_norm.items(), (50.0, 0.01, 1.0), strict=True)}
+    peaks = {
+        prefix: norms * scale
+        for (prefix, norms), scale in zip(moments.peak_norm.items(), (50.0, 0.01, 1.0), strict=True)
+    }
     assert not any(found.any() for found in super_experts(replace(moments, peak_norm=peaks)).values())
 
 
@@ -46,16 +48,16 @@ def test_experts_without_a_token_do_not_lower_the_median(moments: NeuronMoments)
 
 
 def test_protected_experts_keep_a_floor(moments: NeuronMoments) -> None:
-    default = selector(moments, 0.5)
+    default = select(moments, 0.5)
     assert default.widths[SECOND][3] == 32, "half of 64 neurons"
     assert default.metadata["protected"] == [f"{SECOND}.3"]
     assert abs(default.sparsity - 0.5) < 0.02
-    assert selector(moments, 0.5, protect=0.4).widths[SECOND][3] == 32, "26 neurons, rounded up to blocks of 16"
-    assert selector(moments, 0.5, protect=1.0).widths[SECOND][3] == 64
-    off = selector(moments, 0.5, protect=0)
+    assert select(moments, 0.5, protect=0.4).widths[SECOND][3] == 32, "26 neurons, rounded up to blocks of 16"
+    assert select(moments, 0.5, protect=1.0).widths[SECOND][3] == 64
+    off = select(moments, 0.5, protect=0)
     assert off.widths[SECOND][3] == 0 and off.metadata["protected"] == []
 
 
 def test_bad_fraction(moments: NeuronMoments) -> None:
     with pytest.raises(HeaprError, match="--protect 8.0 is not between 0 and 1"):
-        selector(moments, 0.5, protect=8.0)
+        select(moments, 0.5, protect=8.0)

@@ -8,10 +8,10 @@ import pytest
 
 from heapr_vllm.prune import NeuronMoments, Selector
 from heapr_vllm.prune.report.plot import plot_sweep
-from heapr_vllm.prune.selection import selector, sweep
 from heapr_vllm.prune.selection.budget import Budget
 from heapr_vllm.prune.selection.criteria import CRITERIA
-from heapr_vllm.prune.selection.sweep import format_sweep, frontier
+from heapr_vllm.prune.selection.selector import select
+from heapr_vllm.prune.selection.sweep import format_sweep, frontier, sweep
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def test_rows_equal_the_masks(moments: NeuronMoments) -> None:
     rows = sweep(moments, ["heapr", "fisher"], [0.25, 0.5], align=8)
     assert len(rows) == 8
     for row in rows:
-        masks = selector(moments, row["sparsity"], flops=row["flops"], criterion=row["criterion"], align=8)
+        masks = select(moments, row["sparsity"], flops=row["flops"], criterion=row["criterion"], align=8)
         assert row["stored_reduction"] == pytest.approx(masks.sparsity)
         assert row["executed_reduction"] == pytest.approx(masks.executed_reduction(moments.tokens))
         assert row["dead_experts"] == sum(int((widths == 0).sum()) for widths in masks.widths.values())

@@ -43,13 +43,16 @@ def test_blocks_are_seeded_and_joined_by_end_of_text(corpus: Path) -> None:
     assert not torch.equal(blocks, token_blocks(documents, tokenizer(), 5, 100, seed=1))
 
 
-@pytest.mark.parametrize(("content", "name", "message"), [
-    (None, "missing.txt", "does not exist"),
-    ("  \n", "empty.txt", "holds no text"),
-    ('{"text": "a"}\n{"txt": 1}\n', "bad.jsonl", r"bad.jsonl:2 is not a JSON object with a `text` field"),
-    ('{"text": 5}\n', "number.jsonl", r"number.jsonl:1 has a `text` field that is no string"),
-    (None, "no[way", "is not file.txt"),
-])
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (None, "missing.txt", "does not exist"),
+        ("  \n", "empty.txt", "holds no text"),
+        ('{"text": "a"}\n{"txt": 1}\n', "bad.jsonl", r"bad.jsonl:2 is not a JSON object with a `text` field"),
+        ('{"text": 5}\n', "number.jsonl", r"number.jsonl:1 has a `text` field that is no string"),
+        (None, "no[way", "is not file.txt"),
+    ],
+)
 def test_bad_datasets(tmp_path: Path, content: str | None, name: str, message: str) -> None:
     spec = str(tmp_path / name) if name.endswith(("txt", "jsonl")) else name
     if content is not None:

@@ -15,8 +15,13 @@ SOURCE = Path(__file__).parent / "ragged_moe.cpp"
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 AVX512_BF16 = (*AVX512, "-mavx512bf16")
-ISA_FLAGS = {"default": (), "avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16,
-             "avx512_amx": (*AVX512_BF16, "-DHEAPR_AMX")}
+ISA_FLAGS = {
+    "default": (),
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": AVX512_BF16,
+    "avx512_amx": (*AVX512_BF16, "-DHEAPR_AMX"),
+}
 
 
 def isa() -> str:
@@ -30,8 +35,15 @@ def isa() -> str:
 def flags() -> list[str]:
     """Compiler flags; HEAPR_CPU_CFLAGS adds to them."""
     capability = isa().split("_")[0].upper()
-    return ["-O3", "-fopenmp", "-fno-math-errno", f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}",
-            *ISA_FLAGS[isa()], *os.environ.get("HEAPR_CPU_CFLAGS", "").split()]
+    return [
+        "-O3",
+        "-fopenmp",
+        "-fno-math-errno",
+        f"-DCPU_CAPABILITY={capability}",
+        f"-DCPU_CAPABILITY_{capability}",
+        *ISA_FLAGS[isa()],
+        *os.environ.get("HEAPR_CPU_CFLAGS", "").split(),
+    ]
 
 
 def library_name() -> str:
@@ -54,7 +66,13 @@ def build(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / library_name()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        built = cpp_extension.load("heapr_cpu_ragged_moe", [str(SOURCE)], extra_cflags=flags(),
-                                   extra_ldflags=flags(), build_directory=scratch, is_python_module=False)
+        built = cpp_extension.load(
+            "heapr_cpu_ragged_moe",
+            [str(SOURCE)],
+            extra_cflags=flags(),
+            extra_ldflags=flags(),
+            build_directory=scratch,
+            is_python_module=False,
+        )
         os.replace(built, library)
     return library

@@ -49,8 +49,17 @@ def _tile(num_m_blocks, num_n_tiles, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _block(route_ids, block_slots, num_rows, table, pid_m, num_routes, num_experts, BLOCK_M: tl.constexpr,
-           ONE_ROUTE: tl.constexpr):
+def _block(
+    route_ids,
+    block_slots,
+    num_rows,
+    table,
+    pid_m,
+    num_routes,
+    num_experts,
+    BLOCK_M: tl.constexpr,
+    ONE_ROUTE: tl.constexpr,
+):
     """(routes [BLOCK_M], rows int64 [BLOCK_M], first row, first slab, slabs) of a block; 0 slabs if it has no work.
 
     All loads but the table's are independent of each other.
@@ -79,8 +88,14 @@ def _prefetch(w2, slab, slabs, pid_n, H: tl.constexpr, BLOCK_N: tl.constexpr, AH
     line = tl.arange(0, AHEAD * BLOCK_N)
     ahead = tl.minimum(line // BLOCK_N, tl.maximum(slabs - 1, 0))
     lines = w2 + (slab + ahead) * (64 * H) + (pid_n * BLOCK_N + line % BLOCK_N) * 64
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64, bitcast=True)],
-                              dtype=tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [lines.to(tl.int64, bitcast=True)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -105,8 +120,9 @@ def ragged_up_kernel(
     if CHAINED:
         gdc_wait()
         gdc_launch_dependents()
-    routes, rows, _, slab, slabs = _block(route_ids, block_slots, num_rows, table, pid_m, num_routes, num_experts,
-                                          BLOCK_M, ONE_ROUTE)
+    routes, rows, _, slab, slabs = _block(
+        route_ids, block_slots, num_rows, table, pid_m, num_routes, num_experts, BLOCK_M, ONE_ROUTE
+    )
     width = slabs * 64
     if pid_n * BLOCK_N >= width:
         return
@@ -139,8 +155,11 @@ def ragged_up_kernel(
             gate = tl.dot(a, tl.load(gate_ptrs + k), gate, input_precision=PRECISION)
             up = tl.dot(a, tl.load(gate_ptrs + H + k), up, input_precision=PRECISION)
     product = gate / (1 + tl.exp(-gate)) * up
-    tl.store(hidden + rows[:, None] * stride_hm + offs_n[None, :], product.to(hidden.dtype.element_ty),
-             mask=valid[:, None] & (offs_n[None, :] < width))
+    tl.store(
+        hidden + rows[:, None] * stride_hm + offs_n[None, :],
+        product.to(hidden.dtype.element_ty),
+        mask=valid[:, None] & (offs_n[None, :] < width),
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -162,8 +181,9 @@ def ragged_down_kernel(
     PREFETCH (with CHAINED, without TMA): slabs of `w2` to bring into L2 while `ragged_up_kernel` drains.
     """
     pid_m, pid_n = _tile(num_m_blocks, num_n_tiles, GROUP_M)
-    routes, rows, first_row, slab, slabs = _block(route_ids, block_slots, num_rows, table, pid_m, num_routes,
-                                                  num_experts, BLOCK_M, ONE_ROUTE)
+    routes, rows, first_row, slab, slabs = _block(
+        route_ids, block_slots, num_rows, table, pid_m, num_routes, num_experts, BLOCK_M, ONE_ROUTE
+    )
     if PREFETCH:
         _prefetch(w2, slab, slabs, pid_n, H, BLOCK_N, PREFETCH)
     if CHAINED:
@@ -188,13 +208,27 @@ def ragged_down_kernel(
             a = tl.load(hidden_ptrs + k, mask=valid[:, None], other=0.0)
             b = tl.load(w2_ptrs + tl.multiple_of((k // 64) * (64 * H) + k % 64, 16))
             total = tl.dot(a, b, total, input_precision=PRECISION)
-    tl.store(routed + routes.to(tl.int64)[:, None] * H + offs_n[None, :], total.to(routed.dtype.element_ty),
-             mask=valid[:, None])
+    tl.store(
+        routed + routes.to(tl.int64)[:, None] * H + offs_n[None, :],
+        total.to(routed.dtype.element_ty),
+        mask=valid[:, None],
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
-def combine_kernel(routed, topk_weights, topk_ids, table, num_experts, output, stride_om, H: tl.constexpr,
-                   TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, CHAINED: tl.constexpr):
+def combine_kernel(
+    routed,
+    topk_weights,
+    topk_ids,
+    table,
+    num_experts,
+    output,
+    stride_om,
+    H: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
     """output[t] = sum over k of topk_weights[t, k] * routed[t, k], fp32 in fixed order, absent experts left out.
 
     Grid: (T, ceil(H / BLOCK_N)). `routed` [T * TOP_K, H], `topk_weights` float32 and `topk_ids` int32 [T, TOP_K]. Rows

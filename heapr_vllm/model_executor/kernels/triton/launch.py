@@ -55,31 +55,50 @@ def index_tables(slots: Sequence[int], layout: RaggedLayout) -> tuple[torch.Tens
     return torch.tensor(slot_map, dtype=torch.int32), torch.tensor(table, dtype=torch.int64)
 
 
-
-
-
-
-
-
-
-
-
-
-def up_projection(hidden: torch.Tensor, x: torch.Tensor, w13: torch.Tensor, table: torch.Tensor, top_k: int,
-                  blocks: RouteBlocks, config: TileConfig) -> None:
+def up_projection(
+    hidden: torch.Tensor,
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    table: torch.Tensor,
+    top_k: int,
+    blocks: RouteBlocks,
+    config: TileConfig,
+) -> None:
     """Launches `ragged_up_kernel`: `x` [T, H] to `hidden` [blocks.hidden_rows, max_width]."""
     tile = config.up
     n_tiles = triton.cdiv(hidden.shape[1], tile.block_n)
     weights = TensorDescriptor.from_tensor(w13, [2 * tile.block_n, tile.block_k]) if tile.tma else w13
     ragged_up_kernel[(blocks.num_blocks * n_tiles,)](
-        x, x.stride(0), weights, table, hidden, hidden.stride(0), blocks.route_ids, blocks.block_slots,
-        blocks.num_rows, *blocks.sizes, n_tiles, H=x.shape[1], TOP_K=top_k, BLOCK_M=config.block_m,
-        ONE_ROUTE=config.one_route, PRECISION=_precision(x.dtype), FUSED=config.fused, **tile.meta(),
-        **config.launch())
+        x,
+        x.stride(0),
+        weights,
+        table,
+        hidden,
+        hidden.stride(0),
+        blocks.route_ids,
+        blocks.block_slots,
+        blocks.num_rows,
+        *blocks.sizes,
+        n_tiles,
+        H=x.shape[1],
+        TOP_K=top_k,
+        BLOCK_M=config.block_m,
+        ONE_ROUTE=config.one_route,
+        PRECISION=_precision(x.dtype),
+        FUSED=config.fused,
+        **tile.meta(),
+        **config.launch(),
+    )
 
 
-def down_projection(routed: torch.Tensor, hidden: torch.Tensor, w2: torch.Tensor, table: torch.Tensor,
-                    blocks: RouteBlocks, config: TileConfig) -> None:
+def down_projection(
+    routed: torch.Tensor,
+    hidden: torch.Tensor,
+    w2: torch.Tensor,
+    table: torch.Tensor,
+    blocks: RouteBlocks,
+    config: TileConfig,
+) -> None:
     """Launches `ragged_down_kernel`: `hidden` as `up_projection` left it to `routed` [T * k, H]."""
     tile = config.down
     n_tiles = routed.shape[1] // tile.block_n
@@ -88,25 +107,65 @@ def down_projection(routed: torch.Tensor, hidden: torch.Tensor, w2: torch.Tensor
         inputs = TensorDescriptor.from_tensor(hidden, [config.block_m, tile.block_k])
         weights = TensorDescriptor.from_tensor(w2.view(-1, TRITON_UNIT), [tile.block_n, tile.block_k])
     ragged_down_kernel[(blocks.num_blocks * n_tiles,)](
-        inputs, hidden.stride(0), weights, table, routed, blocks.route_ids, blocks.block_slots, blocks.num_rows,
-        *blocks.sizes, n_tiles, H=routed.shape[1], BLOCK_M=config.block_m, ONE_ROUTE=config.one_route,
-        PRECISION=_precision(hidden.dtype), PREFETCH=PREFETCHED_SLABS if config.prefetch else 0, **tile.meta(),
-        **config.launch())
+        inputs,
+        hidden.stride(0),
+        weights,
+        table,
+        routed,
+        blocks.route_ids,
+        blocks.block_slots,
+        blocks.num_rows,
+        *blocks.sizes,
+        n_tiles,
+        H=routed.shape[1],
+        BLOCK_M=config.block_m,
+        ONE_ROUTE=config.one_route,
+        PRECISION=_precision(hidden.dtype),
+        PREFETCH=PREFETCHED_SLABS if config.prefetch else 0,
+        **tile.meta(),
+        **config.launch(),
+    )
 
 
-def combine(output: torch.Tensor, routed: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor,
-            table: torch.Tensor, num_experts: int, config: TileConfig) -> None:
+def combine(
+    output: torch.Tensor,
+    routed: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    table: torch.Tensor,
+    num_experts: int,
+    config: TileConfig,
+) -> None:
     """Launches `combine_kernel`: `routed` [T * k, H] to the weighted sum `output` [T, H]."""
     num_tokens, hidden_size = output.shape
     block = min(1024, triton.next_power_of_2(hidden_size))
     combine_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
-        routed, topk_weights, topk_ids, table, num_experts, output, output.stride(0), H=hidden_size,
-        TOP_K=topk_ids.shape[1], BLOCK_N=block, **config.launch())
+        routed,
+        topk_weights,
+        topk_ids,
+        table,
+        num_experts,
+        output,
+        output.stride(0),
+        H=hidden_size,
+        TOP_K=topk_ids.shape[1],
+        BLOCK_N=block,
+        **config.launch(),
+    )
 
 
-def triton_ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor,
-                      topk_weights: torch.Tensor, topk_ids: torch.Tensor, slot_map: torch.Tensor, table: torch.Tensor,
-                      max_width: int, config: TileConfig | None = None) -> None:
+def triton_ragged_moe(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    slot_map: torch.Tensor,
+    table: torch.Tensor,
+    max_width: int,
+    config: TileConfig | None = None,
+) -> None:
     """Writes the MoE output [T, H] into `output`.
 
     `hidden_states` [T, H]; `w13` [2 * rows, H] and `w2` as `pack` left them; `topk_weights` float and `topk_ids` int32
@@ -131,15 +190,23 @@ def triton_ragged_moe(output: torch.Tensor, hidden_states: torch.Tensor, w13: to
     combine(output, routed, topk_weights, topk_ids, table, len(slot_map) - 1, config)
 
 
-def layer_shape(w13: torch.Tensor, slot_map: torch.Tensor, table: torch.Tensor, top_k: int,
-                max_width: int) -> LayerShape:
+def layer_shape(
+    w13: torch.Tensor, slot_map: torch.Tensor, table: torch.Tensor, top_k: int, max_width: int
+) -> LayerShape:
     """Shape of a layer with stored experts; arguments as in `triton_ragged_moe`."""
     num_slots = len(table) - len(slot_map)
     return LayerShape(w13.shape[1], top_k, num_slots, len(w13) // (2 * num_slots), max_width, w13.dtype)
 
 
-def warm_up(w13: torch.Tensor, w2: torch.Tensor, slot_map: torch.Tensor, table: torch.Tensor, top_k: int,
-            max_width: int, max_tokens: int) -> None:
+def warm_up(
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    slot_map: torch.Tensor,
+    table: torch.Tensor,
+    top_k: int,
+    max_width: int,
+    max_tokens: int,
+) -> None:
     """Compiles the kernels for all tiles that up to `max_tokens` tokens may choose, so that no request waits for it.
 
     Every configuration runs once on a token of zeros; arguments as in `triton_ragged_moe`.

@@ -15,8 +15,9 @@ from heapr_vllm.model_executor.kernels.triton.tiles import (
 )
 
 
-def align_routes(topk_ids: torch.Tensor, slot_map: torch.Tensor, num_slots: int,
-                 block_m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def align_routes(
+    topk_ids: torch.Tensor, slot_map: torch.Tensor, num_slots: int, block_m: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Routes sorted by slot and padded to whole blocks: (route_ids, block_slots, num_rows) of `jit.py`.
 
     `topk_ids` int32 [T, k]; routes of absent experts appear in no block. vLLM's CUDA op where there is one, otherwise
@@ -44,12 +45,14 @@ def align_routes(topk_ids: torch.Tensor, slot_map: torch.Tensor, num_slots: int,
     return route_ids, block_slots.where(block_starts < ends[-1], -1).int(), ends[-1:].int()
 
 
-def _align_by_vllm(topk_ids: torch.Tensor, slot_map: torch.Tensor,
-                   block_m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _align_by_vllm(
+    topk_ids: torch.Tensor, slot_map: torch.Tensor, block_m: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
 
-    return moe_align_block_size(topk_ids, block_m, len(slot_map) - 1, expert_map=slot_map[1:], pad_sorted_ids=True,
-                                ignore_invalid_experts=True)
+    return moe_align_block_size(
+        topk_ids, block_m, len(slot_map) - 1, expert_map=slot_map[1:], pad_sorted_ids=True, ignore_invalid_experts=True
+    )
 
 
 @cache
@@ -83,7 +86,9 @@ class RouteBlocks:
         return self.sizes[-1]
 
     @classmethod
-    def build(cls, topk_ids: torch.Tensor, slot_map: torch.Tensor, table: torch.Tensor, config: TileConfig) -> RouteBlocks:
+    def build(
+        cls, topk_ids: torch.Tensor, slot_map: torch.Tensor, table: torch.Tensor, config: TileConfig
+    ) -> RouteBlocks:
         """`topk_ids` int32 [T, k] global expert ids, negative for absent ones; tables as `index_tables` makes them."""
         num_routes, num_experts = topk_ids.numel(), len(slot_map) - 1
         num_slots = len(table) - len(slot_map)

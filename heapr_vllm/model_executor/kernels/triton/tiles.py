@@ -45,8 +45,14 @@ class Tile:
 
     def meta(self) -> dict[str, int | bool]:
         """Launch arguments."""
-        return {"BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": self.group_m, "TMA": self.tma,
-                "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP_M": self.group_m,
+            "TMA": self.tma,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
 
 
 @dataclass(frozen=True)
@@ -120,8 +126,9 @@ class LayerShape:
 
     def distance(self, other: LayerShape) -> float:
         """How far apart experts and widths are, as a factor of at least 1."""
-        return math.exp(abs(math.log(self.num_experts / other.num_experts))
-                        + abs(math.log(self.mean_width / other.mean_width)))
+        return math.exp(
+            abs(math.log(self.num_experts / other.num_experts)) + abs(math.log(self.mean_width / other.mean_width))
+        )
 
 
 def choose_config(shape: LayerShape, num_tokens: int) -> TileConfig:
@@ -167,8 +174,12 @@ def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = Non
         config = TileConfig(128, Tile(64, 64, 8, 3, 8), Tile(128, 64, 8, 3, 8))
     up_k = largest_divisor(shape.hidden_size, config.up.block_k)
     down_n = largest_divisor(shape.hidden_size, config.down.block_n)
-    return replace(config, up=replace(config.up, block_k=up_k), down=replace(config.down, block_n=down_n),
-                   one_route=use_one_route_blocks(num_tokens, shape.top_k, shape.num_experts))
+    return replace(
+        config,
+        up=replace(config.up, block_k=up_k),
+        down=replace(config.down, block_n=down_n),
+        one_route=use_one_route_blocks(num_tokens, shape.top_k, shape.num_experts),
+    )
 
 
 def use_one_route_blocks(num_tokens: int, top_k: int, num_experts: int) -> bool:
@@ -196,12 +207,20 @@ def device_name() -> str:
 @cache
 def _tuned(shape: LayerShape, device: str) -> dict[int, TileConfig]:
     """Token count to tuned tiles of the nearest profile, the first folder winning ties; empty if none is near."""
-    profiles = [(shape.distance(replace(shape, num_experts=profile["num_experts"], mean_width=profile["mean_width"])),
-                 path, profile) for path, profile in _profiles(shape, device)]
+    profiles = [
+        (
+            shape.distance(replace(shape, num_experts=profile["num_experts"], mean_width=profile["mean_width"])),
+            path,
+            profile,
+        )
+        for path, profile in _profiles(shape, device)
+    ]
     distance, path, profile = min(profiles, key=lambda entry: entry[0], default=(math.inf, None, {}))
     if distance > MAX_RATIO:
-        _announce(f"default tiles, none are tuned for hidden size {shape.hidden_size}, top-{shape.top_k} and these "
-                  f"widths on {device}; `heapr tune` finds faster ones")
+        _announce(
+            f"default tiles, none are tuned for hidden size {shape.hidden_size}, top-{shape.top_k} and these "
+            f"widths on {device}; `heapr tune` finds faster ones"
+        )
         return {}
     try:
         configs = {int(tokens): TileConfig.from_dict(entry) for tokens, entry in profile["tokens"].items()}
@@ -247,8 +266,12 @@ def _has_hoppers_memory() -> bool:
 
 def profile_entry(shape: LayerShape) -> dict[str, Any]:
     """A new, empty profile of a tuned file."""
-    return {"num_experts": shape.num_experts, "mean_width": shape.mean_width, "max_width": shape.max_width,
-            "tokens": {}}
+    return {
+        "num_experts": shape.num_experts,
+        "mean_width": shape.mean_width,
+        "max_width": shape.max_width,
+        "tokens": {},
+    }
 
 
 def token_entry(config: TileConfig, microseconds: float) -> dict[str, Any]:

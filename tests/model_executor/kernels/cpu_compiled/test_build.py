@@ -38,12 +38,29 @@ SCRIPT = """if True:
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
 def test_a_wheel_can_hold_the_op(tmp_path: Path) -> None:
     environment = {**os.environ, "HEAPR_BUILD_CPU_OP": "1", "HEAPR_CPU_CFLAGS": "-DHEAPR_AMX"}
-    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "lib"), "egg_info",
-             "--egg-base", str(tmp_path)]
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_py",
+        "--build-lib",
+        str(tmp_path / "lib"),
+        "egg_info",
+        "--egg-base",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    environment |= {"PYTHONPATH": f"{tmp_path / 'lib'}:{ROOT}", "CXX": "no-such-compiler",
-                    "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "lib")], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True)
+    environment |= {
+        "PYTHONPATH": f"{tmp_path / 'lib'}:{ROOT}",
+        "CXX": "no-such-compiler",
+        "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "lib")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.endswith("all equal\n"), done.stdout + done.stderr[-3000:]

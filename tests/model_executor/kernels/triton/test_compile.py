@@ -59,8 +59,9 @@ def test_weights_come_by_wide_asynchronous_copies(rows: list[dict[str, str]]) ->
         if row["TMA"] == "True":
             assert int(row["tma"]) > 0, row
             continue
-        block_m, block_n, block_k, stages, warps, copies = (int(row[name]) for name in (
-            "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages", "num_warps", "async_16"))
+        block_m, block_n, block_k, stages, warps, copies = (
+            int(row[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages", "num_warps", "async_16")
+        )
         weight_rows = 2 * block_n if row["kernel"] == "ragged_up_kernel" else block_n
         assert copies * 16 * 32 * warps == stages * (block_m + weight_rows) * block_k * 2, row
 

@@ -46,16 +46,22 @@ def test_against_reference(case: Case, dtype: torch.dtype) -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(tokens=st.integers(1, 40), num_slots=st.integers(1, 9), top_k=st.integers(1, 3),
-       block_m=st.sampled_from([1, 4, 16]), seed=st.integers(0, 50))
+@given(
+    tokens=st.integers(1, 40),
+    num_slots=st.integers(1, 9),
+    top_k=st.integers(1, 3),
+    block_m=st.sampled_from([1, 4, 16]),
+    seed=st.integers(0, 50),
+)
 def test_alignment(tokens: int, num_slots: int, top_k: int, block_m: int, seed: int) -> None:
     """Every stored route is in exactly one row, of a block of its own slot; absent routes are in none."""
     generator = torch.Generator().manual_seed(seed)
     topk_ids = torch.randint(-1, num_slots + 1, (tokens, top_k), dtype=torch.int32, generator=generator)
     order = torch.randperm(num_slots + 1, generator=generator)  # one expert has no slot
     slots = torch.where(order < num_slots, order, -1)
-    route_ids, block_slots, num_rows = align_routes(topk_ids, torch.cat([slots.new_full((1,), -1), slots]).int(),
-                                                    num_slots, block_m)
+    route_ids, block_slots, num_rows = align_routes(
+        topk_ids, torch.cat([slots.new_full((1,), -1), slots]).int(), num_slots, block_m
+    )
     flat, seen = [int(slots[i]) if i >= 0 else -1 for i in topk_ids.flatten().tolist()], []
     assert len(block_slots) == max_blocks(len(flat), num_slots, block_m) and int(num_rows) % block_m == 0
     assert int(num_rows) <= len(block_slots) * block_m
@@ -64,7 +70,7 @@ def test_alignment(tokens: int, num_slots: int, top_k: int, block_m: int, seed: 
             assert flat[route] == int(block_slots[row // block_m])
             seen.append(route)
     assert sorted(seen) == [route for route, slot in enumerate(flat) if slot >= 0]
-    assert (route_ids[int(num_rows):] >= len(flat)).all()
+    assert (route_ids[int(num_rows) :] >= len(flat)).all()
     used = block_slots[: int(num_rows) // block_m]
     assert (used.diff() >= 0).all(), "widest experts, the lowest slots, come first"
     assert (block_slots[int(num_rows) // block_m :] == -1).all()
@@ -75,8 +81,7 @@ def test_blocks_are_not_wasted() -> None:
 
 
 def test_a_mutation_of_any_index_computation_is_noticed() -> None:
-    run = subprocess.run([sys.executable, "-m", "tools.mutants"], capture_output=True, text=True,
-                         cwd=ROOT)
+    run = subprocess.run([sys.executable, "-m", "tools.mutants"], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
 
 
@@ -112,7 +117,8 @@ OURS = {"ragged_up_kernel": 1, "ragged_down_kernel": 1, "combine_kernel": 1}
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what a stand-in for vLLM's op gets; test_triton_scale.py profiles")
 def test_an_aligned_layer_launches_nothing_but_vllms_alignment_and_three_kernels(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """vLLM's op itself is two kernels, one for up to 64 experts and fewer than 1024 routes: 5 launches, or 4."""
     layer = build(Case(40, [64] * 64, 2, 64, None, (3,), "nobody"), torch.float32)
     *_, topk_ids, slot_map, table, _ = layer.inputs

@@ -31,8 +31,10 @@ def random_widths(shape: MoEShape, seed: int) -> list[int]:
     """A quarter dead, a quarter full, the rest anything, multiples of 16."""
     draw = random.Random(seed)
     full = shape.moe_intermediate_size
-    return [draw.choice((0, full, 16 * draw.randint(1, full // 16), 16 * draw.randint(1, full // 16)))
-            for _ in range(shape.num_experts)]
+    return [
+        draw.choice((0, full, 16 * draw.randint(1, full // 16), 16 * draw.randint(1, full // 16)))
+        for _ in range(shape.num_experts)
+    ]
 
 
 def random_config(layer: Layer, tokens: int, seed: int) -> TileConfig:
@@ -48,8 +50,9 @@ def random_config(layer: Layer, tokens: int, seed: int) -> TileConfig:
 
 def make(name: str, tokens: int, dtype: torch.dtype, routing: str = "random", seed: int = 0) -> Layer:
     shape = SHAPES[name]
-    return build(Case(tokens, random_widths(shape, seed), shape.top_k, shape.hidden_size, None, (), routing), dtype,
-                 seed)
+    return build(
+        Case(tokens, random_widths(shape, seed), shape.top_k, shape.hidden_size, None, (), routing), dtype, seed
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

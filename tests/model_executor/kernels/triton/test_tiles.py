@@ -39,9 +39,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write(folder: Path, **profiles: dict[str, TileConfig]) -> None:
     """`profiles`: "w576" to token count to tiles."""
-    content = [{**profile_entry(replace(SHAPE, mean_width=int(name[1:]))),
-                "tokens": {tokens: token_entry(config, 1.0) for tokens, config in configs.items()}}
-               for name, configs in profiles.items()]
+    content = [
+        {
+            **profile_entry(replace(SHAPE, mean_width=int(name[1:]))),
+            "tokens": {tokens: token_entry(config, 1.0) for tokens, config in configs.items()},
+        }
+        for name, configs in profiles.items()
+    ]
     (folder / SHAPE.file_name("H200")).write_text(json.dumps({"format_version": 2, "profiles": content}))
 
 
@@ -52,10 +56,17 @@ def test_the_nearest_token_count_and_profile_win(folder: Path) -> None:
     assert choose_config(replace(SHAPE, mean_width=740), 1) == LARGE
 
 
-@pytest.mark.parametrize("other", [
-    replace(SHAPE, mean_width=200), replace(SHAPE, num_experts=16), replace(SHAPE, hidden_size=4096),
-    replace(SHAPE, top_k=4), replace(SHAPE, dtype=torch.float16),
-], ids=["width", "experts", "hidden size", "top-k", "dtype"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(SHAPE, mean_width=200),
+        replace(SHAPE, num_experts=16),
+        replace(SHAPE, hidden_size=4096),
+        replace(SHAPE, top_k=4),
+        replace(SHAPE, dtype=torch.float16),
+    ],
+    ids=["width", "experts", "hidden size", "top-k", "dtype"],
+)
 def test_other_shapes_get_defaults(folder: Path, other: LayerShape) -> None:
     write(folder, w576={"1": LARGE})
     assert choose_config(other, 1) == default_config(1, other)
@@ -73,10 +84,15 @@ def test_one_line_names_the_choice(folder: Path, caplog: pytest.LogCaptureFixtur
     assert str(folder) in caplog.messages[1] and len(caplog.messages) == 2
 
 
-@pytest.mark.parametrize("content", [
-    "{", json.dumps({"profiles": 7}), json.dumps({"format_version": 1, "profiles": []}),
-    json.dumps({"format_version": 2, "profiles": [profile_entry(SHAPE) | {"tokens": {"1": {"block_m": 16}}}]}),
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        json.dumps({"profiles": 7}),
+        json.dumps({"format_version": 1, "profiles": []}),
+        json.dumps({"format_version": 2, "profiles": [profile_entry(SHAPE) | {"tokens": {"1": {"block_m": 16}}}]}),
+    ],
+)
 def test_a_damaged_file_does_not_stop_serving(folder: Path, content: str) -> None:
     (folder / SHAPE.file_name("H200")).write_text(content)
     assert choose_config(SHAPE, 1) == default_config(1, SHAPE)
@@ -100,7 +116,7 @@ def test_batch_invariance_pins_one_configuration(folder: Path, monkeypatch: pyte
     write(folder, w576={"1": SMALL, "1024": LARGE})
     assert len({choose_config(SHAPE, tokens) for tokens in (1, 64, 1024, 8192)}) == 2
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    pinned, = {choose_config(SHAPE, tokens) for tokens in (1, 64, 1024, 8192)}
+    (pinned,) = {choose_config(SHAPE, tokens) for tokens in (1, 64, 1024, 8192)}
     assert pinned.one_route is False
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
     assert choose_config(SHAPE, 1) == SMALL
@@ -117,15 +133,18 @@ def test_tuned_blocks_of_one_route_are_for_few_routes(folder: Path) -> None:
     assert [choose_config(SHAPE, tokens).one_route for tokens in (1, 16, 17, 100)] == [True, True, False, False]
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    (TileConfig(16, Tile(32, 48), Tile(32, 32)), "hidden size 64 is no multiple"),
-    (TileConfig(16, Tile(32, 32), Tile(48, 32)), "hidden size 64 is no multiple"),
-    (TileConfig(16, Tile(32, 32), Tile(32, 128)), "down.block_k 128 does not divide 64"),
-    (TileConfig(16, Tile(32, 32, tma=True), Tile(32, 64), fused=False), "up.tma needs fused"),
-    (TileConfig(16, Tile(32, 32), Tile(32, 32, tma=True)), "down.tma needs down.block_k 64"),
-    (TileConfig(16, Tile(32, 32), Tile(32, 64), prefetch=True), "prefetch needs chained"),
-    (TileConfig(16, Tile(32, 32), Tile(32, 64, tma=True), chained=True, prefetch=True), "prefetch needs chained"),
-])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (TileConfig(16, Tile(32, 48), Tile(32, 32)), "hidden size 64 is no multiple"),
+        (TileConfig(16, Tile(32, 32), Tile(48, 32)), "hidden size 64 is no multiple"),
+        (TileConfig(16, Tile(32, 32), Tile(32, 128)), "down.block_k 128 does not divide 64"),
+        (TileConfig(16, Tile(32, 32, tma=True), Tile(32, 64), fused=False), "up.tma needs fused"),
+        (TileConfig(16, Tile(32, 32), Tile(32, 32, tma=True)), "down.tma needs down.block_k 64"),
+        (TileConfig(16, Tile(32, 32), Tile(32, 64), prefetch=True), "prefetch needs chained"),
+        (TileConfig(16, Tile(32, 32), Tile(32, 64, tma=True), chained=True, prefetch=True), "prefetch needs chained"),
+    ],
+)
 def test_tiles_that_do_not_fit(config: TileConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config.check(64)
