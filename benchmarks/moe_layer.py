@@ -72,14 +72,14 @@ def ours(layer: SyntheticLayer) -> Callable[[Batch, int], torch.Tensor]:
 def as_uniform(layer: SyntheticLayer) -> UniformLayer:
     """The same experts in vLLM's layout, at the unpruned width: pruned neurons are zero."""
     experts, _, hidden, full = layer.moe
-    w1 = [weight.new_zeros(experts, 2, full, hidden) for weight in layer.w13]
-    w2 = [weight.new_zeros(experts, hidden, full) for weight in layer.w2]
+    w1 = [copy.w13.new_zeros(experts, 2, full, hidden) for copy in layer.copies]
+    w2 = [copy.w2.new_zeros(experts, hidden, full) for copy in layer.copies]
     layout = RaggedLayout.build(layer.widths, layer.widths)
     for expert in (expert for expert, width in enumerate(layer.widths) if width):
         row, width = layout.place(expert)
-        for copy, (packed, down) in enumerate(zip(layer.w13, layer.w2, strict=True)):
-            w1[copy][expert, :, :width] = packed[2 * row : 2 * (row + width)].view(width, 2, hidden).transpose(0, 1)
-            slabs = down[row : row + width].view(-1, hidden, TRITON_UNIT)
+        for copy, packed in enumerate(layer.copies):
+            w1[copy][expert, :, :width] = packed.w13[2 * row : 2 * (row + width)].view(width, 2, hidden).transpose(0, 1)
+            slabs = packed.w2[row : row + width].view(-1, hidden, TRITON_UNIT)
             w2[copy][expert, :, :width] = slabs.transpose(0, 1).reshape(hidden, width)
     return UniformLayer(layer.moe, [weight.flatten(1, 2) for weight in w1], w2)
 

@@ -10,17 +10,12 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
-from heapr_vllm.model_executor.kernels.cpu_native import cpu_uniform_moe
-from heapr_vllm.model_executor.kernels.op import RAGGED, REFERENCE, TRITON
+from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
 
 class HeaprExperts(mk.FusedMoEExpertsModular):
-    """Calls `heapr::ragged_moe`, which weights and reduces over top-k itself.
-
-    `layer` holds the index tables. The compiled CPU op is called without the detour through Python. Where vLLM's native
-    op is used, a layer whose experts happen to be stored at one width needs no tables and goes to it directly.
-    """
+    """Calls the kernel, which weights and reduces over top-k itself. `layer` holds the weights' index tables."""
 
     def __init__(
         self,
@@ -28,15 +23,12 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
         quant_config: FusedMoEQuantConfig,
         layer: RoutedExperts,
         layout: RaggedLayout,
-        kernel: str,
+        kernel: RaggedKernel,
     ) -> None:
         super().__init__(moe_config, quant_config)
         self.layer = layer
-        self.num_local_experts = len(layout.widths)
-        self.max_width = layout.max_width
+        self.layout = layout
         self.kernel = kernel
-        is_native = kernel not in (REFERENCE, TRITON, RAGGED)
-        self.is_uniform = is_native and layout.is_uniform and layer.expert_map is None
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:
@@ -66,7 +58,8 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
         self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor
     ) -> tuple[int, int, int, int, int]:
         """(local experts, M, N, K, top_k); the base class reads them from 3-D weights, ours are flat."""
-        return self.num_local_experts, a1.shape[0], 2 * self.max_width, a1.shape[1], topk_ids.shape[1]
+        num_experts, width = len(self.layout.widths), self.layout.max_width
+        return num_experts, a1.shape[0], 2 * width, a1.shape[1], topk_ids.shape[1]
 
     def workspace_shapes(
         self,
@@ -109,22 +102,19 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
         """
         if apply_router_weight_on_input:
             topk_weights = torch.ones_like(topk_weights)
-        if self.is_uniform:
-            cpu_uniform_moe(output, hidden_states, w1, w2, topk_weights, topk_ids, self.num_local_experts, self.kernel)
-        elif self.kernel == RAGGED:
-            torch.ops.heapr.cpu_ragged_moe(
-                output, hidden_states, w1, w2, topk_weights, topk_ids, self.layer.heapr_slots, self.layer.heapr_table
-            )
-        else:
-            torch.ops.heapr.ragged_moe(
-                output,
-                hidden_states,
-                w1,
-                w2,
-                topk_weights,
-                topk_ids,
-                self.layer.heapr_slots,
-                self.layer.heapr_table,
-                self.max_width,
-                self.kernel,
-            )
+        routes = Routes(topk_weights, topk_ids, self.layer.heapr_slots)
+        self.kernel.run_in_graph(output, hidden_states, routes, expert_rows(self.layer, self.layout, w1, w2))
+
+
+def expert_rows(
+    layer: RoutedExperts, layout: RaggedLayout, w13: torch.Tensor | None = None, w2: torch.Tensor | None = None
+) -> ExpertRows:
+    """Returns the layer's experts as kernels take them; `w13` and `w2` replace its parameters if given."""
+    all_are_here = layout.is_uniform and layer.expert_map is None
+    return ExpertRows(
+        w13=layer.w13_weight if w13 is None else w13,
+        w2=layer.w2_weight if w2 is None else w2,
+        table=layer.heapr_table,
+        max_width=layout.max_width,
+        uniform_experts=len(layout.widths) if all_are_here else 0,
+    )

@@ -15,7 +15,8 @@ from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.config import MASKS_FILE, QUANT_METHOD, PruningConfig
 from heapr_vllm.formats.masks import NeuronMasks, check_masks_sha256, file_sha256, find_masks
 from heapr_vllm.formats.names import is_draft_layer, layer_index
-from heapr_vllm.model_executor.kernels import op
+from heapr_vllm.model_executor.kernels.choice import kernel_choice
+from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
 
 
 class HeaprConfig(QuantizationConfig):
@@ -70,7 +71,7 @@ class HeaprConfig(QuantizationConfig):
             # vLLM's cache of compiled graphs is keyed by the config: make it depend on the widths, not on a path, and
             # on the kernel, whose name is a constant of the graphs
             hf_config.quantization_config["masks_sha256"] = file_sha256(self.masks_path)
-            hf_config.quantization_config["kernel"] = op.kernel_choice()
+            hf_config.quantization_config["kernel"] = kernel_choice()
         if Path(model_name).is_dir() or self.pruning.layout == "masks":
             weights = Checkpoint.resolve(model_name, revision)
             if weights.has_weights:
@@ -107,7 +108,12 @@ class HeaprConfig(QuantizationConfig):
         from heapr_vllm.model_executor.unsupported import refuse_unsupported
 
         refuse_unsupported(layer, self)
-        return HeaprMoEMethod(layer.moe_config, self, prefix)
+        return HeaprMoEMethod(layer.moe_config, self.layer_masks(prefix))
+
+    def layer_masks(self, prefix: str) -> LayerMasks:
+        """Returns the masks of the layer that vLLM calls `prefix`. Raises HeaprError if there are none."""
+        name = self.name_in_masks(prefix)
+        return LayerMasks(prefix, self.masks.keep[name], self.masks.tokens(name), self.pruning.layout == "compact")
 
     def name_in_masks(self, prefix: str) -> str:
         """What the masks call the layer that vLLM calls `prefix`.

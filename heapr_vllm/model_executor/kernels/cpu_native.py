@@ -12,7 +12,9 @@ import platform
 from collections.abc import Sequence
 
 import torch
+from vllm.platforms import current_platform
 
+from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, slots_table
 from heapr_vllm.model_executor.storage.layout import RaggedLayout, round_up
 
 WIDTH_UNIT = 32
@@ -23,8 +25,93 @@ BUCKETING_SECONDS = 1e-4
 BYTES_PER_SECOND = 30e9
 
 
+class NativeKernel(RaggedKernel):
+    """Runs on CPUs where vLLM has the op."""
+
+    name = "native"
+
+    def is_default(self) -> bool:
+        return current_platform.is_cpu()
+
+    def machine_obstacle(self) -> str | None:
+        return None if current_platform.is_cpu() else "it is for CPUs; choose triton"
+
+    def layer_obstacle(self, dtype: torch.dtype, hidden_size: int) -> str | None:
+        if native_isa(dtype, hidden_size) is None:
+            return f"vLLM's op needs x86-64 and a hidden size in multiples of {WIDTH_UNIT}; choose reference"
+        return None
+
+    def cache_key(self) -> str:
+        """Compiled graphs hold the stored widths of uniform layers."""
+        return f"{self.name}, buckets {buckets_override()}"
+
+    def stored_widths(self, widths: list[int], top_k: int, hidden_size: int, element_size: int) -> list[int]:
+        """Returns one width for all where calls dominate, else up to `MAX_BUCKETS` widths.
+
+        HEAPR_CPU_BUCKETS=always or never overrides the choice.
+        """
+        uniform, ragged = bucketed(widths, WIDTH_UNIT, 1), bucketed(widths, WIDTH_UNIT, MAX_BUCKETS)
+        if override := buckets_override():
+            return ragged if override == "always" else uniform
+        saved_rows = top_k * (sum(uniform) - sum(ragged)) / len(widths)
+        saved_seconds = saved_rows * 3 * hidden_size * element_size / BYTES_PER_SECOND
+        return ragged if saved_seconds > BUCKETING_SECONDS else uniform
+
+    def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout) -> None:
+        """Brings both flat parameters into the op's order, in place: an expert's packed and plain sizes are equal."""
+        hidden_size = w2.shape[1]
+        isa = native_isa(w2.dtype, hidden_size)
+        for bucket in layout.buckets:
+            rows = slice(bucket.row, bucket.row + bucket.num_slots * bucket.width)
+            gate_up = w13[2 * rows.start : 2 * rows.stop].view(bucket.num_slots, 2 * bucket.width, hidden_size)
+            down = w2[rows].view(bucket.num_slots, bucket.width, hidden_size).transpose(1, 2).contiguous()
+            for plain, flat in ((gate_up, gate_up), (down, w2[rows])):
+                packed = torch.empty_like(plain)
+                torch.ops._C.prepack_moe_weight(plain, packed, isa)
+                flat.copy_(packed.view(flat.shape))
+
+    def index_tables(self, slots: Sequence[int], layout: RaggedLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in the base class, but the table is int32 [B, 4], `layout.bucket_table()`."""
+        return slots_table(slots, layout), torch.tensor(layout.bucket_table(), dtype=torch.int32).view(-1, 4)
+
+    def run(self, output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows) -> None:
+        """Gives each bucket the rows routed to it and sums rows in fp32; routes without a slot are dropped."""
+        isa = native_isa(x.dtype, x.shape[1])
+        plan = experts.table.tolist()
+        top_k = routes.ids.shape[1]
+        route_slots = routes.slots[routes.ids.flatten()]
+        order = route_slots.argsort(stable=True)
+        bounds = []
+        for first, count, *_ in plan:
+            bounds += [first, first + count]
+        edges = torch.searchsorted(route_slots[order], torch.tensor(bounds, dtype=route_slots.dtype)).tolist()
+        total = torch.zeros(x.shape, dtype=torch.float32)
+        weights = routes.weights.flatten()
+        for (first_slot, count, width, row), start, stop in zip(plan, edges[::2], edges[1::2], strict=True):
+            if start == stop:
+                continue
+            chosen = order[start:stop]
+            token = chosen // top_k
+            partial = x.new_empty(len(chosen), x.shape[1])
+            last = row + count * width
+            local = route_slots[chosen, None] - first_slot
+            w13, w2 = experts.w13[2 * row : 2 * last], experts.w2[row:last]
+            cpu_uniform_moe(partial, x[token], w13, w2, weights[chosen, None].float(), local, count, isa)
+            total.index_add_(0, token, partial.float())
+        output.copy_(total)
+
+    def run_in_graph(self, output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows) -> None:
+        """Hands a layer of uniform experts to the engine's op directly, so that torch.compile traces a dense layer."""
+        if experts.uniform_experts == 0:
+            super().run_in_graph(output, x, routes, experts)
+            return
+        isa = native_isa(x.dtype, x.shape[1])
+        cpu_uniform_moe(output, x, experts.w13, experts.w2, routes.weights, routes.ids, experts.uniform_experts, isa)
+
+
+@torch.compiler.assume_constant_result
 def native_isa(dtype: torch.dtype, hidden_size: int) -> str | None:
-    """Instruction set to ask the native op for, "amx" or "vec"; None if it cannot run this layer."""
+    """Returns the instruction set to ask the native op for, "amx" or "vec"; None if it cannot run this layer."""
     if platform.machine() not in ("x86_64", "AMD64") or hidden_size % WIDTH_UNIT:
         return None
     if not hasattr(torch.ops._C, "cpu_fused_moe"):
@@ -36,112 +123,27 @@ def native_isa(dtype: torch.dtype, hidden_size: int) -> str | None:
 
 
 def buckets_override() -> str | None:
-    """HEAPR_CPU_BUCKETS, if it is always or never."""
+    """Returns HEAPR_CPU_BUCKETS, if it is always or never."""
     override = os.environ.get("HEAPR_CPU_BUCKETS")
     return override if override in ("always", "never") else None
 
 
-def stored_widths(widths: list[int], top_k: int, hidden_size: int, element_size: int) -> list[int]:
-    """Stored width per expert: one width for all where calls dominate, else `MAX_BUCKETS` widths.
-
-    HEAPR_CPU_BUCKETS=always or never overrides the choice.
-    """
-    uniform, ragged = bucketed(widths, WIDTH_UNIT, 1), bucketed(widths, WIDTH_UNIT, MAX_BUCKETS)
-    if override := buckets_override():
-        return ragged if override == "always" else uniform
-    saved_rows = top_k * (sum(uniform) - sum(ragged)) / len(widths)
-    saved_seconds = saved_rows * 3 * hidden_size * element_size / BYTES_PER_SECOND
-    return ragged if saved_seconds > BUCKETING_SECONDS else uniform
-
-
-def prepack(w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, isa: str) -> None:
-    """Brings both flat parameters into the op's layout, in place: an expert's packed and plain sizes are equal."""
-    hidden_size = w2.shape[1]
-    for bucket in layout.buckets:
-        rows = slice(bucket.row, bucket.row + bucket.num_slots * bucket.width)
-        gate_up = w13[2 * rows.start : 2 * rows.stop].view(bucket.num_slots, 2 * bucket.width, hidden_size)
-        down = w2[rows].view(bucket.num_slots, bucket.width, hidden_size).transpose(1, 2).contiguous()
-        for plain, flat in ((gate_up, gate_up), (down, w2[rows])):
-            packed = torch.empty_like(plain)
-            torch.ops._C.prepack_moe_weight(plain, packed, isa)
-            flat.copy_(packed.view(flat.shape))
-
-
 def cpu_uniform_moe(
     output: torch.Tensor,
-    hidden_states: torch.Tensor,
+    x: torch.Tensor,
     w13: torch.Tensor,
     w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
     num_experts: int,
     isa: str,
 ) -> None:
-    """Writes the MoE output [T, H] of a layer whose experts are all local and stored at one width, in id order.
-
-    It is the engine's op and nothing else, so torch.compile traces it as it traces a dense layer.
-    """
-    hidden_size = hidden_states.shape[1]
+    """Writes the MoE output [T, H] of packed experts of one stored width; `ids` int32 [T, k] are their numbers."""
+    hidden_size = x.shape[1]
     width = w2.shape[0] // num_experts
-    torch.ops._C.cpu_fused_moe(
-        output,
-        hidden_states,
-        w13.view(num_experts, 2 * width, hidden_size),
-        w2.view(num_experts, hidden_size, width),
-        None,
-        None,
-        topk_weights,
-        topk_ids,
-        False,
-        "silu",
-        isa,
-    )
-
-
-def cpu_ragged_moe(
-    output: torch.Tensor,
-    hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    slots: torch.Tensor,
-    buckets: torch.Tensor,
-    isa: str,
-) -> None:
-    """Writes the MoE output [T, H]; arguments as in `ragged_moe_reference`, but weights prepacked for `isa`.
-
-    `buckets` int32 [B, 4] is `layout.bucket_table()`. Each bucket gets the rows routed to it, and rows are summed in
-    fp32; routes without a slot are dropped.
-    """
-    hidden_size = hidden_states.shape[1]
-    plan = buckets.tolist()
-    top_k = topk_ids.shape[1]
-    route_slots = slots[topk_ids.flatten()]
-    order = route_slots.argsort(stable=True)
-    bounds = torch.tensor([edge for first, count, *_ in plan for edge in (first, first + count)], dtype=slots.dtype)
-    edges = torch.searchsorted(route_slots[order], bounds).tolist()
-    total = torch.zeros(hidden_states.shape, dtype=torch.float32)
-    weights = topk_weights.flatten()
-    for bucket, start, stop in zip(plan, edges[::2], edges[1::2], strict=True):
-        if start == stop:
-            continue
-        routes = order[start:stop]
-        token = routes // top_k
-        rows = slice(bucket[3], bucket[3] + bucket[1] * bucket[2])
-        partial = hidden_states.new_empty(len(routes), hidden_size)
-        cpu_uniform_moe(
-            partial,
-            hidden_states[token],
-            w13[2 * rows.start : 2 * rows.stop],
-            w2[rows],
-            weights[routes, None].float(),
-            route_slots[routes, None] - bucket[0],
-            bucket[1],
-            isa,
-        )
-        total.index_add_(0, token, partial.float())
-    output.copy_(total)
+    gate_up = w13.view(num_experts, 2 * width, hidden_size)
+    down = w2.view(num_experts, hidden_size, width)
+    torch.ops._C.cpu_fused_moe(output, x, gate_up, down, None, None, weights, ids, False, "silu", isa)
 
 
 def bucketed(widths: Sequence[int], unit: int, max_buckets: int) -> list[int]:

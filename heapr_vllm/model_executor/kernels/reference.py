@@ -4,30 +4,46 @@
 import torch
 import torch.nn.functional as F
 
+from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes
 
-def ragged_moe_reference(
-    hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    slots: torch.Tensor,
-    table: torch.Tensor,
-) -> torch.Tensor:
-    """Sum over the top-k experts e of topk_weight * down_e(silu(gate_e x) * up_e x), [T, H] in x's dtype.
 
-    `hidden_states` [T, H]. `w13` [2 * rows, H] and `w2` [rows, H] as in `layout.py`. `topk_weights` [T, k] float,
-    `topk_ids` [T, k] int, global expert ids, -1 for nobody's. `slots` int32 [num_experts + 1]: storage slot of every
-    global expert, num_slots if it is on another rank or has width 0, and in the last place, which -1 finds. `table`
-    int32 [num_slots, 2]: first row and stored width. Routes are summed in fp32.
+class ReferenceKernel(RaggedKernel):
+    """Runs everywhere but in CUDA graphs, since it reads its tables on the host."""
+
+    name = "reference"
+
+    def layer_obstacle(self, dtype: torch.dtype, hidden_size: int) -> str | None:
+        if _captures_graphs():
+            return "plain torch cannot be captured in CUDA graphs; add --enforce-eager"
+        return None
+
+    def run(self, output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows) -> None:
+        output.copy_(ragged_moe_reference(x, routes, experts))
+
+
+def ragged_moe_reference(x: torch.Tensor, routes: Routes, experts: ExpertRows) -> torch.Tensor:
+    """Returns the sum over the top-k experts e of topk_weight * down_e(silu(gate_e x) * up_e x), [T, H] in x's dtype.
+
+    Rows as in `storage/layout.py`, tables as `RaggedKernel.index_tables` makes them. Routes are summed in fp32.
     """
-    output = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
-    route_slots = slots[topk_ids.flatten()]
-    for slot, (start, width) in enumerate(table.tolist()):
-        routes = (route_slots == slot).nonzero().flatten()
-        token = routes // topk_ids.shape[1]
-        gate, up = F.linear(hidden_states[token], w13[2 * start : 2 * (start + width)]).chunk(2, -1)
+    output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    route_slots = routes.slots[routes.ids.flatten()]
+    weights = routes.weights.flatten()
+    for slot, (start, width) in enumerate(experts.table.tolist()):
+        chosen = (route_slots == slot).nonzero().flatten()
+        token = chosen // routes.ids.shape[1]
+        gate, up = F.linear(x[token], experts.w13[2 * start : 2 * (start + width)]).chunk(2, -1)
         hidden = F.silu(gate.float()) * up.float()
-        down = hidden.to(w2.dtype) @ w2[start : start + width]
-        output.index_add_(0, token, down.float() * topk_weights.flatten()[routes, None].float())
-    return output.to(hidden_states.dtype)
+        down = hidden.to(x.dtype) @ experts.w2[start : start + width]
+        output.index_add_(0, token, down.float() * weights[chosen, None].float())
+    return output.to(x.dtype)
+
+
+def _captures_graphs() -> bool:
+    from vllm.config import CUDAGraphMode, get_current_vllm_config_or_none  # the oracle itself needs no vLLM
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda_alike():
+        return False
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE

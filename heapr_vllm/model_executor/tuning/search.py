@@ -195,9 +195,9 @@ def _has_hopper() -> bool:
 def batches_for(layer: SyntheticLayer, num_tokens: int) -> list[Batch]:
     """As many differently routed batches as one timing needs to be longer than its own overhead."""
     count = 32 if num_tokens <= 16 else 8 if num_tokens <= 1024 else 4
-    if layer.table.device.type == "cpu":
+    if layer.slot_map.device.type == "cpu":
         count = 2
-    return [random_batch(num_tokens, layer.moe, layer.w2[0].dtype, layer.table.device) for _ in range(count)]
+    return [random_batch(num_tokens, layer.moe, layer.shape.dtype, layer.slot_map.device) for _ in range(count)]
 
 
 def median_seconds(run: Callable[[], float], device: torch.device) -> float:
@@ -254,24 +254,24 @@ def _gemm_calls(layer: SyntheticLayer, batches: list[Batch], block_m: int) -> tu
     """Functions of a tile that give the calls to time for the up and the down GEMM."""
     shape, top_k = layer.shape, layer.moe.top_k
     default = replace(default_config(len(batches[0].x), shape), block_m=block_m)
-    blocks = [RouteBlocks.build(batch.topk_ids, layer.slot_map, layer.table, default) for batch in batches]
+    blocks = [RouteBlocks.build(batch.topk_ids, layer.slot_map, layer.copies[0].table, default) for batch in batches]
     x = batches[0].x
     hidden = x.new_zeros(blocks[0].hidden_rows, shape.max_width)
     routed = x.new_empty(x.shape[0] * top_k, shape.hidden_size)
-    copies = len(layer.w13)
+    copies = list(itertools.islice(itertools.cycle(layer.copies), len(batches)))
 
     def up_calls(tile: Tile) -> list[Callable[[], None]]:
         config = replace(default, up=tile)
         return [
-            partial(up_projection, hidden, batches[i].x, layer.w13[i % copies], layer.table, top_k, b, config)
-            for i, b in enumerate(blocks)
+            partial(up_projection, hidden, batch.x, experts.w13, experts.table, top_k, block, config)
+            for batch, experts, block in zip(batches, copies, blocks, strict=True)
         ]
 
     def down_calls(tile: Tile) -> list[Callable[[], None]]:
         config = replace(default, down=tile)
         return [
-            partial(down_projection, routed, hidden, layer.w2[i % copies], layer.table, b, config)
-            for i, b in enumerate(blocks)
+            partial(down_projection, routed, hidden, experts.w2, experts.table, block, config)
+            for experts, block in zip(copies, blocks, strict=True)
         ]
 
     return up_calls, down_calls

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
+from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes, slots_table
 from heapr_vllm.model_executor.kernels.reference import ragged_moe_reference
-from heapr_vllm.model_executor.kernels.triton.launch import index_tables, pack
+from heapr_vllm.model_executor.kernels.triton import launch
 from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, LayerShape
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
@@ -76,18 +77,18 @@ def random_batch(num_tokens: int, shape: MoEShape, dtype: torch.dtype, device: t
 class SyntheticLayer:
     """Random experts of given stored widths, packed for the Triton kernels, in several copies.
 
-    Copies and fresh routing per call keep weights out of the L2 cache, as other layers do in a model. `w13` and `w2`:
-    one tensor per copy; `slot_map` and `table` as in `triton_ragged_moe`; `plain`: w13, w2, slots and table of copy 0
-    as in `ragged_moe_reference`.
+    Copies and fresh routing per call keep weights out of the L2 cache, as other layers do in a model.
+
+    copies: the packed experts. slot_map: their `Routes.slots`.
+    plain: experts of copy 0 before packing. plain_slots: their `Routes.slots`.
     """
 
     moe: MoEShape
     widths: list[int]
-    w13: list[torch.Tensor]
-    w2: list[torch.Tensor]
+    copies: list[ExpertRows]
     slot_map: torch.Tensor
-    table: torch.Tensor
-    plain: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+    plain: ExpertRows
+    plain_slots: torch.Tensor
 
     @classmethod
     def build(
@@ -95,38 +96,34 @@ class SyntheticLayer:
     ) -> SyntheticLayer:
         """`widths` are multiples of 64, one per expert, 0 for dead ones."""
         layout = RaggedLayout.build(widths, widths)
-        scale = moe.hidden_size**-0.5
-        w13, w2 = (
-            [torch.empty(rows, moe.hidden_size, dtype=dtype, device=device).normal_(std=scale) for _ in range(copies)]
-            for rows in (2 * layout.num_rows, layout.num_rows)
-        )
-        slots = torch.tensor([*layout.slots, layout.num_slots], dtype=torch.int32, device=device)
-        places = torch.tensor(layout.expert_table(), dtype=torch.int32, device=device).view(-1, 2)
-        plain = w13[0].clone(), w2[0].clone(), slots, places
-        for gate_up, down in zip(w13, w2, strict=True):
-            pack(gate_up, down, layout)
-        slot_map, table = (tensor.to(device) for tensor in index_tables(layout.slots, layout))
-        return cls(moe, widths, w13, w2, slot_map, table, plain)
+        packed = [_random_rows(layout, moe.hidden_size, dtype, device) for _ in range(copies)]
+        plain = replace(packed[0], w13=packed[0].w13.clone(), w2=packed[0].w2.clone())
+        plain_slots = slots_table(layout.slots, layout).to(device)
+        slot_map, table = launch.index_tables(layout.slots, layout)
+        for experts in packed:
+            launch.pack(experts.w13, experts.w2, layout)
+        packed = [replace(experts, table=table.to(device)) for experts in packed]
+        return cls(moe, widths, packed, slot_map.to(device), plain, plain_slots)
 
     @property
     def shape(self) -> LayerShape:
-        return LayerShape.of(self.widths, self.moe.hidden_size, self.moe.top_k, self.w2[0].dtype)
+        return LayerShape.of(self.widths, self.moe.hidden_size, self.moe.top_k, self.plain.w2.dtype)
 
-    def arguments(self, batch: Batch, copy: int = 0) -> tuple:
-        """Arguments of `triton_ragged_moe` after `output`."""
-        copy %= len(self.w13)
-        return (
-            batch.x,
-            self.w13[copy],
-            self.w2[copy],
-            batch.topk_weights,
-            batch.topk_ids,
-            self.slot_map,
-            self.table,
-            max(self.widths),
-        )
+    def arguments(self, batch: Batch, copy: int = 0) -> tuple[torch.Tensor, Routes, ExpertRows]:
+        """Returns the arguments of `triton_ragged_moe` after `output`."""
+        routes = Routes(batch.topk_weights, batch.topk_ids, self.slot_map)
+        return batch.x, routes, self.copies[copy % len(self.copies)]
 
     def expected(self, batch: Batch) -> torch.Tensor:
-        """The reference's output [T, H] with the weights of copy 0."""
-        w13, w2, slots, places = self.plain
-        return ragged_moe_reference(batch.x, w13, w2, batch.topk_weights, batch.topk_ids, slots, places)
+        """Returns the reference's output [T, H] with the weights of copy 0."""
+        routes = Routes(batch.topk_weights, batch.topk_ids, self.plain_slots)
+        return ragged_moe_reference(batch.x, routes, self.plain)
+
+
+def _random_rows(layout: RaggedLayout, hidden_size: int, dtype: torch.dtype, device: torch.device) -> ExpertRows:
+    w13 = torch.empty(2 * layout.num_rows, hidden_size, dtype=dtype, device=device)
+    w2 = torch.empty(layout.num_rows, hidden_size, dtype=dtype, device=device)
+    for weight in (w13, w2):
+        weight.normal_(std=hidden_size**-0.5)
+    table = torch.tensor(layout.expert_table(), dtype=torch.int32, device=device).view(-1, 2)
+    return ExpertRows(w13, w2, table, layout.max_width)

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import torch
 
+from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes, slots_table
 from heapr_vllm.model_executor.kernels.reference import ragged_moe_reference
 from heapr_vllm.model_executor.kernels.triton.launch import index_tables, pack, triton_ragged_moe
 from heapr_vllm.model_executor.kernels.triton.tiles import LayerShape, Tile, TileConfig
@@ -64,28 +65,36 @@ CASES = [
 
 
 class Layer(NamedTuple):
-    """A layer on DEVICE: `inputs` are the arguments of `triton_ragged_moe` after `output`.
+    """A layer on DEVICE: tokens `x` [T, H], routes and experts as `triton_ragged_moe` takes them.
 
-    `plain`: w13, w2, slots and table as in `ragged_moe_reference`.
+    `plain`: the experts before packing; `plain_slots`: their `Routes.slots`.
     """
 
-    inputs: tuple
-    plain: tuple
+    x: torch.Tensor
+    routes: Routes
+    experts: ExpertRows
+    plain: ExpertRows
+    plain_slots: torch.Tensor
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, Routes, ExpertRows]:
+        """The arguments of `triton_ragged_moe` after `output`."""
+        return self.x, self.routes, self.experts
 
     @property
     def shape(self) -> LayerShape:
-        x, *_, ids, _, _, _ = self.inputs
-        return LayerShape.of(self.plain[-1][:, 1].tolist(), x.shape[1], ids.shape[1], x.dtype)
-
-    @property
-    def x(self) -> torch.Tensor:
-        return self.inputs[0]
+        widths = self.plain.table[:, 1].tolist()
+        return LayerShape.of(widths, self.x.shape[1], self.routes.ids.shape[1], self.x.dtype)
 
     def expected(self) -> torch.Tensor:
         """The reference's output in float64."""
-        x, _, _, weights, ids, *_ = self.inputs
-        w13, w2, slots, table = self.plain
-        return ragged_moe_reference(x.double(), w13.double(), w2.double(), weights, ids, slots, table)
+        experts = replace(self.plain, w13=self.plain.w13.double(), w2=self.plain.w2.double())
+        return ragged_moe_reference(self.x.double(), replace(self.routes, slots=self.plain_slots), experts)
+
+    def first_token(self) -> tuple[torch.Tensor, Routes, ExpertRows]:
+        """`inputs` of a batch that is the first token alone."""
+        routes = replace(self.routes, weights=self.routes.weights[:1], ids=self.routes.ids[:1])
+        return self.x[:1], routes, self.experts
 
     def run(self, config: TileConfig | None) -> torch.Tensor:
         """The kernels' output, into memory full of NaN."""
@@ -119,13 +128,13 @@ def build(case: Case, dtype: torch.dtype, seed: int = 0) -> Layer:
     is_local = torch.tensor([*map(bool, local), False], device=DEVICE)
     weights = weights.where(is_local[ids], torch.nan)  # of experts that are not here, which nobody may use
     x = torch.randn(case.tokens, case.hidden_size, generator=generator, device=DEVICE).to(dtype)
-    slots = torch.tensor([*layout.slots, layout.num_slots], dtype=torch.int32, device=DEVICE)
     places = torch.tensor(layout.expert_table(), dtype=torch.int32, device=DEVICE).view(-1, 2)
-    plain = w13.clone(), w2.clone(), slots, places
+    plain = ExpertRows(w13.clone(), w2.clone(), places, layout.max_width)
     pack(w13, w2, layout)
     slot_map, table = (tensor.to(DEVICE) for tensor in index_tables(layout.slots, layout))
-    tensors = map(fenced, (x, w13, w2, weights, ids, slot_map, table))
-    return Layer((*tensors, layout.max_width), plain)
+    experts = ExpertRows(fenced(w13), fenced(w2), fenced(table), layout.max_width)
+    routes = Routes(fenced(weights), fenced(ids), fenced(slot_map))
+    return Layer(fenced(x), routes, experts, plain, slots_table(layout.slots, layout).to(DEVICE))
 
 
 def fenced(tensor: torch.Tensor) -> torch.Tensor:

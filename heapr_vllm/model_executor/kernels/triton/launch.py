@@ -13,6 +13,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes
 from heapr_vllm.model_executor.kernels.triton.jit import combine_kernel, ragged_down_kernel, ragged_up_kernel
 from heapr_vllm.model_executor.kernels.triton.route_blocks import RouteBlocks
 from heapr_vllm.model_executor.kernels.triton.tiles import (
@@ -155,69 +156,50 @@ def combine(
 
 
 def triton_ragged_moe(
-    output: torch.Tensor,
-    hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    slot_map: torch.Tensor,
-    table: torch.Tensor,
-    max_width: int,
-    config: TileConfig | None = None,
+    output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows, config: TileConfig | None = None
 ) -> None:
-    """Writes the MoE output [T, H] into `output`.
-
-    `hidden_states` [T, H]; `w13` [2 * rows, H] and `w2` as `pack` left them; `topk_weights` float and `topk_ids` int32
-    [T, k] with global expert ids, negative for absent ones; `slot_map` and `table` from `index_tables`; `max_width` the
-    widest stored width.
-    """
-    num_tokens, hidden_size = hidden_states.shape
-    top_k = topk_ids.shape[1]
-    if len(table) == len(slot_map):
+    """Writes the MoE output [T, H] of `x` [T, H] into `output`, with the best tiles known unless `config` names some."""
+    num_tokens, hidden_size = x.shape
+    top_k = routes.ids.shape[1]
+    num_experts = len(routes.slots) - 1
+    if num_stored(routes.slots, experts) == 0:
         output.zero_()
         return
-    topk_weights, topk_ids = topk_weights.contiguous(), topk_ids.contiguous()
+    weights, ids = routes.weights.contiguous(), routes.ids.contiguous()
     if config is None:
-        shape = layer_shape(w13, slot_map, table, top_k, max_width)
-        config = choose_config(shape, num_tokens)
+        config = choose_config(layer_shape(routes.slots, experts, top_k), num_tokens)
     config.check(hidden_size)
-    blocks = RouteBlocks.build(topk_ids, slot_map, table, config)
-    hidden = hidden_states.new_empty(blocks.hidden_rows, max_width)
-    routed = hidden_states.new_empty(num_tokens * top_k, hidden_size)
-    up_projection(hidden, hidden_states, w13, table, top_k, blocks, config)
-    down_projection(routed, hidden, w2, table, blocks, config)
-    combine(output, routed, topk_weights, topk_ids, table, len(slot_map) - 1, config)
+    blocks = RouteBlocks.build(ids, routes.slots, experts.table, config)
+    hidden = x.new_empty(blocks.hidden_rows, experts.max_width)
+    routed = x.new_empty(num_tokens * top_k, hidden_size)
+    up_projection(hidden, x, experts.w13, experts.table, top_k, blocks, config)
+    down_projection(routed, hidden, experts.w2, experts.table, blocks, config)
+    combine(output, routed, weights, ids, experts.table, num_experts, config)
 
 
-def layer_shape(
-    w13: torch.Tensor, slot_map: torch.Tensor, table: torch.Tensor, top_k: int, max_width: int
-) -> LayerShape:
-    """Shape of a layer with stored experts; arguments as in `triton_ragged_moe`."""
-    num_slots = len(table) - len(slot_map)
-    return LayerShape(w13.shape[1], top_k, num_slots, len(w13) // (2 * num_slots), max_width, w13.dtype)
+def num_stored(slot_map: torch.Tensor, experts: ExpertRows) -> int:
+    """Returns the number of experts with stored rows."""
+    return len(experts.table) - len(slot_map)
 
 
-def warm_up(
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    slot_map: torch.Tensor,
-    table: torch.Tensor,
-    top_k: int,
-    max_width: int,
-    max_tokens: int,
-) -> None:
-    """Compiles the kernels for all tiles that up to `max_tokens` tokens may choose, so that no request waits for it.
+def layer_shape(slot_map: torch.Tensor, experts: ExpertRows, top_k: int) -> LayerShape:
+    """Returns the shape of a layer with stored experts."""
+    num_slots = num_stored(slot_map, experts)
+    rows, hidden_size = experts.w2.shape
+    return LayerShape(hidden_size, top_k, num_slots, rows // num_slots, experts.max_width, experts.w2.dtype)
 
-    Every configuration runs once on a token of zeros; arguments as in `triton_ragged_moe`.
+
+def warm_up(slot_map: torch.Tensor, experts: ExpertRows, top_k: int, max_tokens: int) -> None:
+    """Compiles the kernels for all tiles that up to `max_tokens` tokens may choose: no request waits for it.
+
+    Every configuration runs once on a token of zeros.
     """
-    if len(table) == len(slot_map):
+    if num_stored(slot_map, experts) == 0:
         return
-    x = w2.new_zeros(1, w2.shape[1])
-    weights, ids = x.new_ones(1, top_k, dtype=torch.float32), slot_map.new_zeros(1, top_k)
-    shape = layer_shape(w13, slot_map, table, top_k, max_width)
-    for config in configs_up_to(shape, max_tokens):
-        triton_ragged_moe(torch.empty_like(x), x, w13, w2, weights, ids, slot_map, table, max_width, config=config)
+    x = experts.w2.new_zeros(1, experts.w2.shape[1])
+    routes = Routes(x.new_ones(1, top_k, dtype=torch.float32), slot_map.new_zeros(1, top_k), slot_map)
+    for config in configs_up_to(layer_shape(slot_map, experts, top_k), max_tokens):
+        triton_ragged_moe(torch.empty_like(x), x, routes, experts, config=config)
 
 
 def _precision(dtype: torch.dtype) -> str:

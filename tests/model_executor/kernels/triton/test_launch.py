@@ -121,13 +121,12 @@ def test_an_aligned_layer_launches_nothing_but_vllms_alignment_and_three_kernels
 ) -> None:
     """vLLM's op itself is two kernels, one for up to 64 experts and fewer than 1024 routes: 5 launches, or 4."""
     layer = build(Case(40, [64] * 64, 2, 64, None, (3,), "nobody"), torch.float32)
-    *_, topk_ids, slot_map, table, _ = layer.inputs
 
     def vllms_op(ids: torch.Tensor, block_size: int, num_experts: int, **options) -> tuple[torch.Tensor, ...]:
-        assert ids is topk_ids, "as the router gave them: no gather, no copy"
+        assert ids is layer.routes.ids, "as the router gave them: no gather, no copy"
         assert num_experts == 64, "65 would cost the one-kernel path"
         expert_map = options.pop("expert_map")
-        assert expert_map.tolist()[3] == -1 and expert_map.storage_offset() == slot_map.storage_offset() + 1
+        assert expert_map.tolist()[3] == -1 and expert_map.storage_offset() == layer.routes.slots.storage_offset() + 1
         assert options == {"pad_sorted_ids": True, "ignore_invalid_experts": True}
         return ids, ids, ids
 
@@ -152,20 +151,18 @@ def test_warm_up_runs_every_configuration_once(monkeypatch: pytest.MonkeyPatch) 
     layer = build(Case(1, [64, 128] * 8, 2, 64), torch.float16)
     ran = []
     monkeypatch.setattr(launch, "triton_ragged_moe", lambda *_, config: ran.append(config))
-    _, w13, w2, _, _, slot_map, table, max_width = layer.inputs
-    launch.warm_up(w13, w2, slot_map, table, 2, max_width, 8192)
+    launch.warm_up(layer.routes.slots, layer.experts, 2, 8192)
     assert ran == configs_up_to(layer.shape, 8192) and len(ran) > 4
     monkeypatch.undo()
-    launch.warm_up(w13, w2, slot_map, table, 2, max_width, 1)
+    launch.warm_up(layer.routes.slots, layer.experts, 2, 1)
 
 
 def test_a_batch_invariant_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """With VLLM_BATCH_INVARIANT=1 a token's output is the same bits alone, where blocks would be of one route."""
     layer = build(Case(40, [64, 128] * 8, 2, 64), torch.float16)
-    x, w13, w2, weights, ids, *tables = layer.inputs
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    alone = torch.empty_like(x[:1])
-    launch.triton_ragged_moe(alone, x[:1], w13, w2, weights[:1], ids[:1], *tables)
+    alone = torch.empty_like(layer.x[:1])
+    launch.triton_ragged_moe(alone, *layer.first_token())
     assert torch.equal(alone, layer.run(None)[:1])
 
 

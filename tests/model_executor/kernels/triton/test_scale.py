@@ -91,9 +91,8 @@ def test_a_token_does_not_depend_on_its_batch(tokens: int) -> None:
     """With the same tiles the sums of a token run in the same order, whoever it shares a batch with."""
     layer = make(next(iter(SHAPES)), tokens, DTYPES[0])
     config = TileConfig(16, Tile(32, 64), Tile(64, 64))
-    x, w13, w2, weights, ids, *tables = layer.inputs
-    alone = torch.empty_like(x[:1])
-    triton_ragged_moe(alone, x[:1], w13, w2, weights[:1], ids[:1], *tables, config=config)
+    alone = torch.empty_like(layer.x[:1])
+    triton_ragged_moe(alone, *layer.first_token(), config=config)
     assert torch.equal(alone, layer.run(config)[:1])
 
 
@@ -156,20 +155,22 @@ def test_launches_of_a_layer(tokens: int, launches: int) -> None:
 def test_cuda_graph(tokens: int) -> None:
     """One capture serves every routing: nothing about it was read on the host."""
     layers = [make("Qwen3-30B-A3B", tokens, torch.bfloat16, routing) for routing in ("random", "skewed", "one")]
-    x, w13, w2, weights, ids, *tables = layers[0].inputs
-    x, weights, ids, output = x.clone(), weights.clone(), ids.clone(), torch.empty_like(x)
-    triton_ragged_moe(output, x, w13, w2, weights, ids, *tables)
+    first = layers[0]
+    x, output = first.x.clone(), torch.empty_like(first.x)
+    routes = replace(first.routes, weights=first.routes.weights.clone(), ids=first.routes.ids.clone())
+    triton_ragged_moe(output, x, routes, first.experts)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        triton_ragged_moe(output, x, w13, w2, weights, ids, *tables)
+        triton_ragged_moe(output, x, routes, first.experts)
     for layer in reversed(layers):
-        for static, fresh in ((x, layer.inputs[0]), (weights, layer.inputs[3]), (ids, layer.inputs[4])):
-            static.copy_(fresh)
+        x.copy_(layer.x)
+        routes.weights.copy_(layer.routes.weights)
+        routes.ids.copy_(layer.routes.ids)
         output.fill_(torch.nan)
         graph.replay()
         eager = torch.empty_like(output)
-        triton_ragged_moe(eager, x, w13, w2, weights, ids, *tables)
+        triton_ragged_moe(eager, x, routes, first.experts)
         assert torch.equal(output, eager) and not eager.isnan().any()
 
 
@@ -177,7 +178,7 @@ def test_cuda_graph(tokens: int) -> None:
 def test_weights_beyond_two_to_the_31_elements() -> None:
     big = Case(64, [2048] * 80, 8, 7168, None)
     layer = build(big, torch.bfloat16)
-    assert layer.inputs[1].numel() > 2**31
+    assert layer.experts.w13.numel() > 2**31
     assert layer.error(layer.run(None)) < TOLERANCE[torch.bfloat16]
 
 

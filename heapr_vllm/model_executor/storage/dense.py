@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts of one layer stored in the model's dtype: parameters, slices of checkpoint tensors, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.utils import set_weight_attrs
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
+from heapr_vllm.model_executor.storage.layout import RaggedLayout
+
+SHARDS = ("w1", "w2", "w3")  # gate, down, up, as vLLM calls them
+
+
+class DenseStorage:
+    """This rank's experts of a layer.
+
+    local_ids: global id to local id of the experts that are here.
+    shares: [start, stop) of this rank's part of every local expert's kept neurons.
+    layout: where the rows of local experts lie.
+    """
+
+    def __init__(
+        self, masks: LayerMasks, local_ids: dict[int, int], shares: list[tuple[int, int]], layout: RaggedLayout
+    ) -> None:
+        self.masks = masks
+        self.local_ids = local_ids
+        self.shares = shares
+        self.layout = layout
+        self.loaded: set[tuple[int, str]] = set()
+
+    def create(
+        self,
+        layer: nn.Module,
+        hidden_size: int,
+        dtype: torch.dtype,
+        loader: Callable[..., bool | None],
+        attributes: dict[str, Any],
+    ) -> None:
+        """Registers `w13_weight` [2 * rows, H] and `w2_weight` [rows, H], which `loader` fills.
+
+        `attributes`: what else vLLM wants to find on the parameters.
+        """
+        for name, rows_per_neuron in (("w13_weight", 2), ("w2_weight", 1)):
+            empty = torch.empty(rows_per_neuron * self.layout.num_rows, hidden_size, dtype=dtype)
+            weight = nn.Parameter(empty, requires_grad=False)
+            layer.register_parameter(name, weight)
+            loaded_numel = rows_per_neuron * sum(self.layout.widths) * hidden_size
+            set_weight_attrs(weight, {**attributes, "weight_loader": loader, "weight_loader_numel": loaded_numel})
+
+    def load(self, param: nn.Parameter, tensor: torch.Tensor, name: str, shard: str, expert: int) -> bool:
+        """Copies this rank's share of a checkpoint tensor into `param`; returns whether the expert is here.
+
+        `tensor`: gate ("w1") or up ("w3") [width, H], or down ("w2") [H, width] of the global `expert`; the width is
+        the kept one in compact checkpoints and moe_intermediate_size otherwise. Raises HeaprError if it is not.
+        """
+        local = self.local_ids.get(expert)
+        if local is None:
+            return False
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            raise HeaprError(f"{name} is quantized ({tensor.dtype}); pruned experts need the unquantized base model")
+        rows = tensor.T if shard == "w2" else tensor
+        kept = self.masks.keep[expert].nonzero().flatten()
+        width = len(kept) if self.masks.is_compact else self.masks.keep.shape[1]
+        if rows.shape[0] != width:
+            raise HeaprError(
+                f"{name} ({shard} of {self.masks.prefix}.{expert}) has {rows.shape[0]} neurons "
+                f"instead of {width}: weights and masks do not belong together; export again"
+            )
+        start, stop = self.shares[local]
+        if start < stop:
+            chosen = rows[start:stop] if self.masks.is_compact else rows[kept[start:stop]]
+            self._destination(param, local, shard).copy_(chosen)
+        self.loaded.add((local, shard))
+        return True
+
+    def _destination(self, param: torch.Tensor, local: int, shard: str) -> torch.Tensor:
+        """Rows of `param` that hold the kept neurons of a local expert's gate, up or down."""
+        row, stored = self.layout.place(local)
+        first = {"w1": 2 * row, "w3": 2 * row + stored, "w2": row}[shard]
+        return param.data[first : first + self.layout.widths[local]]
+
+    def check_complete(self) -> None:
+        """Raises HeaprError if an expert tensor was not loaded; the next load starts anew."""
+        missing = sorted(self._wanted() - self.loaded)
+        self.loaded.clear()
+        if missing:
+            local, shard = missing[0]
+            expert = next(e for e, i in self.local_ids.items() if i == local)
+            raise HeaprError(
+                f"the checkpoint lacks {len(missing)} expert tensors, first {shard} of {self.masks.prefix}."
+                f"{expert}; export or download it again"
+            )
+
+    def _wanted(self) -> set[tuple[int, str]]:
+        wanted: set[tuple[int, str]] = set()
+        for local, width in enumerate(self.layout.widths):
+            if width:
+                wanted.update((local, shard) for shard in SHARDS)
+        return wanted
+
+    def zero_padding(self, w13: torch.Tensor, w2: torch.Tensor) -> None:
+        """Zeroes the stored rows beyond every expert's kept neurons, before the kernel packs them."""
+        for local, width in enumerate(self.layout.widths):
+            if self.layout.slots[local] < self.layout.num_slots:
+                row, stored = self.layout.place(local)
+                w13[2 * row : 2 * (row + stored)].view(2, stored, -1)[:, width:] = 0
+                w2[row + width : row + stored] = 0
+
+    def slots(self, num_experts: int) -> list[int]:
+        """Storage slot of every global expert, `layout.num_slots` if it is not stored here."""
+        slots = [self.layout.num_slots] * num_experts
+        for expert, local in self.local_ids.items():
+            slots[expert] = self.layout.slots[local]
+        return slots
