@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of one MoE layer on the CPU: our compiled op and width buckets against vLLM's native op on unpruned weights.
 
-    python -m benchmarks.cpu_layer --csv benchmarks/results/cpu_layer.csv
+    python -m benchmarks.cpu_layer --csv benchmarks/results/cpu_layer_arms.csv
     python -m benchmarks.cpu_layer --sparsity 0.25 --buckets 1 2 3 6 32
 
 The second command is where the constants of `kernels/cpu_native.py` come from. Arms are interleaved in
-one process. Weights rotate over several copies, so that they come from memory and not from the cache. The table gives
-medians, and the load of the machine: above the number of threads the figures mean little.
+one process: vLLM's op on unpruned weights, ours on the same widths (engineering without pruning), and per sparsity
+vLLM's op on full-width weights with zeros in place of the pruned neurons ("vllm zeroed", what pruning gives an engine
+without variable widths) and ours on the ragged ones (`vs_unpruned`: pruning without engineering). Tokens are normal and
+routing is uniformly random. Weights rotate over several copies, so that they come from memory and not from the cache.
+The table gives medians, and the load of the machine: above the number of threads the figures mean little.
 """
 
 import argparse
@@ -19,10 +22,13 @@ from pathlib import Path
 import torch
 from vllm.platforms import current_platform
 
+from benchmarks.roofline import work
 from benchmarks.rows import append_csv
-from heapr_vllm.model_executor.kernels.cpu_compiled import build, extension
-from heapr_vllm.model_executor.kernels.cpu_native import WIDTH_UNIT, bucketed, cpu_uniform_moe, native_isa
-from heapr_vllm.model_executor.kernels.op import RAGGED, index_tables, pack, ragged_moe, stored_widths
+from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, slots_table
+from heapr_vllm.model_executor.kernels.cpu_compiled import build
+from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import CompiledKernel
+from heapr_vllm.model_executor.kernels.cpu_native import WIDTH_UNIT, NativeKernel, bucketed, native_isa
+from heapr_vllm.model_executor.kernels.op import register_op
 from heapr_vllm.model_executor.kernels.reference import ragged_moe_reference
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 from heapr_vllm.model_executor.tuning.stopwatch import interleave, stopwatch
@@ -30,73 +36,91 @@ from heapr_vllm.model_executor.tuning.synthetic import Batch, MoEShape, ragged_w
 
 COPIES = 4
 STOCK = "vllm"
+UNPRUNED = "heapr unpruned"
 
 
 @dataclass(frozen=True)
 class Arm:
     """One line of the table: copies of a layer's weights, random and packed for `kernel`."""
 
-    kernel: str
+    kernel: RaggedKernel
     layout: RaggedLayout
-    weights: list[tuple[torch.Tensor, torch.Tensor]]
+    copies: list[ExpertRows]
     slots: torch.Tensor
-    table: torch.Tensor
 
     @classmethod
-    def build(cls, moe: MoEShape, widths: list[int], stored: list[int], dtype: torch.dtype, kernel: str) -> "Arm":
-        """Raises RuntimeError if the arm's output is off by more than 2 % of the largest one."""
-        layout = RaggedLayout.build(widths, stored)
-        weights = [
-            tuple(
-                torch.randn(rows, moe.hidden_size).mul_(moe.hidden_size**-0.5).to(dtype)
-                for rows in (2 * layout.num_rows, layout.num_rows)
-            )
-            for _ in range(COPIES)
-        ]
-        slots = torch.tensor([*layout.slots, layout.num_slots], dtype=torch.int32)
+    def build(
+        cls, moe: MoEShape, widths: list[int], stored: list[int], dtype: torch.dtype, kernel: RaggedKernel
+    ) -> "Arm":
+        """Neurons past `widths` are zero. Raises RuntimeError if the output is off by over 2 % of the largest one."""
+        narrow, wide = RaggedLayout.build(widths, widths), RaggedLayout.build(widths, stored)
+        plain = [_random_rows(narrow, moe.hidden_size, dtype) for _ in range(COPIES)]
         batch = random_batch(8, moe, dtype, torch.device("cpu"))
-        expected = ragged_moe_reference(*_arguments(batch, weights[0]), slots, torch.tensor(layout.expert_table()))
-        for copy in weights:
-            pack(kernel, *copy, layout)
-        arm = cls(kernel, layout, weights, *index_tables(kernel, layout.slots, layout))
-        error = float((arm.run(batch, 0).double() - expected.double()).abs().max() / expected.double().abs().max())
+        routes = Routes(batch.topk_weights, batch.topk_ids, slots_table(narrow.slots, narrow))
+        expected = ragged_moe_reference(batch.x, routes, plain[0]).double()
+        slots, table = kernel.index_tables(wide.slots, wide)
+        copies = [_widened(rows, narrow, wide, table) for rows in plain]
+        for copy in copies:
+            kernel.pack(copy.w13, copy.w2, wide)
+        arm = cls(kernel, wide, copies, slots)
+        error = float((arm.run(batch, 0).double() - expected).abs().max() / expected.abs().max())
         if not error < 0.02:
-            raise RuntimeError(f"kernel {kernel} is off by {error:.1%} at stored widths {stored}")
+            raise RuntimeError(f"kernel {kernel.name} is off by {error:.1%} at stored widths {stored}")
         return arm
 
     def run(self, batch: Batch, copy: int) -> torch.Tensor:
         output = torch.empty_like(batch.x)
-        arguments = _arguments(batch, self.weights[copy % COPIES])
-        if self.kernel != RAGGED and self.layout.is_uniform:
-            cpu_uniform_moe(output, *arguments, len(self.layout.widths), self.kernel)
-        else:
-            ragged_moe(output, *arguments, self.slots, self.table, self.layout.max_width, self.kernel)
+        routes = Routes(batch.topk_weights, batch.topk_ids, self.slots)
+        self.kernel.run_in_graph(output, batch.x, routes, self.copies[copy % COPIES])
         return output
 
 
-def _arguments(batch: Batch, weights: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    return batch.x, *weights, batch.topk_weights, batch.topk_ids
+def _random_rows(layout: RaggedLayout, hidden_size: int, dtype: torch.dtype) -> ExpertRows:
+    w13 = torch.randn(2 * layout.num_rows, hidden_size).mul_(hidden_size**-0.5).to(dtype)
+    w2 = torch.randn(layout.num_rows, hidden_size).mul_(hidden_size**-0.5).to(dtype)
+    return ExpertRows(w13, w2, torch.tensor(layout.expert_table()), layout.max_width)
+
+
+def _widened(rows: ExpertRows, narrow: RaggedLayout, wide: RaggedLayout, table: torch.Tensor) -> ExpertRows:
+    """The experts of `narrow` at their places in `wide`, zeros after them."""
+    w13 = rows.w13.new_zeros(2 * wide.num_rows, rows.w13.shape[1])
+    w2 = rows.w2.new_zeros(wide.num_rows, rows.w2.shape[1])
+    for expert, width in enumerate(narrow.widths):
+        if not width:
+            continue
+        (source, _), (target, stored) = narrow.place(expert), wide.place(expert)
+        gate_up = rows.w13[2 * source : 2 * (source + width)].unflatten(0, (2, width))
+        w13[2 * target : 2 * (target + stored)].unflatten(0, (2, stored))[:, :width] = gate_up
+        w2[target : target + width] = rows.w2[source : source + width]
+    return ExpertRows(w13, w2, table, wide.max_width, len(wide.widths) if wide.is_uniform else 0)
 
 
 def build_arms(moe: MoEShape, sparsities: list[float], buckets: list[int], dtype: torch.dtype) -> dict[str, Arm]:
-    """vLLM's op on unpruned weights; ours, if it compiles, on unpruned and ragged ones; ragged ones in buckets."""
+    """vLLM's op on unpruned and zeroed weights; ours, if it compiles, on unpruned and ragged ones; buckets."""
     full = moe.moe_intermediate_size
-    isa = native_isa(dtype, moe.hidden_size)
+    native, compiled = NativeKernel(), CompiledKernel()
     dense = [full] * moe.num_experts
-    arms = {STOCK: Arm.build(moe, dense, dense, dtype, isa)}
+    arms = {STOCK: Arm.build(moe, dense, dense, dtype, native)}
     for sparsity in (0.0, *sparsities):
         widths = ragged_widths(moe.num_experts, full, sparsity, unit=16)
         name = f"{sparsity:.0%} pruned" if sparsity else "unpruned"
-        if extension.load():
-            stored = stored_widths(RAGGED, widths, moe.top_k, moe.hidden_size, dtype.itemsize)
-            arms[f"heapr {name}"] = Arm.build(moe, widths, stored, dtype, RAGGED)
+        if sparsity:
+            arms[f"{STOCK} zeroed {sparsity:.0%}"] = Arm.build(moe, widths, dense, dtype, native)
+        if compiled.machine_obstacle() is None:
+            stored = compiled.stored_widths(widths, moe.top_k, moe.hidden_size, dtype.itemsize)
+            arms[UNPRUNED if not sparsity else f"heapr {name}"] = Arm.build(moe, widths, stored, dtype, compiled)
         for count in buckets if sparsity else ():
-            arms[f"{name} in {count} buckets"] = Arm.build(moe, widths, bucketed(widths, WIDTH_UNIT, count), dtype, isa)
+            stored = bucketed(widths, WIDTH_UNIT, count)
+            arms[f"{name} in {count} buckets"] = Arm.build(moe, widths, stored, dtype, native)
     return arms
 
 
 def measure(arms: dict[str, Arm], batches: list[Batch], moe: MoEShape, rounds: int) -> list[dict]:
-    """One row per arm. `vs_vllm` is the time of vLLM's op on unpruned weights over the arm's; `kept` counts padding."""
+    """One row per arm. `vs_vllm`: time of vLLM's op on unpruned weights over the arm's; `vs_unpruned`: that of ours.
+
+    `kept`: stored fraction of the neurons, padding and zeros included; `kept_routed`: the same weighted by routing;
+    `experts_hit`: distinct experts per call.
+    """
     device = torch.device("cpu")
     watches = {
         name: stopwatch(
@@ -110,6 +134,11 @@ def measure(arms: dict[str, Arm], batches: list[Batch], moe: MoEShape, rounds: i
     for name, arm in arms.items():
         ordered = sorted(seconds[name])
         spread = (ordered[9 * rounds // 10] - ordered[rounds // 10]) / medians[name]
+        todo = work(
+            moe,
+            [arm.layout.place(e)[1] if slot < arm.layout.num_slots else 0 for e, slot in enumerate(arm.layout.slots)],
+            batches,
+        )
         rows.append(
             {
                 "tokens": len(batches[0].x),
@@ -118,7 +147,10 @@ def measure(arms: dict[str, Arm], batches: list[Batch], moe: MoEShape, rounds: i
                 "microseconds": round(1e6 * medians[name], 1),
                 "spread": round(spread, 3),
                 "vs_vllm": round(medians[STOCK] / medians[name], 3),
+                "vs_unpruned": round(medians[UNPRUNED] / medians[name], 3) if UNPRUNED in medians else "",
                 "kept": round(arm.layout.num_rows / moe.num_experts / moe.moe_intermediate_size, 3),
+                "kept_routed": round(todo.routed_width / moe.moe_intermediate_size, 3),
+                "experts_hit": round(todo.experts, 1),
                 "load": round(os.getloadavg()[0], 2),
                 "rounds": rounds,
             }
@@ -166,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--csv", type=Path, help="append the rows here")
     args = parser.parse_args(arguments)
     current_platform.import_kernels()
+    register_op()
     torch.manual_seed(0)
     moe, dtype = MoEShape(args.experts, args.top_k, args.hidden, args.width), getattr(torch, args.dtype)
     shape = f"{args.experts} experts, top-{args.top_k}, hidden {args.hidden}, width {args.width}"
@@ -174,7 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def show(row: dict) -> None:
         print(
             f"  {row['threads']} threads, {row['tokens']:>4} tokens  {row['arm']:<26}{row['microseconds']:>9.0f} us  "
-            f"{row['vs_vllm']:>5.2f}x  kept {row['kept']:.2f}  spread {row['spread']:>4.0%}  load {row['load']:.1f}",
+            f"{row['vs_vllm']:>5.2f}x  kept {row['kept']:.2f} (routed {row['kept_routed']:.2f})  "
+            f"{row['experts_hit']:.0f} experts  spread {row['spread']:>4.0%}  load {row['load']:.1f}",
             flush=True,
         )
 

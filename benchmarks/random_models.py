@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Full-size models without their weights: config, tokenizer, and masks drawn from a HEAPr-like profile.
+"""Full-size models with random weights or none: config, tokenizer, and masks drawn from a HEAPr-like profile.
 
-vLLM fills them with random weights on the device (`--load-format dummy`), so nothing is downloaded and nothing but a
-few MB is written. The paper's models have the sizes of their published config.json files; SMALL is one for CPUs.
+Nothing is downloaded. Without weights on the disk vLLM makes them up on the device (`--load-format dummy`). The paper's
+models have the sizes of their published config.json files; SMALL is one for CPUs.
 """
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from heapr_vllm.formats.checkpoint import TOKENIZER_FILES
-from heapr_vllm.formats.config import MASKS_FILE, PruningConfig
-from heapr_vllm.formats.masks import NeuronMasks, file_sha256
+from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.model_executor.tuning.synthetic import ragged_widths
+from heapr_vllm.prune.models.deepseek import register_deepseek_model
 
 TOKENIZER = Path(__file__).parent.parent / "serving_examples" / "tiny_qwen3_moe"
 LAYER_SPREAD = 0.15  # standard deviation of the kept fraction over layers: that of the bundled model's masks
@@ -27,7 +29,7 @@ QWEN = {
     "tie_word_embeddings": False,
     "vocab_size": 151936,
     "decoder_sparse_step": 1,
-    "torch_dtype": "bfloat16",
+    "dtype": "bfloat16",
 }
 QWEN2 = {**QWEN, "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "norm_topk_prob": False}
 QWEN3 = {**QWEN, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "norm_topk_prob": True}
@@ -91,7 +93,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
+        "dtype": "bfloat16",
     },
     SMALL: {
         **QWEN3,
@@ -122,29 +124,32 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_dense(name: str, folder: Path) -> Path:
-    """Model directory of `name` inside `folder`."""
-    path = folder / name
-    _write(path, CONFIGS[name])
+def write_dense(name: str, folder: Path, weights: bool = False) -> Path:
+    """Model directory of `name` inside `folder`, with random weights or without any."""
+    path = folder / (f"{name}-weights" if weights else name)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(CONFIGS[name], indent=2) + "\n")
+    if weights:
+        _write_weights(path)
+    for file in TOKENIZER_FILES:
+        if (TOKENIZER / file).is_file():
+            shutil.copyfile(TOKENIZER / file, path / file)
     return path
 
 
-def write_pruned(name: str, sparsity: float, folder: Path) -> Path:
-    """Directory of a compact checkpoint of `name` at `sparsity`, without weights."""
-    config = CONFIGS[name]
-    path = folder / f"{name}-{sparsity:.0%}"
-    masks = random_masks(config, sparsity)
-    (path / MASKS_FILE).parent.mkdir(parents=True, exist_ok=True)
-    masks.save_pretrained(path)
-    block = PruningConfig(
-        layout="compact", masks_sha256=file_sha256(path / MASKS_FILE), sparsity=sparsity, scope="global", align=64
-    )
-    _write(path, {**config, "quantization_config": block.to_dict()})
-    return path
+def _write_weights(path: Path) -> None:
+    """Weights as transformers initialises them, in shards beside config.json, which stays as it is."""
+    register_deepseek_model()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.bfloat16)
+    with tempfile.TemporaryDirectory(dir=path) as folder:
+        model.save_pretrained(folder, max_shard_size="1GB")
+        for file in Path(folder).glob("model*.safetensors*"):
+            file.replace(path / file.name)
 
 
 def random_masks(config: dict[str, Any], sparsity: float) -> NeuronMasks:
-    """Masks whose kept fractions spread over layers and over the experts of a layer as HEAPr's do."""
+    """Masks whose kept fractions spread over layers and over the experts of a layer as HEAPr's do; 0 keeps all."""
     full = config["moe_intermediate_size"]
     num_experts = config.get("num_experts") or config["n_routed_experts"]
     layers = range(config.get("first_k_dense_replace", 0), config["num_hidden_layers"])
@@ -157,11 +162,3 @@ def random_masks(config: dict[str, Any], sparsity: float) -> NeuronMasks:
         widths = torch.tensor(ragged_widths(num_experts, full, 1 - fraction, seed=layer))
         keep[f"model.layers.{layer}.mlp.experts"] = torch.arange(full) < widths[:, None]
     return NeuronMasks(keep, {"criterion": "random", "sparsity": sparsity, "scope": "global", "align": 64})
-
-
-def _write(path: Path, config: dict[str, Any]) -> None:
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name in TOKENIZER_FILES:
-        if (TOKENIZER / name).is_file():
-            shutil.copyfile(TOKENIZER / name, path / name)

@@ -5,6 +5,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,26 +16,78 @@ from heapr_vllm.model_executor.compat import warn_if_unsupported
 ROOT = Path(__file__).parent.parent
 
 
-def imports_of(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text())
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    return names | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+PACKAGE = ROOT / "heapr_vllm"
+LAYERS = {  # what stands on what: an import goes to a lower number, or stays inside its own room
+    "heapr_vllm.__main__": 4,
+    "heapr_vllm.cli": 3,
+    "heapr_vllm.evaluation": 2,
+    "heapr_vllm.prune": 1,
+    "heapr_vllm.model_executor": 1,
+    "heapr_vllm.formats": 0,
+    "heapr_vllm.errors": -1,
+    "heapr_vllm.environment": -1,
+    "heapr_vllm": -2,
+}
+USES_VLLM = ("heapr_vllm.model_executor.", "heapr_vllm.evaluation.served")
 
 
-def test_layers() -> None:
-    """`prune` and the root never import vLLM, `model_executor` never imports `prune`."""
-    for path in (ROOT / "heapr_vllm").rglob("*.py"):
-        forbidden = {
-            "prune": ("vllm.", "heapr_vllm.model_executor."),
-            "model_executor": ("heapr_vllm.prune.",),
-            "heapr_vllm": ("vllm.",),
-        }[path.parent.name]
-        for name in imports_of(path):
-            assert not (name + ".").startswith(forbidden), f"{path} imports {name}"
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_of(module: str) -> set[str]:
+    """Modules that a module imports, inside functions too, but not for annotations only."""
+    tree = ast.parse(MODULES[module].read_text())
+    skipped: set[ast.AST] = set()
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            skipped.update(node.body)
+        if isinstance(node, ast.Import) and node not in skipped:
+            found.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and node not in skipped:
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            found.update(name if name in MODULES else node.module for name in names)
+    return found
+
+
+def room(module: str) -> str:
+    """The longest entry of LAYERS that a module lies in."""
+    return max((name for name in LAYERS if f"{module}.".startswith(f"{name}.")), key=len)
+
+
+@pytest.mark.parametrize("module", MODULES.keys() - {"heapr_vllm"})  # whose register() is vLLM's way in
+def test_nothing_runs_back_up(module: str) -> None:
+    for imported in imports_of(module) & MODULES.keys():
+        is_inside = room(imported) == room(module)
+        assert is_inside or LAYERS[room(imported)] < LAYERS[room(module)], f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_plugin_imports_vllm(module: str) -> None:
+    if not module.startswith(USES_VLLM):
+        assert not {name for name in imports_of(module) if name.split(".")[0] == "vllm"}
+
+
+def test_no_circles() -> None:
+    """Neither between modules nor between the rooms inside `prune` and `model_executor`."""
+    modules = {module: imports_of(module) & MODULES.keys() - {"heapr_vllm.prune"} for module in MODULES}
+    TopologicalSorter(modules).prepare()  # raises CycleError
+    rooms: dict[str, set[str]] = {}
+    for module, imported in modules.items():
+        here = module.split(".")[:-1][:3]
+        for other in imported:
+            there = other.split(".")[:-1][:3]
+            if len(here) == len(there) == 3 and here != there:
+                rooms.setdefault(".".join(here), set()).add(".".join(there))
+    TopologicalSorter(rooms).prepare()
 
 
 def test_importing_the_package_is_light() -> None:
-    code = "import sys, heapr_vllm, heapr_vllm.cli; print('torch' in sys.modules or 'vllm' in sys.modules)"
+    code = "import sys, heapr_vllm, heapr_vllm.cli.main; print('torch' in sys.modules or 'vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
-from heapr_vllm.formats.config import PruningConfig
-from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.model_executor import moe_method
+from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
 
 WIDTHS = (8, 1, 1, 6)
 ENGINE = ([0, 1], [2, 3])  # experts by rank
@@ -44,11 +43,8 @@ def test_placement(
         "get_current_vllm_config",
         lambda: SimpleNamespace(parallel_config=SimpleNamespace(enable_ep_weight_filter=reads_own_weights_only)),
     )
-    masks = NeuronMasks(
-        {name(layer): torch.arange(8) < torch.tensor(WIDTHS)[:, None] for layer in range(2)},
-        {"tokens": {name(layer): tokens for layer in range(2)}} if tokens else {},
-    )
-    config = SimpleNamespace(name_in_masks=str, masks=masks, pruning=PruningConfig())
+    keep = torch.arange(8) < torch.tensor(WIDTHS)[:, None]
+    first, second = (LayerMasks(f"model.layers.{i}.mlp.experts", keep, tokens, is_compact=False) for i in range(2))
     for rank, experts in enumerate(expected):
         moe = SimpleNamespace(
             moe_parallel_config=SimpleNamespace(
@@ -60,10 +56,6 @@ def test_placement(
             global_num_experts=len(WIDTHS),
             _map_global_expert_id_to_local_expert_id=lambda e, local=local: local.get(e, -1),
         )
-        assert moe_method.HeaprMoEMethod(moe, config, name(0))._local_experts(layer) == experts
+        assert moe_method.HeaprMoEMethod(moe, first)._local_experts(layer) == experts
         next_layer = experts if expected is ENGINE else expected[1 - rank]
-        assert moe_method.HeaprMoEMethod(moe, config, name(1))._local_experts(layer) == next_layer
-
-
-def name(layer: int) -> str:
-    return f"model.layers.{layer}.mlp.experts"
+        assert moe_method.HeaprMoEMethod(moe, second)._local_experts(layer) == next_layer

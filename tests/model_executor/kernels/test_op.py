@@ -11,8 +11,10 @@ For other instruction sets than this CPU's best set ATEN_CPU_CAPABILITY to avx2 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,20 +24,13 @@ pytest.importorskip("vllm")
 from vllm.platforms import current_platform
 
 from heapr_vllm.model_executor.experts import HeaprExperts
-from heapr_vllm.model_executor.kernels import cpu_native
+from heapr_vllm.model_executor.kernels import choice, cpu_native
+from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes
 from heapr_vllm.model_executor.kernels.cpu_compiled import extension
-from heapr_vllm.model_executor.kernels.cpu_native import WIDTH_UNIT, bucketed, native_isa
-from heapr_vllm.model_executor.kernels.op import (
-    RAGGED,
-    REFERENCE,
-    TRITON,
-    index_tables,
-    kernel_choice,
-    pack,
-    register_op,
-    select_kernel,
-    stored_widths,
-)
+from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import CompiledKernel
+from heapr_vllm.model_executor.kernels.cpu_native import WIDTH_UNIT, NativeKernel, bucketed, native_isa
+from heapr_vllm.model_executor.kernels.op import register_op
+from heapr_vllm.model_executor.kernels.reference import ReferenceKernel
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
 current_platform.import_kernels()
@@ -59,17 +54,32 @@ CASES = [
 TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (3e-2, 3e-2), torch.float16: (3e-3, 3e-3)}
 
 
-def layer(case: tuple, dtype: torch.dtype, kernel: str) -> tuple:
-    """Random inputs of a case, the op's arguments, and the expected output in fp64. Padding starts as NaN."""
+class Layer(NamedTuple):
+    """Random inputs of a case, packed for `kernel`, and the expected output in fp64."""
+
+    kernel: RaggedKernel
+    x: torch.Tensor
+    routes: Routes
+    experts: ExpertRows
+    expected: torch.Tensor
+
+    def run(self, x: torch.Tensor | None = None, **routes: torch.Tensor) -> torch.Tensor:
+        """The output through the custom op, or the kernel's own; `routes` replace those of the case."""
+        x = self.x if x is None else x
+        output = torch.full_like(self.x, torch.nan)
+        self.kernel.run_in_graph(output, x, replace(self.routes, **routes), self.experts)
+        return output
+
+
+def layer(case: tuple, dtype: torch.dtype, kernel: RaggedKernel) -> Layer:
+    """Padding starts as NaN where nothing overwrites it."""
     tokens, widths, top_k, hidden, max_buckets, remote = case
     generator = torch.Generator().manual_seed(len(widths) * tokens)
     local = [e for e in range(len(widths)) if e not in remote]
     local_widths = [widths[e] for e in local]
-    stored = (
-        bucketed(local_widths, WIDTH_UNIT, max_buckets)
-        if kernel not in (REFERENCE, TRITON, RAGGED)
-        else stored_widths(kernel, local_widths, top_k, hidden, dtype.itemsize)
-    )
+    stored = kernel.stored_widths(local_widths, top_k, hidden, dtype.itemsize)
+    if isinstance(kernel, NativeKernel):
+        stored = bucketed(local_widths, WIDTH_UNIT, max_buckets)
     layout = RaggedLayout.build(local_widths, stored)
     w13 = torch.full((2 * layout.num_rows, hidden), torch.nan, dtype=dtype)
     w2 = torch.full((layout.num_rows, hidden), torch.nan, dtype=dtype)
@@ -89,14 +99,18 @@ def layer(case: tuple, dtype: torch.dtype, kernel: str) -> tuple:
         h = F.silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)
         route = (weights * (ids == expert)).sum(-1).double()
         expected += route[:, None] * (h @ down.double())
-    pack(kernel, w13, w2, layout)
-    tables = index_tables(kernel, slots, layout)
-    return (x, w13, w2, weights, ids.int(), *tables, layout.max_width, kernel), expected
+    kernel.pack(w13, w2, layout)
+    slots, table = kernel.index_tables(slots, layout)
+    return Layer(kernel, x, Routes(weights, ids.int(), slots), ExpertRows(w13, w2, table, layout.max_width), expected)
 
 
-def kernels(dtype: torch.dtype) -> list[str]:
-    native = native_isa(dtype, 32)
-    return [REFERENCE, *[native] * (native is not None), *[RAGGED] * extension.load()]
+def kernels(dtype: torch.dtype) -> list[RaggedKernel]:
+    """All that run here."""
+    found = (ReferenceKernel(), NativeKernel(), CompiledKernel())
+    return [k for k in found if k.machine_obstacle() is None and k.layer_obstacle(dtype, 32) is None]
+
+
+by_name = pytest.mark.parametrize("kernel", kernels(torch.float32), ids=lambda kernel: kernel.name)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -104,79 +118,64 @@ def kernels(dtype: torch.dtype) -> list[str]:
 def test_against_dense_fp64(case: tuple, dtype: torch.dtype) -> None:
     rtol, atol = TOLERANCES[dtype]
     for kernel in kernels(dtype):
-        arguments, expected = layer(case, dtype, kernel)
-        output = torch.full_like(arguments[0], torch.nan)
-        torch.ops.heapr.ragged_moe(output, *arguments)
+        built = layer(case, dtype, kernel)
+        output, expected = built.run(), built.expected
         torch.testing.assert_close(output.double(), expected, rtol=rtol, atol=atol * expected.abs().max().item())
         assert (output - expected).norm() <= min(rtol, 1e-2) * expected.norm()
-        again = torch.full_like(output, torch.nan)
-        torch.ops.heapr.ragged_moe(again, *arguments)
-        assert torch.equal(output, again), "not repeatable"
+        assert torch.equal(output, built.run()), "not repeatable"
 
 
-@pytest.mark.parametrize("kernel", kernels(torch.float32))
-def test_ids_of_nobody_add_nothing(kernel: str) -> None:
+@by_name
+def test_absent_ids_add_nothing(kernel: RaggedKernel) -> None:
     """Some all-to-all backends mark routes of other ranks with -1."""
-    arguments, _ = layer((9, [64, 32, 96], 2, 64, 3, ()), torch.float32, kernel)
-    outputs = []
-    for ids, weights in (
-        (arguments[4], arguments[3] * (arguments[4] != 1)),
-        (arguments[4].where(arguments[4] != 1, -1), arguments[3]),
-    ):
-        output = torch.full_like(arguments[0], torch.nan)
-        torch.ops.heapr.ragged_moe(output, *arguments[:3], weights, ids, *arguments[5:])
-        outputs.append(output)
-    torch.testing.assert_close(*outputs)
+    built = layer((9, [64, 32, 96], 2, 64, 3, ()), torch.float32, kernel)
+    is_here = built.routes.ids != 1
+    without_weight = built.run(weights=built.routes.weights * is_here)
+    torch.testing.assert_close(without_weight, built.run(ids=built.routes.ids.where(is_here, -1)))
 
 
 @pytest.mark.skipif(not extension.load(), reason="no C++ compiler")
 class TestCompiledOp:
     def test_does_not_depend_on_the_number_of_threads(self) -> None:
-        arguments, _ = layer((50, [64, 48, 96], 2, 64, 3, ()), torch.bfloat16, RAGGED)
+        built = layer((50, [64, 48, 96], 2, 64, 3, ()), torch.bfloat16, CompiledKernel())
         outputs, threads = [], torch.get_num_threads()
         try:
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
-                output = torch.empty_like(arguments[0])
-                torch.ops.heapr.cpu_ragged_moe(output, *arguments[:7])
-                outputs.append(output)
+                outputs.append(built.run())
         finally:
             torch.set_num_threads(threads)
         assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
     def test_ids_beyond_all_experts_add_nothing(self) -> None:
-        arguments, _ = layer((9, [64, 32, 96], 2, 64, 3, ()), torch.float32, RAGGED)
-        x, w13, w2, weights, _, slots, tables, *_ = arguments
-        output = torch.full_like(x, torch.nan)
+        built = layer((9, [64, 32, 96], 2, 64, 3, ()), torch.float32, CompiledKernel())
         ids = torch.tensor([3, 2**31 - 1, -(2**31)] * 6, dtype=torch.int32).view(9, 2)
-        torch.ops.heapr.cpu_ragged_moe(output, x, w13, w2, weights, ids, slots, tables)
-        assert torch.equal(output, torch.zeros_like(output))
+        assert torch.equal(built.run(ids=ids), torch.zeros_like(built.x))
 
     def test_shapes_that_do_not_fit_are_refused(self) -> None:
-        arguments, _ = layer((9, [64, 32, 96], 2, 64, 3, ()), torch.float32, RAGGED)
-        x, w13, w2, *others = arguments[:7]
-        for wrong in ((x.half(), w13, w2), (x, w13[1:], w2), (x[:, :48], w13, w2), (x[1:], w13, w2)):
+        built = layer((9, [64, 32, 96], 2, 64, 3, ()), torch.float32, CompiledKernel())
+        x, w13 = built.x, built.experts.w13
+        for wrong, rows in ((x.half(), w13), (x, w13[1:]), (x[:, :48], w13), (x[1:], w13)):
             with pytest.raises(RuntimeError, match="cpu_ragged_moe"):
-                torch.ops.heapr.cpu_ragged_moe(torch.empty_like(x), *wrong, *others)
+                built._replace(experts=replace(built.experts, w13=rows)).run(wrong)
 
     def test_no_tokens(self) -> None:
-        arguments, _ = layer((0, [64, 32], 2, 64, 3, ()), torch.bfloat16, RAGGED)
-        torch.ops.heapr.cpu_ragged_moe(torch.empty_like(arguments[0]), *arguments[:7])
+        assert layer((0, [64, 32], 2, 64, 3, ()), torch.bfloat16, CompiledKernel()).run().shape == (0, 64)
 
     def test_choice_can_be_overridden(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HEAPR_CPU_KERNEL", "ragged")
-        assert select_kernel(torch.bfloat16, 64) == RAGGED
-        assert select_kernel(torch.bfloat16, 48) == REFERENCE, "panels are 32 columns wide"
+        assert choice.select_kernel(torch.bfloat16, 64).name == "compiled"
+        assert choice.select_kernel(torch.bfloat16, 48).name == "reference", "panels are 32 columns wide"
         monkeypatch.setenv("HEAPR_CPU_KERNEL", "native")
-        assert select_kernel(torch.bfloat16, 64) == native_isa(torch.bfloat16, 64)
+        assert choice.select_kernel(torch.bfloat16, 64).name == "native"
 
     def test_compiled_graphs_are_not_shared_between_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """`kernel_choice` is a part of the key of vLLM's cache."""
         choices = set()
-        for kernel, buckets in (("ragged", ""), ("native", ""), ("native", "always"), ("native", "never")):
+        for kernel, buckets in (("compiled", ""), ("native", ""), ("native", "always"), ("native", "never")):
             monkeypatch.setenv("HEAPR_CPU_KERNEL", kernel)
             monkeypatch.setenv("HEAPR_CPU_BUCKETS", buckets)
-            choices.add(kernel_choice())
+            choices.add(choice.kernel_choice())
         assert len(choices) == 4
 
 
@@ -189,10 +188,10 @@ def test_without_a_compiler_the_native_op_is_used(obstacle: str, tmp_path: Path)
         import logging
         import torch
         from vllm.platforms import current_platform
-        from heapr_vllm.model_executor.ragged_moe import select_kernel
+        from heapr_vllm.model_executor.kernels.choice import select_kernel
         logging.basicConfig(level=logging.INFO)
         current_platform.import_kernels()
-        print("kernel", select_kernel(torch.float32, 64), select_kernel(torch.float32, 64))
+        print("kernel", *(select_kernel(torch.float32, 64).name for _ in range(2)))
     """
     environment = {
         **os.environ,
@@ -202,7 +201,7 @@ def test_without_a_compiler_the_native_op_is_used(obstacle: str, tmp_path: Path)
     }
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     printed = process.stdout + process.stderr
-    assert "kernel vec vec" in printed and printed.count("kernel cannot be compiled") == 1, printed
+    assert "kernel native native" in printed and printed.count("kernel cannot be compiled") == 1, printed
     assert "Traceback" not in printed
 
 
@@ -221,46 +220,56 @@ def test_native_op_never_sees_ids_out_of_range(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(cpu_native, "cpu_uniform_moe", spy)
     for case in CASES:
-        arguments, _ = layer(case, torch.float32, native_isa(torch.float32, case[3]))
-        cpu_native.cpu_ragged_moe(torch.empty_like(arguments[0]), *arguments[:7], arguments[8])
+        layer(case, torch.float32, NativeKernel()).run()
     assert len(calls) > len(CASES) - 3
     assert all(lowest >= 0 and highest < count for lowest, highest, count in calls)
 
 
-@pytest.mark.parametrize("kernel", kernels(torch.float32))
-def test_ops_are_registered_once_and_opaque(kernel: str) -> None:
+@by_name
+def test_ops_are_registered_once_and_opaque(kernel: RaggedKernel) -> None:
     register_op()
-    arguments, expected = layer(CASES[2], torch.float32, kernel)
-    op, arguments = (
-        (torch.ops.heapr.cpu_ragged_moe, arguments[:7]) if kernel == RAGGED else (torch.ops.heapr.ragged_moe, arguments)
-    )
-    assert op.default._schema.arguments[0].alias_info.is_write
+    built = layer(CASES[2], torch.float32, kernel)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(output: torch.Tensor) -> torch.Tensor:
-        op(output, *arguments)
+        kernel.run_in_graph(output, built.x, built.routes, built.experts)
         return output * 2
 
-    torch.testing.assert_close(compiled(torch.empty_like(arguments[0])).double(), 2 * expected, rtol=1e-4, atol=1e-4)
+    output = compiled(torch.empty_like(built.x))
+    torch.testing.assert_close(output.double(), 2 * built.expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(native_isa(torch.float32, 96) is None, reason="vLLM's op is not for this CPU")
+def test_uniform_experts_are_traced_as_a_dense_layer() -> None:
+    built = layer((5, [96] * 4, 2, 96, 1, ()), torch.float32, NativeKernel())
+    uniform = replace(built.experts, uniform_experts=4)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(output: torch.Tensor) -> torch.Tensor:
+        built.kernel.run_in_graph(output, built.x, built.routes, uniform)
+        return output * 2
+
+    output = compiled(torch.empty_like(built.x))
+    torch.testing.assert_close(output.double(), 2 * built.expected, rtol=1e-4, atol=1e-4)
 
 
 def test_small_layers_get_one_bucket_and_large_ones_several() -> None:
-    assert len(set(cpu_native.stored_widths([16, 48, 96, 96], 2, 256, 2))) == 1
-    large = cpu_native.stored_widths([64 * (e % 12) for e in range(128)], 8, 2048, 2)
+    assert len(set(NativeKernel().stored_widths([16, 48, 96, 96], 2, 256, 2))) == 1
+    large = NativeKernel().stored_widths([64 * (e % 12) for e in range(128)], 8, 2048, 2)
     assert len(set(large) - {0}) > 2 and sum(large) < 128 * 704
 
 
-@pytest.mark.parametrize("kernel", kernels(torch.float32))
-def test_router_weight_on_input_is_not_applied_twice(kernel: str) -> None:
+@by_name
+def test_router_weight_on_input_is_not_applied_twice(kernel: RaggedKernel) -> None:
     """With it (top-k 1) vLLM has multiplied the hidden states already."""
-    arguments, _ = layer((6, [32, 64], 1, 64, 2, ()), torch.float32, kernel)
-    x, w13, w2, weights, ids, slots, tables, _, kernel = arguments
+    built = layer((6, [32, 64], 1, 64, 2, ()), torch.float32, kernel)
+    rows, routes = built.experts, built.routes
     experts = HeaprExperts.__new__(HeaprExperts)
-    experts.layer = SimpleNamespace(heapr_slots=slots, heapr_table=tables)
-    experts.max_width, experts.kernel, experts.is_uniform = 64, kernel, False
+    experts.layer = SimpleNamespace(heapr_slots=routes.slots, heapr_table=rows.table, expert_map=None)
+    experts.kernel, experts.layout = kernel, RaggedLayout.build([32, 64], [32, 64])
     outputs = []
     for on_input in (False, True):
-        output = torch.empty_like(x)
-        experts.apply(output, x, w13, w2, weights, ids, None, 2, None, None, None, None, None, None, on_input)
+        output = torch.empty_like(built.x)
+        experts.apply(output, built.x, rows.w13, rows.w2, routes.weights, routes.ids, *[None] * 8, on_input)
         outputs.append(output)
-    torch.testing.assert_close(outputs[0], outputs[1] * weights)
+    torch.testing.assert_close(outputs[0], outputs[1] * routes.weights)

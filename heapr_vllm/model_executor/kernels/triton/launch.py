@@ -158,7 +158,7 @@ def combine(
 def triton_ragged_moe(
     output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows, config: TileConfig | None = None
 ) -> None:
-    """Writes the MoE output [T, H] of `x` [T, H] into `output`, with the best tiles known unless `config` names some."""
+    """Writes the MoE output [T, H] of `x` [T, H] into `output`; `config` replaces the best tiles known."""
     num_tokens, hidden_size = x.shape
     top_k = routes.ids.shape[1]
     num_experts = len(routes.slots) - 1
@@ -190,7 +190,7 @@ def layer_shape(slot_map: torch.Tensor, experts: ExpertRows, top_k: int) -> Laye
 
 
 def warm_up(slot_map: torch.Tensor, experts: ExpertRows, top_k: int, max_tokens: int) -> None:
-    """Compiles the kernels for all tiles that up to `max_tokens` tokens may choose: no request waits for it.
+    """Compiles the kernels for all tiles that calls of up to `max_tokens` tokens may choose.
 
     Every configuration runs once on a token of zeros.
     """

@@ -10,9 +10,7 @@ from functools import cache
 
 import torch
 
-from heapr_vllm.model_executor.kernels.triton.tiles import (
-    TileConfig,
-)
+from heapr_vllm.model_executor.kernels.triton.tiles import TileConfig
 
 
 def align_routes(

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arms of a served comparison: which checkpoint runs in which vLLM."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from benchmarks.variants import keep_all, write_pruned, write_zeroed
+from heapr_vllm.formats.masks import NeuronMasks
+
+ARMS = ("dense", "zeroed", "unpruned", "pruned")
+SERVER_GIB = 1.75  # resident memory of a CPU server's processes beside weights and KV cache
+
+
+class Arm(NamedTuple):
+    """`plugins`: VLLM_PLUGINS, "" for stock vLLM and None for all. `masks`: of the neurons whose outputs are zero.
+
+    `is_ragged`: whether only what `masks` keep is stored and executed.
+    """
+
+    model: Path
+    plugins: str | None
+    masks: NeuronMasks | None = None
+    is_ragged: bool = False
+
+    @property
+    def sparsity(self) -> float:
+        return self.masks.sparsity if self.masks else 0.0
+
+
+def build_arms(
+    chosen: list[str], dense: Path, pruned: dict[str, tuple[NeuronMasks, Path]], stock: str | None, work: Path
+) -> dict[str, Arm]:
+    """Arms by name, writing the checkpoints that some need. `pruned`: label to masks and checkpoint."""
+    label, (masks, _) = next(iter(pruned.items()))
+    arms = {}
+    if "dense" in chosen:
+        arms["dense"] = Arm(dense, stock)
+    if "zeroed" in chosen:
+        arms[f"zeroed {label}"] = Arm(write_zeroed(dense, masks, work / f"zeroed-{label}"), stock, masks)
+    if "unpruned" in chosen:
+        arms["unpruned"] = Arm(write_pruned(dense, keep_all(masks), work / "unpruned"), None)
+    if "pruned" in chosen:
+        arms |= {f"pruned {name}": Arm(path, None, own, True) for name, (own, path) in pruned.items()}
+    return arms
+
+
+def needed_gib(arms: dict[str, Arm]) -> float:
+    """Memory of CPU servers of all arms at once: weights, KV cache and processes."""
+    weights = sum(file.stat().st_size for arm in arms.values() for file in arm.model.glob("*.safetensors"))
+    return weights / 2**30 + len(arms) * (float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) + SERVER_GIB)
+
+
+def check_memory(arms: dict[str, Arm]) -> None:
+    """Raises SystemExit if servers of all arms do not fit into the memory that is free now."""
+    need, free = needed_gib(arms), psutil.virtual_memory().available / 2**30
+    if need > free:
+        raise SystemExit(
+            f"{len(arms)} servers at once need about {need:.1f} GiB, {free:.1f} GiB are free; name fewer "
+            "--sparsity or --arms, or --no-together for one server at a time"
+        )
