@@ -1,4 +1,4 @@
-# For contributors. Users on a GPU machine: pip install heapr-vllm[vllm]
+# For contributors. Users on a GPU machine: pip install ".[vllm,prune]"
 PYTHON ?= python3
 SPARSITY ?= 0.25
 VLLM ?= 0.26.0

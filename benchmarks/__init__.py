@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands behind every number in the README."""
+"""Commands behind every number in the docs."""

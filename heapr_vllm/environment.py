@@ -10,6 +10,10 @@ from packaging.version import Version
 
 SUPPORTED_VLLM = ">=0.26,<0.34"
 
+# Where pip finds this package, which is on no index. Empty: in a checkout. Once the repository is public, its address
+# goes here, as "git+https://..."; tests/test_docs.py then names every text that has to follow.
+SOURCE = ""
+
 PACKAGES = (
     "heapr-vllm",
     "torch",
@@ -21,6 +25,14 @@ PACKAGES = (
     "flashinfer-python",
     "datasets",
 )
+
+
+def install_command(*extras: str) -> str:
+    """What to type to install this package with some of its extras."""
+    name = f"[{','.join(extras)}]" if extras else ""
+    if SOURCE:
+        return f'pip install "heapr-vllm{name} @ {SOURCE}"'
+    return f'pip install ".{name}"  # in a checkout of heapr-vllm'
 
 
 def is_supported(version: str) -> bool:

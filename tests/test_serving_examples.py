@@ -55,7 +55,9 @@ def test_nothing_replaces_the_engine_or_torch() -> None:
     pip = ray_config()["runtime_env"]["pip"]
     assert "--no-deps" in pip_arguments() and pip["pip_install_options"] == ["--no-deps"]
     added = [argument for argument in pip_arguments() if not argument.startswith(("-", "/"))]
-    assert pip["packages"] == [PYPROJECT["name"], *added]
+    plugin, *others = pip["packages"]
+    assert others == added
+    assert Path(plugin).name == f"{PYPROJECT['name'].replace('-', '_')}-{PYPROJECT['version']}-py3-none-any.whl"
     assert set(added) <= set(PYPROJECT["dependencies"]), "the bounds are those of pyproject.toml"
 
 

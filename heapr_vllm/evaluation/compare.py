@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from heapr_vllm.environment import install_command
 from heapr_vllm.errors import HeaprError, first_line
 from heapr_vllm.evaluation.perplexity import counted_routes, perplexity
 from heapr_vllm.formats.checkpoint import Checkpoint
@@ -100,7 +101,7 @@ def _lm_eval() -> Any:
     try:
         import lm_eval.models.huggingface
     except ImportError as error:
-        raise HeaprError("--tasks needs lm-eval: pip install heapr-vllm[eval]") from error
+        raise HeaprError(f"--tasks needs lm-eval: {install_command('eval')}") from error
     return lm_eval
 
 

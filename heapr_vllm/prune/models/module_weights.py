@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from heapr_vllm.environment import install_command
 from heapr_vllm.errors import HeaprError, first_line
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.names import ExpertTensor
@@ -31,7 +32,7 @@ def empty_model(checkpoint: Checkpoint, dtype: str = "auto") -> PreTrainedModel:
     try:
         from accelerate import init_empty_weights
     except ImportError as error:
-        raise HeaprError("streaming and FP8 need the `accelerate` package: pip install heapr-vllm[prune]") from error
+        raise HeaprError(f"streaming and FP8 need the `accelerate` package: {install_command('prune')}") from error
     register_deepseek_model()
     try:
         config = AutoConfig.from_pretrained(checkpoint.path)

@@ -3,6 +3,7 @@
 
 from typing import Any
 
+from heapr_vllm.environment import install_command
 from heapr_vllm.formats.config import PruningConfig
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.prune.report.summary import format_repair, summarize
@@ -37,7 +38,7 @@ tags: [moe, pruning, heapr]
 {repair}| calibration | {samples} x {length} tokens of {dataset}, seed {seed} |
 | dead experts (width 0) | {dead} |
 
-    pip install heapr-vllm[vllm]
+    {install}
     {serve}
 
 Method: HEAPr, arXiv 2509.22299. Made with heapr-vllm {version}.
@@ -72,6 +73,7 @@ def model_card(
         seed=calibration["seed"],
         dead=len(summary["dead_experts"]),
         repair=f"| repair | {format_repair(repair)} |\n" if repair else "",
+        install=install_command("vllm"),
         serve=_SERVE.get(layout, "vllm serve <this repository>"),
         version=calibration["versions"].get("heapr-vllm", "(source)"),
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from heapr_vllm.environment import install_command
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune.report.summary import format_reductions
 
@@ -18,7 +19,7 @@ def new_figure(width: float, height: float) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise HeaprError("--plot needs matplotlib: pip install heapr-vllm[prune]") from error
+        raise HeaprError(f"--plot needs matplotlib: {install_command('prune')}") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from heapr_vllm.environment import install_command
 from heapr_vllm.errors import HeaprError, first_line
 
 PASSAGE_CHARACTERS = 20_000
@@ -52,7 +53,7 @@ def _read_hub_dataset(spec: str) -> list[str]:
         from datasets import load_dataset
     except ImportError as error:
         raise HeaprError(
-            f"dataset {spec} needs the `datasets` package: pip install heapr-vllm[prune], or pass a .txt or .jsonl file"
+            f"dataset {spec} needs the `datasets` package; pass a .txt or .jsonl file, or {install_command('prune')}"
         ) from error
     try:
         rows = load_dataset(match["name"], match["subset"], split=match["split"] or "train")

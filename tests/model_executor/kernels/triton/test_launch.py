@@ -115,7 +115,7 @@ class CountedKernel(NamedTuple):
 OURS = {"ragged_up_kernel": 1, "ragged_down_kernel": 1, "combine_kernel": 1}
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="counts what a stand-in for vLLM's op gets; test_triton_scale.py profiles")
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what a stand-in for vLLM's op gets; test_scale.py profiles")
 def test_an_aligned_layer_launches_nothing_but_vllms_alignment_and_three_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
