@@ -5,7 +5,7 @@ VLLM ?= 0.26.0
 BIN := .venv/bin
 ENGINE := VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
 
-.PHONY: help setup demo soak test test-window test-gpu mutants compile-table lint
+.PHONY: help setup demo soak check test test-all test-window test-gpu mutants compile-table lint
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -28,8 +28,18 @@ demo: setup  ## prune the bundled model, serve it, compare it with the dense one
 soak: setup  ## half an hour of mixed requests against the demo's pruned model
 	$(ENGINE) $(BIN)/python -m benchmarks.soak
 
-test: setup  ## run all tests that need no GPU
-	$(ENGINE) $(BIN)/python -m pytest
+# Two tests at once on two cores: each has one thread, and engines do not bind it to a core.
+PARALLEL := $(ENGINE) OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+check: lint  ## inner loop: style, types and the tests without an engine; 3 minutes
+	$(PARALLEL) -m 'not vllm and not slow'
+
+test: setup  ## what is worth running on every change; 10 minutes
+	$(PARALLEL) -m 'not slow'
+
+test-all: setup  ## the rest: every family in every mode, kill loops, soak, real sizes, mutants; 25 minutes
+	$(PARALLEL) -m slow
+	$(BIN)/python -m tools.mutants
 
 test-window: setup  ## run the engine tests on another version: make test-window VLLM=0.26.0
 	$(ENGINE) $(BIN)/python -m tools.window $(VLLM)

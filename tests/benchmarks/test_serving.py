@@ -200,6 +200,7 @@ def test_failed_start_is_told_with_its_log(tmp_path: Path, monkeypatch: pytest.M
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_served_comparison(tmp_path: Path) -> None:
     """The benchmark's command at toy size: four servers asked in turn, a row per arm."""

@@ -12,6 +12,7 @@ from benchmarks.soak import KINDS, memory_growth
 from tests.conftest import BUNDLED, prune
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_mixed_requests_against_the_bundled_model(corpus: Path, tmp_path: Path) -> None:
     prune(BUNDLED, corpus, tmp_path, sparsity=0.3)

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM engines in a process of their own: `python -m tests.model_executor.engine` reads a spec, prints results.
+"""vLLM engines in processes of their own.
 
-The spec is JSON on standard input: `{"llm": {LLM arguments}, "steps": ["generate", "reload", ...]}`, or for
-several engines after another `{"ask": "generate", "engines": [{LLM arguments}, ...]}`.
+`python -m tests.model_executor.engine` runs several, one after another: it reads JSON from standard input,
+`{"ask": "generate", "engines": [{LLM arguments}, ...]}`, and prints their outputs.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -37,20 +41,41 @@ ERROR = re.compile(r"(?<![\w.])\w*(Error|Exception)(: .*|$)")  # last line of a 
 def run(
     model: Path, *, steps: tuple[str, ...] = ("generate",), env: dict[str, str] | None = None, **llm: Any
 ) -> subprocess.CompletedProcess:
-    """Runs an engine on `model` in fp32 and returns the finished process; `results` reads its output."""
-    spec = {
-        "llm": {"model": str(model), "dtype": "float32", "max_model_len": 128, "enforce_eager": True, **llm},
-        "steps": steps,
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "tests.model_executor.engine"],
-        input=json.dumps(spec),
-        text=True,
-        capture_output=True,
-        cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT, **(env or {})},
-        timeout=300,
-    )
+    """Runs an engine on `model` in fp32 and returns the finished process; `results` reads its output.
+
+    The process is forked from one that has imported vLLM, which takes longer than the engine of a tiny model.
+    """
+    arguments = {"model": str(model), "dtype": "float32", "max_model_len": 128, "enforce_eager": True, **llm}
+    environment = {**os.environ, **ENVIRONMENT, **(env or {})}
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, "stdout"), Path(folder, "stderr")]
+        process = _forks().Process(target=_forked, args=(arguments, steps, environment, outputs))
+        process.start()
+        process.join(300)
+        is_late = process.exitcode is None
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        assert not is_late, f"{NO_ANSWER}: {outputs[1].read_text()[-3000:]}"
+        return subprocess.CompletedProcess(steps, process.exitcode, *(path.read_text() for path in outputs))
+
+
+@cache
+def _forks() -> BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vllm.entrypoints.llm", "transformers", __name__])
+    return context
+
+
+def _forked(
+    arguments: dict[str, Any], steps: tuple[str, ...], environment: dict[str, str], outputs: list[Path]
+) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    for descriptor, path in zip((1, 2), outputs, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    serve_steps(arguments, steps)
 
 
 def generate_many(
@@ -196,17 +221,13 @@ def answer(llm: Any, lora: str | None = None) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    spec = json.load(sys.stdin)
+def serve_steps(arguments: dict[str, Any], steps: Sequence[str]) -> None:
+    """Prints what the steps found in an engine."""
     from vllm import LLM
 
-    if "engines" in spec:
-        for arguments in spec["engines"]:
-            print("\n" + MARKER + json.dumps(attempt(globals()[spec["ask"]], **arguments)), flush=True)
-        return
-    llm = LLM(**spec["llm"])
+    llm = LLM(**arguments)
     found = []
-    for step in spec["steps"]:
+    for step in steps:
         if step == "generate":
             found.append(generate(llm))
         elif step == "reload":
@@ -218,7 +239,13 @@ def main() -> None:
             found.append(llm.collective_rpc("loading"))
         elif step == "expert_tensors":
             found.append(llm.apply_model(expert_tensors)[0])
-    print(MARKER + json.dumps(found))
+    print(MARKER + json.dumps(found), flush=True)
+
+
+def main() -> None:
+    spec = json.load(sys.stdin)
+    for arguments in spec["engines"]:
+        print("\n" + MARKER + json.dumps(attempt(globals()[spec["ask"]], **arguments)), flush=True)
 
 
 def answer_twice(llm: Any, lora: str | None = None) -> list[dict[str, Any]]:

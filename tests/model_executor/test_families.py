@@ -23,6 +23,7 @@ def folders(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {family: families.prepare(family, root, corpus) for family in tiny_models.OWN}
 
 
+@pytest.mark.slow
 def test_every_family_is_calibrated_and_exported(folders: dict[str, Path]) -> None:
     for family, folder in folders.items():
         assert all((folder / name / "config.json").is_file() for name in ("masks", "compact", "masked")), family
@@ -62,6 +63,7 @@ def served(folders: dict[str, Path]) -> dict[str, dict[str, families.Output]]:
     return outputs | {"stock": dict(families.stock(paths))}
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.parametrize(("mode", "family"), [*product(("compact", "masks"), FAMILIES), *product(("TP=2",), TWO_RANKS)])
 def test_output_equals_stock(mode: str, family: str, served: dict[str, dict[str, families.Output]]) -> None:
@@ -71,6 +73,7 @@ def test_output_equals_stock(mode: str, family: str, served: dict[str, dict[str,
     assert families.same(family, found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in families.TOLERANCES])
 def test_stock_runs_what_was_calibrated(

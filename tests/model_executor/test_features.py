@@ -16,7 +16,7 @@ from heapr_vllm.prune import export_checkpoint
 from tests.model_executor import engine
 from tools import families
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 RANK, SCALING = 4, 2.0
 HAS_RUNAI = importlib.util.find_spec("runai_model_streamer") is not None
 VARIANTS = {

@@ -106,6 +106,7 @@ def test_output_equals_stock_with_awkward_widths(one_rank: dict, stock: dict) ->
     assert_same(one_rank["awkward widths"], stock["awkward"])
 
 
+@pytest.mark.slow
 def test_output_equals_stock_on_two_ranks(two_ranks: list[dict], stock: dict) -> None:
     assert_same(two_ranks, stock["bundled"])
 
@@ -118,6 +119,7 @@ def test_experts_are_stored_at_different_widths(mode: str, one_rank: dict, kept:
     assert all(set(stored) == {UNIT, 2 * UNIT} for *_, stored in layers)
 
 
+@pytest.mark.slow
 def test_ranks_share_experts_in_whole_slabs(two_ranks: list[dict], kept: list[list[int]]) -> None:
     """Only an expert's last slab is padded: of experts wider than a slab one rank has a full one."""
     first, second = two_ranks[0]["layers"]

@@ -72,30 +72,10 @@ def test_served_perplexity_equals_that_of_transformers(
     rows = {}
     for backend in ("transformers", "vllm"):
         output = tmp_path / f"{backend}.json"
-        assert (
-            main.main(
-                [
-                    "eval",
-                    str(compact),
-                    str(masks_repository),
-                    "--baseline",
-                    str(qwen3),
-                    "--dataset",
-                    str(corpus),
-                    "--num-samples",
-                    "4",
-                    "--max-seq-length",
-                    "64",
-                    "--dtype",
-                    "float32",
-                    "--backend",
-                    backend,
-                    "-o",
-                    str(output),
-                ]
-            )
-            == 0
-        )
+        models = [str(compact), str(masks_repository), "--baseline", str(qwen3)]
+        text = ["--dataset", str(corpus), "--num-samples", "4", "--max-seq-length", "64"]
+        how = ["--dtype", "float32", "--backend", backend, "-o", str(output)]
+        assert main(["eval", *models, *text, *how]) == 0
         rows[backend] = json.loads(output.read_text())
     for one, other in zip(rows["transformers"], rows["vllm"], strict=True):
         assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-4)

@@ -14,6 +14,7 @@ from tests.model_executor import engine
 
 pytestmark = pytest.mark.vllm
 HIDDEN, EXPERTS, WIDTH, LAYERS = 512, 32, 768, 4  # 302 MB of experts in bfloat16, 0.6 MB of everything else
+COMPILED = {"HEAPR_CPU_KERNEL": "compiled"}  # the op that stores experts at their own widths
 OVERHEAD = 20e6  # what else stays resident: modules imported while loading, masks, a gathered tensor
 
 
@@ -38,8 +39,15 @@ def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("parallel", ["", "TP=2", "EP=2"])
-@pytest.mark.parametrize(("name", "load_format"), [("compact", "auto"), ("masks", "heapr")])
+@pytest.mark.parametrize(
+    ("name", "load_format", "parallel"),
+    [
+        ("compact", "auto", ""),
+        ("masks", "heapr", "EP=2"),
+        *(pytest.param("compact", "auto", ranks, marks=pytest.mark.slow) for ranks in ("TP=2", "EP=2")),
+        *(pytest.param("masks", "heapr", ranks, marks=pytest.mark.slow) for ranks in ("", "TP=2")),
+    ],
+)
 def test_loading(name: str, load_format: str, parallel: str, folder: Path) -> None:
     """Resident memory counts mapped pages of checkpoint shards too, although the kernel may drop them."""
     ranks = 2 if parallel else 1
@@ -51,7 +59,7 @@ def test_loading(name: str, load_format: str, parallel: str, folder: Path) -> No
         tensor_parallel_size=ranks,
         enable_expert_parallel=parallel == "EP=2",
         worker_cls="tests.model_executor.measured_worker.Worker",
-        env=engine.TWO_RANKS if parallel else None,
+        env=COMPILED | (engine.TWO_RANKS if parallel else {}),
     )
     masks = NeuronMasks.from_pretrained(folder / "masks")
     kept = masks.num_kept * 3 * HIDDEN * torch.bfloat16.itemsize / ranks

@@ -80,7 +80,7 @@ def test_a_killed_run_continues(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_without_time_nothing_is_written(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert search.tune([JOB], [1], folder, 0) == ([], 1) and not list(folder.iterdir())
     assert (
-        main.main(
+        main(
             [
                 "tune",
                 "--shape",
@@ -106,7 +106,7 @@ def test_without_gpu_and_interpreter_it_says_what_is_missing(
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main.main(["tune", "--shape", "tiny"]) == 2
+    assert main(["tune", "--shape", "tiny"]) == 2
     assert "needs a GPU" in capsys.readouterr().err
 
 

@@ -34,6 +34,7 @@ def base(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_killed_calibration(base: Path, corpus: Path, tmp_path: Path) -> None:
     command = [
         "calibrate",
@@ -50,6 +51,7 @@ def test_killed_calibration(base: Path, corpus: Path, tmp_path: Path) -> None:
     kill_and_continue(command, ["--resume"], lambda output: (output / PARTIAL_FILE).exists(), tmp_path)
 
 
+@pytest.mark.slow
 def test_killed_streamed_calibration(base: Path, corpus: Path, tmp_path: Path) -> None:
     command = [
         "calibrate",
@@ -67,6 +69,7 @@ def test_killed_streamed_calibration(base: Path, corpus: Path, tmp_path: Path) -
     kill_and_continue(command, ["--resume"], lambda output: (output / PARTIAL_FILE).exists(), tmp_path)
 
 
+@pytest.mark.slow
 def test_killed_export(base: Path, masks_repository: Path, tmp_path: Path) -> None:
     command = ["export", str(masks_repository), "--model", str(base), "--no-verify"]
     kill_and_continue(command, ["--overwrite"], lambda output: any(output.parent.glob(".out.partial.*")), tmp_path)

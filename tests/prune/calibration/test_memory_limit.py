@@ -86,6 +86,7 @@ def limited(output: Path, *arguments: str) -> tuple[int, str, int]:
     return process.returncode, output.read_text(), peak
 
 
+@pytest.mark.slow
 def test_model_larger_than_the_memory_limit(large: Path, corpus: Path, tmp_path: Path) -> None:
     assert Checkpoint.resolve(large).num_bytes() > LIMIT
     arguments = [

@@ -34,6 +34,7 @@ SCRIPT = """if True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not build.isa().startswith("avx512"), reason="PyTorch's brgemm wants AVX-512 for bfloat16")
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
 def test_a_wheel_can_hold_the_op(tmp_path: Path) -> None:

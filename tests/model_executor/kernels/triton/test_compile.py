@@ -27,6 +27,7 @@ def rows() -> list[dict[str, str]]:
     return compile_table.committed()
 
 
+@pytest.mark.slow
 def test_the_table_is_what_is_compiled_here(rows: list[dict[str, str]]) -> None:
     fresh = compile_table.compiled()
     differing = [row for row in fresh if row not in rows] + [row for row in rows if row not in fresh]
