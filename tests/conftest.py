@@ -88,8 +88,8 @@ def awkward(moments: NeuronMoments) -> NeuronMasks:
     """Random masks whose first four experts keep 0, 1, 13 and all neurons, in another order in every layer."""
     generator = torch.Generator().manual_seed(7)
     keep = {}
-    for layer, (prefix, sums) in enumerate(moments.activation_sq.items()):
-        experts, width = sums.shape
+    for layer, (prefix, sums) in enumerate(moments.layers.items()):
+        experts, width = sums.fisher.shape
         counts = [0, 1, 13, width, *torch.randint(2, width, (experts - 4,), generator=generator).tolist()]
         counts = counts[layer:] + counts[:layer]
         rank = torch.rand(experts, width, generator=generator).argsort(-1).argsort(-1)

@@ -9,7 +9,7 @@ with applied(masks, model): ...                  # the pruned model in transform
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.prune.calibration.calibrate import calibrate
 from heapr_vllm.prune.calibration.in_memory import collect_moments
-from heapr_vllm.prune.calibration.moments import NeuronMoments
+from heapr_vllm.prune.calibration.moments import LayerMoments, NeuronMoments
 from heapr_vllm.prune.calibration.settings import CalibrationSettings
 from heapr_vllm.prune.export.masks_repository import write_masks_repository
 from heapr_vllm.prune.export.shards import export_checkpoint
@@ -19,6 +19,7 @@ from heapr_vllm.prune.selection.sweep import sweep
 
 __all__ = [
     "CalibrationSettings",
+    "LayerMoments",
     "NeuronMasks",
     "NeuronMoments",
     "Selector",

@@ -34,11 +34,7 @@ def streamed_plan(model: LayeredModel, num_samples: int, length: int, batch_size
     head_tokens = batch_size * min(max(1, HEAD_TOKENS // batch_size), length)
     logits = head_tokens * config.vocab_size * (2 * dtype.itemsize + 3 * 4)  # as computed, float32, softmax, gradients
     collector = MomentCollector(model.model, torch.device("meta"))
-    accumulators = sum(
-        tensor.nbytes
-        for group in (collector.tokens, collector.sums, collector.outputs, collector.norms)
-        for tensor in group.values()
-    )
+    accumulators = sum(layer.nbytes for layer in collector.layers.values())
     phases = (
         weights[model.embedding_name] + 2 * hidden,
         weights[model.head_name] + logits + 4 * hidden,

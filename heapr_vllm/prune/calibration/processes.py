@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.prune.calibration.moments import NORMS, OUTPUTS, SUMS, NeuronMoments
+from heapr_vllm.prune.calibration.moments import NORMS, NeuronMoments
 
 MAXIMA = ("peak_norm", *NORMS)  # norms of weights are the same in every process
 PATIENCE = timedelta(days=7)  # for the slowest process: they meet only at the start and at the end
@@ -57,10 +57,9 @@ class Processes:
     def total(self, moments: NeuronMoments) -> NeuronMoments:
         """The moments of all processes together, the same in each."""
         if self.size > 1:
-            for name in ("tokens", *SUMS, *OUTPUTS, *NORMS):
-                reduction = dist.ReduceOp.MAX if name in MAXIMA else dist.ReduceOp.SUM
-                for _, values in sorted(getattr(moments, name).items()):
-                    dist.all_reduce(values, reduction)
+            for _, layer in sorted(moments.layers.items()):
+                for name, values in layer.tensors().items():
+                    dist.all_reduce(values, dist.ReduceOp.MAX if name in MAXIMA else dist.ReduceOp.SUM)
         return moments
 
 

@@ -72,7 +72,7 @@ class Selector:
         """Raises `floors` for super experts and names them; None if the moments cannot tell."""
         if fraction == 0:
             return []
-        if fraction is None and not self.moments.peak_norm:
+        if fraction is None and any(layer.peak_norm is None for layer in self.moments.layers.values()):
             return None
         fraction = DEFAULT_PROTECTION if fraction is None else fraction
         if not 0 <= fraction <= 1:
@@ -82,7 +82,7 @@ class Selector:
             )
         names = []
         for prefix, outliers in super_experts(self.moments).items():
-            floor = math.ceil(fraction * self.moments.activation_sq[prefix].shape[1])
+            floor = math.ceil(fraction * self.moments[prefix].fisher.shape[1])
             floors[prefix] = torch.where(outliers, floors[prefix].clamp(min=floor), floors[prefix])
             names += [f"{prefix}.{expert}" for expert in outliers.nonzero().flatten().tolist()]
         return names
@@ -90,7 +90,8 @@ class Selector:
     @cached_property
     def block_loss(self) -> torch.Tensor:
         """float64 [B]: predicted increase of the mean loss in nats per token if a block goes (`loss_increase`)."""
-        return self.blocks.totals(self.moments.loss_increase()) / self.moments.calibration_tokens
+        losses = {prefix: layer.loss_increase() for prefix, layer in self.moments.layers.items()}
+        return self.blocks.totals(losses) / self.moments.calibration_tokens
 
     def keep(self, budget: Budget) -> tuple[torch.Tensor, list[Prices]]:
         """bool [B] of the blocks that stay, and the prices per group of the scope. Raises HeaprError as `select`."""

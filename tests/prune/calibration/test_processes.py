@@ -47,9 +47,8 @@ def test_two_processes_equal_one(stream: bool, qwen3: Path, corpus: Path, tmp_pa
     for prefix, tokens in alone.tokens.items():
         assert torch.equal(two.tokens[prefix], tokens)
         for name in (*SUMS, *OUTPUTS, *NORMS):  # the file holds float32, the sums were float64
-            torch.testing.assert_close(
-                getattr(two, name)[prefix], getattr(alone, name)[prefix].float(), rtol=1e-6, atol=0
-            )
+            wanted = getattr(alone[prefix], name).float()
+            torch.testing.assert_close(getattr(two[prefix], name), wanted, rtol=1e-6, atol=0)
     names = {path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*")}
     assert {path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*")} == names
 
@@ -71,4 +70,4 @@ def test_devices() -> None:
 def test_device_auto_loads_through_accelerate(qwen3: Path, corpus: Path, tmp_path: Path) -> None:
     settings = CalibrationSettings(str(qwen3), str(corpus), 2, 32)
     auto, cpu = (calibrate(settings, tmp_path / device, device=device) for device in ("auto", "cpu"))
-    assert all(torch.equal(auto.fisher[prefix], fisher) for prefix, fisher in cpu.fisher.items())
+    assert all(torch.equal(auto[prefix].fisher, layer.fisher) for prefix, layer in cpu.layers.items())

@@ -32,7 +32,7 @@ def assert_same(a: NeuronMoments, b: NeuronMoments, rtol: float) -> None:
     for prefix in a.tokens:
         assert torch.equal(a.tokens[prefix], b.tokens[prefix]) and a.tokens[prefix].sum() > 0
         for name in (*SUMS, *OUTPUTS, *NORMS):
-            torch.testing.assert_close(getattr(a, name)[prefix], getattr(b, name)[prefix], rtol=rtol, atol=0)
+            torch.testing.assert_close(getattr(a[prefix], name), getattr(b[prefix], name), rtol=rtol, atol=0)
 
 
 def streamed(

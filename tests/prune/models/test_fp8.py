@@ -58,9 +58,8 @@ def test_moments_are_those_of_the_dequantised_model(pair: tuple[Path, Path], cor
         for prefix, tokens in wanted.tokens.items():
             assert torch.equal(moments.tokens[prefix], tokens)
             for name in SUMS:
-                torch.testing.assert_close(
-                    getattr(moments, name)[prefix], getattr(wanted, name)[prefix], rtol=1e-6, atol=0
-                )
+                sums = getattr(moments[prefix], name)
+                torch.testing.assert_close(sums, getattr(wanted[prefix], name), rtol=1e-6, atol=0)
 
 
 def test_export_writes_bfloat16(pair: tuple[Path, Path], corpus: Path, tmp_path: Path) -> None:
