@@ -43,7 +43,9 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calibration(qwen3: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder written by `heapr calibrate` for `qwen3`."""
     output = tmp_path_factory.mktemp("calibration") / "calib"
-    calibrate(CalibrationSettings(str(qwen3), str(corpus), num_calibration_samples=6, max_seq_length=64), output)
+    calibrate(
+        CalibrationSettings(model=str(qwen3), dataset=str(corpus), num_calibration_samples=6, max_seq_length=64), output
+    )
     return output
 
 
@@ -76,7 +78,9 @@ def python_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prune(base: Path, corpus: Path, folder: Path, sparsity: float, num_samples: int = 4) -> None:
     """Writes `masks` and `compact` of a base model into `folder`."""
     calibrate(
-        CalibrationSettings(str(base), str(corpus), num_calibration_samples=num_samples, max_seq_length=64),
+        CalibrationSettings(
+            model=str(base), dataset=str(corpus), num_calibration_samples=num_samples, max_seq_length=64
+        ),
         folder / "calib",
     )
     masks = select(NeuronMoments.from_pretrained(folder / "calib"), sparsity=sparsity)

@@ -79,7 +79,10 @@ def prepare(family: str, folder: Path, corpus: Path, edit_base: Callable[[Path],
     shutil.rmtree(work, ignore_errors=True)  # what a killed run left
     base = tiny_models.save(family, work / "base")
     edit_base(base)
-    calibrate(CalibrationSettings(str(base), str(corpus), num_calibration_samples=4, max_seq_length=64), work / "calib")
+    calibrate(
+        CalibrationSettings(model=str(base), dataset=str(corpus), num_calibration_samples=4, max_seq_length=64),
+        work / "calib",
+    )
     write_masks_repository(awkward(NeuronMoments.from_pretrained(work / "calib")), work / "calib", work / "masks")
     export_checkpoint(work / "masks", work / "compact")
     export_checkpoint(work / "masks", work / "masked", layout="masked")

@@ -58,7 +58,13 @@ def run_export(args: argparse.Namespace) -> None:
 
     repair = None
     if args.repair:
-        repair = RepairSettings(args.repair, args.repair_dataset, args.repair_samples, args.repair_memory, args.device)
+        repair = RepairSettings(
+            method=args.repair,
+            dataset=args.repair_dataset,
+            num_samples=args.repair_samples,
+            memory=args.repair_memory,
+            device=args.device,
+        )
     elif args.repair_dataset or args.repair_samples or args.device != "cpu":
         raise HeaprError("--repair-dataset, --repair-samples and --device belong to --repair least-squares; add it")
     export_checkpoint(

@@ -60,9 +60,10 @@ def run_prune(args: argparse.Namespace) -> None:
     stored = args.sparsity
     if args.target_size is not None:
         stored = stored_for_size(args.target_size, moments.metadata, selector.blocks)
-    budget = Budget(stored, args.flops)
+    budget = Budget(stored=stored, executed=args.flops)
     masks = selector.masks(budget)
-    write_masks_repository(masks, args.calibration, args.output, args.overwrite, frontier(selector, budget))
+    curves = frontier(selector, budget)
+    write_masks_repository(masks, args.calibration, args.output, overwrite=args.overwrite, frontier=curves)
     print(format_report(load_report(args.output)))
     print(f"wrote {args.output}")
 

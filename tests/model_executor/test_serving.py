@@ -138,7 +138,8 @@ def test_shared_experts(corpus: Path, tmp_path: Path) -> None:
     """Qwen2-MoE: shared expert and its gate stay whole."""
     base = tiny_models.save("qwen2_moe", tmp_path / "base")
     calibrate(
-        CalibrationSettings(str(base), str(corpus), num_calibration_samples=4, max_seq_length=64), tmp_path / "calib"
+        CalibrationSettings(model=str(base), dataset=str(corpus), num_calibration_samples=4, max_seq_length=64),
+        tmp_path / "calib",
     )
     masks = awkward(NeuronMoments.from_pretrained(tmp_path / "calib"))
     write_masks_repository(masks, tmp_path / "calib", tmp_path / "masks")

@@ -41,7 +41,7 @@ def calibrate(
     Raises HeaprError on bad input before anything is written, and if the loss becomes NaN on the way.
     """
     if not (resume and any((output / name).is_file() for name in (PARTIAL_FILE, MOMENTS_FILE, CALIBRATION_FILE))):
-        check_output(output, overwrite)
+        check_output(output, overwrite=overwrite)
     device = processes.device(device)
     check_device(device, allow_auto=True)
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)

@@ -19,7 +19,7 @@ MAXIMA = ("peak_norm", *NORMS)  # norms of weights are the same in every process
 PATIENCE = timedelta(days=7)  # for the slowest process: they meet only at the start and at the end
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Processes:
     """This process among all that calibrate together; they share a file system."""
 
@@ -75,6 +75,6 @@ def joined_processes() -> Iterator[Processes]:
         return
     dist.init_process_group("gloo", timeout=PATIENCE)  # the sums are on the CPU
     try:
-        yield Processes(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
+        yield Processes(rank=dist.get_rank(), size=size, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     finally:
         dist.destroy_process_group()

@@ -17,7 +17,7 @@ class NotFiniteError(HeaprError):
     """The loss is NaN or infinite: no later step can be right."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CalibrationSettings:
     """What the result depends on; `--resume` insists that it has not changed."""
 

@@ -151,6 +151,7 @@ def _backward(
     store: ActivationStore,
     save: Callable[[BackwardPosition], None],
     steps: Callable[[int], None],
+    *,
     keep_gradient: bool,
 ) -> None:
     with model.layer(layer) as run:

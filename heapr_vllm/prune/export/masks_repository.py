@@ -19,7 +19,12 @@ from heapr_vllm.prune.report.summary import FRONTIER_FILE
 
 
 def write_masks_repository(
-    masks: NeuronMasks, calibration: Path, output: Path, overwrite: bool = False, frontier: dict[str, Any] | None = None
+    masks: NeuronMasks,
+    calibration: Path,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    frontier: dict[str, Any] | None = None,
 ) -> None:
     """Masks with the base model's config and tokenizer: under 1 MiB, and vLLM serves it like an adapter.
 
@@ -27,7 +32,7 @@ def write_masks_repository(
     """
     if not (calibration / CALIBRATION_FILE).is_file():
         raise HeaprError(f"{calibration / CALIBRATION_FILE} is missing; `heapr calibrate` writes it")
-    with atomic_directory(output, overwrite) as folder:
+    with atomic_directory(output, overwrite=overwrite) as folder:
         masks.save_pretrained(folder)
         for name in TOKENIZER_FILES:
             if (calibration / name).is_file():

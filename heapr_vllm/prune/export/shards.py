@@ -65,11 +65,11 @@ def export_checkpoint(
         )
     transform = compact if layout == "compact" else zeroed
     record = json.loads((masks_dir / "heapr" / CALIBRATION_FILE).read_text())
-    check_output(output, overwrite)
+    check_output(output, overwrite=overwrite)
     refitted = None
     if repair is not None:
         refitted = fit_repair(base, masks, record, repair, output.with_name(f".{output.name}.repair"))
-    with atomic_directory(output, overwrite) as folder:
+    with atomic_directory(output, overwrite=overwrite) as folder:
         weight_map, total = {}, 0
         for shard, names in tqdm(base.shards.items(), unit="shard", desc="exporting", disable=None):
             tensors: dict[str, torch.Tensor] = {}

@@ -43,7 +43,7 @@ METHODS = ("least-squares",)
 STATE_FILE = "state.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RepairSettings:
     """`dataset` and `num_samples`: the text, that of the calibration by default. `memory`: bytes for second moments."""
 

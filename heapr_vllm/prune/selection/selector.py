@@ -126,7 +126,7 @@ def select(
     routing of the calibration text; see `budget` for the choice, and for both together. `options` as in `Selector`.
     Raises HeaprError if an argument is impossible, the moments lack something, or no choice reaches the budget.
     """
-    budget = Budget(sparsity, flops)
+    budget = Budget(stored=sparsity, executed=flops)
     return Selector(moments, criterion or default_criterion(flops), **options).masks(budget)
 
 
@@ -151,7 +151,7 @@ def select_by_saliency(
     and the total is exact to one block. At least `min_width` neurons of every expert stay. Raises HeaprError if
     `sparsity` is outside (0, 1), `align` does not divide a width, or `min_width` exceeds the budget.
     """
-    budget = Budget(sparsity)
+    budget = Budget(stored=sparsity)
     floors = {prefix: torch.full((len(scores),), min_width) for prefix, scores in saliency.items()}
     blocks = NeuronBlocks.build(saliency, align, floors)
     kept, prices = keep_blocks(blocks, budget, scope)

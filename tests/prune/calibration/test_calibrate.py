@@ -60,7 +60,7 @@ def test_nan_weights_are_reported(model) -> None:
 
 
 def test_killed_run_resumes_to_the_same_bytes(qwen3: Path, corpus: Path, tmp_path: Path) -> None:
-    settings = CalibrationSettings(str(qwen3), str(corpus), num_calibration_samples=40, max_seq_length=64)
+    settings = CalibrationSettings(model=str(qwen3), dataset=str(corpus), num_calibration_samples=40, max_seq_length=64)
     calibrate(settings, tmp_path / "whole")
     command = [
         sys.executable,
@@ -112,6 +112,6 @@ def test_provenance_is_recorded(calibration: Path) -> None:
 
 
 def test_dry_run_counts_by_formula(qwen3: Path, corpus: Path) -> None:
-    sizes = plan(CalibrationSettings(str(qwen3), str(corpus), max_seq_length=64))
+    sizes = plan(CalibrationSettings(model=str(qwen3), dataset=str(corpus), max_seq_length=64))
     assert sizes["neurons"] == 3 * 8 * 64 and sizes["moe_layers"] == 3
     assert sizes["weight_bytes"] == sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(qwen3).parameters())

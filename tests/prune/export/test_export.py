@@ -124,7 +124,12 @@ def test_draft_layer_is_copied(family: str, layers: tuple[int, ...], layout: str
     tensors = load_file(base / "model.safetensors")
     draft = {name: tensor for name, tensor in tensors.items() if name.startswith(tiny_models.DRAFT[family])}
     moments = [
-        calibrate(CalibrationSettings(str(base), str(corpus), 2, 32, stream=stream), tmp_path / f"calib{stream}")
+        calibrate(
+            CalibrationSettings(
+                model=str(base), dataset=str(corpus), num_calibration_samples=2, max_seq_length=32, stream=stream
+            ),
+            tmp_path / f"calib{stream}",
+        )
         for stream in (False, True)
     ]
     assert all(set(part.tokens) == {f"model.layers.{layer}.mlp.experts" for layer in layers} for part in moments)

@@ -47,7 +47,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def settings(model: Path, corpus: Path, stream: bool = False) -> CalibrationSettings:
-    return CalibrationSettings(str(model), str(corpus), 2, 32, dtype="float32", stream=stream)
+    return CalibrationSettings(
+        model=str(model),
+        dataset=str(corpus),
+        num_calibration_samples=2,
+        max_seq_length=32,
+        dtype="float32",
+        stream=stream,
+    )
 
 
 def test_moments_are_those_of_the_dequantised_model(pair: tuple[Path, Path], corpus: Path, tmp_path: Path) -> None:
