@@ -123,7 +123,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     from heapr_vllm.prune.report.summary import format_report, load_report
 
     summary = load_report(args.directory)
-    print(json.dumps(summary, indent=2) if args.json else format_report(summary))
+    print(json.dumps(summary.to_dict(), indent=2) if args.json else format_report(summary))
     if args.plot:
         plot_report(summary, args.plot)
 

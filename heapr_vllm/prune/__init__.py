@@ -11,8 +11,8 @@ from heapr_vllm.prune.calibration.calibrate import calibrate
 from heapr_vllm.prune.calibration.in_memory import collect_moments
 from heapr_vllm.prune.calibration.moments import LayerMoments, NeuronMoments
 from heapr_vllm.prune.calibration.settings import CalibrationSettings
+from heapr_vllm.prune.export.checkpoint import export_checkpoint
 from heapr_vllm.prune.export.masks_repository import write_masks_repository
-from heapr_vllm.prune.export.shards import export_checkpoint
 from heapr_vllm.prune.models.pruned import applied
 from heapr_vllm.prune.selection.selector import Selector, select, select_by_saliency
 from heapr_vllm.prune.selection.sweep import sweep

@@ -27,7 +27,6 @@ from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.tensorfile import load_tensors, save_tensors
 
 MOMENTS_FILE = "moments.safetensors"
-CALIBRATION_FILE = "calibration.json"
 SUMS = ("activation_sq", "gradient_sq", "fisher")
 NORMS = ("gate_norm", "up_norm", "down_norm")
 OUTPUTS = ("routed_norm", "peak_norm")

@@ -19,7 +19,8 @@ from heapr_vllm.prune import CalibrationSettings, NeuronMoments, collect_moments
 from heapr_vllm.prune.calibration.calibrate import calibrate
 from heapr_vllm.prune.calibration.collector import MomentCollector
 from heapr_vllm.prune.calibration.dry_run import plan
-from heapr_vllm.prune.calibration.moments import CALIBRATION_FILE, MOMENTS_FILE, NORMS, OUTPUTS, SUMS
+from heapr_vllm.prune.calibration.moments import MOMENTS_FILE, NORMS, OUTPUTS, SUMS
+from heapr_vllm.prune.calibration.record import CALIBRATION_FILE
 from heapr_vllm.prune.calibration.saved_state import PARTIAL_FILE
 
 

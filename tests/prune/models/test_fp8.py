@@ -74,7 +74,7 @@ def test_export_writes_bfloat16(pair: tuple[Path, Path], corpus: Path, tmp_path:
     calibrate(settings(fp8, corpus), tmp_path / "calib")
     masks = select(NeuronMoments.from_pretrained(tmp_path / "calib"), sparsity=0.5)
     write_masks_repository(masks, tmp_path / "calib", tmp_path / "masks")
-    for layout in ("compact", "masked"):
+    for layout in ("compact", "zeroed"):
         for base in pair:
             export_checkpoint(
                 tmp_path / "masks", tmp_path / base.name / layout, model=str(base), layout=layout, verify=False
@@ -83,7 +83,7 @@ def test_export_writes_bfloat16(pair: tuple[Path, Path], corpus: Path, tmp_path:
         assert written.keys() == wanted.keys()
         for name, tensor in written.items():
             assert tensor.dtype == wanted[name].dtype and torch.equal(tensor, wanted[name])
-    Checkpoint.resolve(tmp_path / "fp8" / "masked").check_unquantized()
+    Checkpoint.resolve(tmp_path / "fp8" / "zeroed").check_unquantized()
 
 
 def test_blocks_at_the_edge_are_cut() -> None:
