@@ -26,7 +26,7 @@ def add_eval(commands: options.Commands) -> None:
     command.add_argument("--baseline", metavar="MODEL", help="what the others are compared with (default: first DIR)")
     options.dataset(command)
     command.add_argument(
-        "--num-samples", type=options.positive, default=64, metavar="N", help="blocks of text (default: 64)"
+        "--num-samples", type=options.positive, default=64, metavar="N", help="samples of text (default: 64)"
     )
     command.add_argument("--max-seq-length", type=options.positive, default=2048, metavar="L")
     command.add_argument("--batch-size", type=options.positive, default=8, metavar="B")

@@ -17,7 +17,7 @@ from heapr_vllm.formats.config import MASKS_FILE
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.prune.models.loading import check_device
 from heapr_vllm.prune.models.pruned import opened
-from heapr_vllm.prune.text.samples import checkpoint_blocks, fingerprint
+from heapr_vllm.prune.text.samples import checkpoint_samples, fingerprint
 
 BACKENDS = ("transformers", "vllm")
 
@@ -57,10 +57,10 @@ def compare(models: list[str], settings: EvaluationSettings) -> list[dict[str, A
     measure = _measure_served if settings.backend == "vllm" else _measure
     checkpoints = [Checkpoint.resolve(model) for model in models]
     texts = [
-        checkpoint_blocks(checkpoint, settings.dataset, settings.num_samples, settings.max_seq_length, settings.seed)
+        checkpoint_samples(checkpoint, settings.dataset, settings.num_samples, settings.max_seq_length, settings.seed)
         for checkpoint in checkpoints
     ]
-    if len({fingerprint(blocks) for blocks in texts}) > 1:
+    if len({fingerprint(samples) for samples in texts}) > 1:
         raise HeaprError("the models have different tokenizers, so their perplexities cannot be compared")
     rows: list[dict[str, Any]] = []
     for name, checkpoint in zip(models, checkpoints, strict=True):
@@ -70,17 +70,17 @@ def compare(models: list[str], settings: EvaluationSettings) -> list[dict[str, A
     return rows
 
 
-def _measure_served(checkpoint: Checkpoint, blocks: torch.Tensor, settings: EvaluationSettings) -> dict[str, Any]:
-    row = {"perplexity": served_perplexity(checkpoint, blocks, settings.dtype)}
+def _measure_served(checkpoint: Checkpoint, samples: torch.Tensor, settings: EvaluationSettings) -> dict[str, Any]:
+    row = {"perplexity": served_perplexity(checkpoint, samples, settings.dtype)}
     if (checkpoint.path / MASKS_FILE).is_file():
         row["stored_reduction"] = NeuronMasks.from_pretrained(checkpoint.path).sparsity
     return row
 
 
-def _measure(checkpoint: Checkpoint, blocks: torch.Tensor, settings: EvaluationSettings) -> dict[str, Any]:
+def _measure(checkpoint: Checkpoint, samples: torch.Tensor, settings: EvaluationSettings) -> dict[str, Any]:
     with opened(checkpoint, settings.dtype, settings.device) as (model, masks):
         with counted_routes(model) as tokens:
-            row: dict[str, Any] = {"perplexity": perplexity(model, blocks, settings.batch_size)}
+            row: dict[str, Any] = {"perplexity": perplexity(model, samples, settings.batch_size)}
         if masks is not None:
             row |= {"stored_reduction": masks.sparsity, "executed_reduction": masks.executed_reduction(tokens)}
         if settings.tasks:

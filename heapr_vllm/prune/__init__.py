@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Offline pruning: text in, retained-neuron masks out, optionally a compact checkpoint. Never imports vLLM.
 
-moments = collect_moments(model, blocks)        # one forward and one backward pass
+moments = collect_moments(model, samples)        # one forward and one backward pass
 masks = select(moments, sparsity=0.25)          # milliseconds, any budget
 with applied(masks, model): ...                  # the pruned model in transformers
 """

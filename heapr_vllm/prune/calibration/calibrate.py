@@ -17,7 +17,7 @@ from heapr_vllm.prune.calibration.moments import MOMENTS_FILE, NeuronMoments
 from heapr_vllm.prune.calibration.processes import ALONE, Processes
 from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationIdentity, CalibrationRecord
 from heapr_vllm.prune.calibration.saved_state import PARTIAL_FILE, SavedState
-from heapr_vllm.prune.calibration.settings import CalibrationSettings, NotFiniteError, calibration_blocks
+from heapr_vllm.prune.calibration.settings import CalibrationSettings, NotFiniteError, calibration_samples
 from heapr_vllm.prune.models.loading import check_device
 from heapr_vllm.prune.text.samples import fingerprint
 
@@ -46,12 +46,12 @@ def calibrate(
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
     checkpoint.check_unquantized(allow_fp8=True)
     checkpoint.expert_shapes()
-    blocks = calibration_blocks(settings, checkpoint)
-    mine = processes.share(blocks)
+    samples = calibration_samples(settings, checkpoint)
+    mine = processes.share(samples)
     identity = CalibrationIdentity(
         **asdict(replace(settings, revision=checkpoint.commit or settings.revision)),
         processes=processes.size,
-        dataset_fingerprint=fingerprint(blocks),
+        dataset_fingerprint=fingerprint(samples),
         base_fingerprint=checkpoint.fingerprint(),
         checkpoint_bytes=checkpoint.export_bytes(),
         routed_bytes=checkpoint.export_bytes(routed_only=True),
@@ -81,7 +81,7 @@ def calibrate(
         output.mkdir(exist_ok=True)
         record = CalibrationRecord(
             **asdict(identity),
-            calibration_tokens=blocks.numel(),
+            calibration_tokens=samples.numel(),
             wall_time_seconds=round(time.time() - started, 1),
             versions=versions(),
             tokens={prefix: tokens.tolist() for prefix, tokens in moments.tokens.items()},

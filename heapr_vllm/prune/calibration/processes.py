@@ -43,11 +43,11 @@ class Processes:
             raise HeaprError("--device auto spreads one model over all GPUs; with torchrun use --device cuda")
         return f"cuda:{self.local_rank}" if self.size > 1 and device == "cuda" else device
 
-    def share(self, blocks: torch.Tensor) -> torch.Tensor:
-        """This process's samples of `blocks` [N, L]. Raises HeaprError if there are fewer samples than processes."""
-        if len(blocks) < self.size:
-            raise HeaprError(f"{self.size} processes cannot share {len(blocks)} samples; start {len(blocks)}")
-        return blocks[self.rank :: self.size]
+    def share(self, samples: torch.Tensor) -> torch.Tensor:
+        """Takes this process's part of `samples` int64 [N, L]. Raises HeaprError if there are fewer than processes."""
+        if len(samples) < self.size:
+            raise HeaprError(f"{self.size} processes cannot share {len(samples)} samples; start {len(samples)}")
+        return samples[self.rank :: self.size]
 
     def wait(self) -> None:
         """Returns when all processes have come here."""

@@ -52,12 +52,13 @@ def write_masks_repository(
 
 
 def read_pruning_config(masks_dir: Path) -> PruningConfig:
-    """Reads the block of a masks repository's config.json. Raises HeaprError if it is none."""
+    """Reads `quantization_config` of a masks repository. Raises HeaprError if it is none."""
     config_file = masks_dir / "config.json"
-    block = json.loads(config_file.read_text()).get("quantization_config") if config_file.is_file() else None
-    if block is None or block.get("quant_method") != "heapr":
+    config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    pruning = config.get("quantization_config")
+    if pruning is None or pruning.get("quant_method") != "heapr":
         raise HeaprError(f"{masks_dir} is not a masks repository; `heapr prune` writes one")
-    return PruningConfig.from_dict(block)
+    return PruningConfig.from_dict(pruning)
 
 
 def write_config(folder: Path, config: dict[str, Any], pruning: PruningConfig | None) -> None:

@@ -31,7 +31,7 @@ from heapr_vllm.formats.names import ExpertTensor, natural_order
 from heapr_vllm.formats.repair_record import RepairRecord
 from heapr_vllm.formats.tensorfile import save_tensors
 from heapr_vllm.prune.calibration.record import CalibrationRecord
-from heapr_vllm.prune.calibration.settings import calibration_blocks
+from heapr_vllm.prune.calibration.settings import calibration_samples
 from heapr_vllm.prune.models.experts import expert_modules
 from heapr_vllm.prune.models.hidden_states import ActivationStore
 from heapr_vllm.prune.models.layered import LayeredModel
@@ -108,16 +108,16 @@ def fit_repair(
             "every expert is kept whole or removed whole, so there is nothing to repair; export without --repair"
         )
     groups = layer_groups(masks, experts, settings.memory)
-    blocks = _blocks(base, calibration, settings)
-    thin = check_tokens(masks, experts, calibration, len(blocks))
+    samples = _samples(base, calibration, settings)
+    thin = check_tokens(masks, experts, calibration, len(samples))
     record = RepairRecord(
         method=settings.method,
         dataset=settings.dataset or calibration.dataset,
-        dataset_fingerprint=fingerprint(blocks),
-        num_samples=len(blocks),
-        max_seq_length=blocks.shape[1],
+        dataset_fingerprint=fingerprint(samples),
+        num_samples=len(samples),
+        max_seq_length=samples.shape[1],
         seed=calibration.seed,
-        tokens=blocks.numel(),
+        tokens=samples.numel(),
         prior=PRIOR,
         experts=sum(map(len, experts.values())),
         experts_with_few_tokens=thin,
@@ -132,10 +132,10 @@ def fit_repair(
     if wanted:
         if calibration.stream:
             model = LayeredModel(base, calibration.dtype, settings.device)
-            collected = _streamed(model, blocks, calibration.batch_size, wanted, folder)
+            collected = _streamed(model, samples, calibration.batch_size, wanted, folder)
         else:
             model = load_model(base, calibration.dtype, settings.device)
-            collected = _in_memory(model, blocks, calibration.batch_size, wanted, groups)
+            collected = _in_memory(model, samples, calibration.batch_size, wanted, groups)
         for prefix, moments, weights in collected:
             errors[prefix] = _fit_module(weights, moments, masks.keep[prefix], _module_file(folder, prefix))
             _save_state(folder, identity, errors)
@@ -162,32 +162,36 @@ Collected = Iterator[tuple[str, dict[int, SecondMoment], torch.Tensor]]  # MoE m
 
 
 def _in_memory(
-    model: PreTrainedModel, blocks: torch.Tensor, batch_size: int, wanted: dict[str, list[int]], groups: list[list[str]]
+    model: PreTrainedModel,
+    samples: torch.Tensor,
+    batch_size: int,
+    wanted: dict[str, list[int]],
+    groups: list[list[str]],
 ) -> Collected:
     """One forward pass of the whole model per group of layers in which any is wanted."""
     missing = [group for group in groups if wanted.keys() & set(group)]
     modules = expert_modules(model)
-    with tqdm(total=len(missing) * blocks.numel(), unit="tok", unit_scale=True, desc="repairing", disable=None) as bar:
+    with tqdm(total=len(missing) * samples.numel(), unit="tok", unit_scale=True, desc="repairing", disable=None) as bar:
 
-        def advance(samples: int) -> None:
-            bar.update(samples * blocks.shape[1])
+        def advance(count: int) -> None:
+            bar.update(count * samples.shape[1])
 
         for group in missing:
             experts = {prefix: wanted[prefix] for prefix in group if prefix in wanted}
-            moments = collect_second_moments(model, blocks, batch_size, experts=experts, after_batch=advance)
+            moments = collect_second_moments(model, samples, batch_size, experts=experts, after_batch=advance)
             for prefix in experts:
                 yield prefix, moments.pop(prefix), modules[prefix].down_proj
 
 
 def _streamed(
-    model: LayeredModel, blocks: torch.Tensor, batch_size: int, wanted: dict[str, list[int]], folder: Path
+    model: LayeredModel, samples: torch.Tensor, batch_size: int, wanted: dict[str, list[int]], folder: Path
 ) -> Collected:
     """One forward pass with one layer in memory; hidden states are in `folder` meanwhile."""
     with (
-        tqdm(total=len(model.layers) * len(blocks), unit="sample", desc="repairing", disable=None) as bar,
+        tqdm(total=len(model.layers) * len(samples), unit="sample", desc="repairing", disable=None) as bar,
         TemporaryDirectory(dir=folder) as store,
     ):
-        yield from stream_second_moments(model, blocks, ActivationStore(Path(store)), batch_size, wanted, bar.update)
+        yield from stream_second_moments(model, samples, ActivationStore(Path(store)), batch_size, wanted, bar.update)
 
 
 def layer_groups(masks: NeuronMasks, experts: dict[str, list[int]], memory: int) -> list[list[str]]:
@@ -238,29 +242,29 @@ def check_tokens(
     return thin
 
 
-def _blocks(base: Checkpoint, calibration: CalibrationRecord, settings: RepairSettings) -> torch.Tensor:
+def _samples(base: Checkpoint, calibration: CalibrationRecord, settings: RepairSettings) -> torch.Tensor:
     """Draws token samples as `heapr calibrate` draws them, after checking that its text is still the same."""
     recorded = calibration.settings
     if settings.dataset is None:
         try:
-            blocks = calibration_blocks(recorded, base)
+            samples = calibration_samples(recorded, base)
         except HeaprError as error:
             raise HeaprError(
                 f"a repair needs the calibration text: {error}; or name another text with --repair-dataset"
             ) from error
-        if fingerprint(blocks) != calibration.dataset_fingerprint:
+        if fingerprint(samples) != calibration.dataset_fingerprint:
             raise HeaprError(
                 f"{recorded.dataset} is not the text of the calibration any more (its fingerprint "
                 "differs); restore it, calibrate again, or accept a text with --repair-dataset"
             )
-        if settings.num_samples in (None, len(blocks)):
-            return blocks
+        if settings.num_samples in (None, len(samples)):
+            return samples
     other = replace(
         recorded,
         dataset=settings.dataset or recorded.dataset,
         num_calibration_samples=settings.num_samples or recorded.num_calibration_samples,
     )
-    return calibration_blocks(other, base)
+    return calibration_samples(other, base)
 
 
 def _fit_module(

@@ -33,7 +33,7 @@ from heapr_vllm.prune.repair.least_squares import compensations, repairable, rep
 from heapr_vllm.prune.repair.second_moments import collect_second_moments
 from heapr_vllm.prune.selection.selector import select
 from heapr_vllm.prune.text.documents import read_documents
-from heapr_vllm.prune.text.samples import token_blocks
+from heapr_vllm.prune.text.samples import token_samples
 from tests.conftest import BUNDLED
 
 FEW_TOKENS = {f"model.layers.{layer}.mlp.experts": [36] * 8 for layer in range(3)}
@@ -91,7 +91,7 @@ def test_zeroed_layout_equals_the_repair_in_memory(
     assert "quantization_config" not in json.loads((tmp_path / "zeroed" / "config.json").read_text())
     base = AutoModelForCausalLM.from_pretrained(qwen3, dtype=torch.float32)
     zeroed = AutoModelForCausalLM.from_pretrained(tmp_path / "zeroed", dtype=torch.float32)
-    blocks = token_blocks(read_documents(str(corpus)), AutoTokenizer.from_pretrained(qwen3), 6, 64, seed=0)
+    blocks = token_samples(read_documents(str(corpus)), AutoTokenizer.from_pretrained(qwen3), 6, 64, seed=0)
     found = compensations(collect_second_moments(base, blocks), awkward_masks)
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}
     ids = torch.arange(50)[None]
@@ -249,7 +249,7 @@ def moved(masks_repository: Path, folder: Path, **changes: object) -> Path:
         ({}, ["--repair", "magic"], "repair 'magic' is not one of least-squares"),
         ({}, ["--repair-samples", "9"], "belong to --repair least-squares"),
         ({}, ["--repair", "least-squares", "--repair-memory", "1KiB"], "pass --repair-memory 1MiB or more"),
-        ({}, ["--repair", "least-squares", "--repair-samples", "9999"], "has .* blocks of 64 tokens, 9999 are needed"),
+        ({}, ["--repair", "least-squares", "--repair-samples", "9999"], "has .* samples of 64 tokens, 9999 are needed"),
         (
             {"tokens": FEW_TOKENS},
             ["--repair", "least-squares", "--repair-samples", "1"],
@@ -311,7 +311,7 @@ def test_repair_helps_a_trained_model(python_corpus: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
     blocks = {
-        split: token_blocks(read_documents(str(python_corpus / f"{split}.jsonl")), tokenizer, 16, 512, seed=0)
+        split: token_samples(read_documents(str(python_corpus / f"{split}.jsonl")), tokenizer, 16, 512, seed=0)
         for split in ("calibration", "held_out")
     }
     moments = collect_moments(model, blocks["calibration"], batch_size=4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dataset specs and token blocks."""
+"""Dataset specs and token samples."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune.text import samples
 from heapr_vllm.prune.text.documents import read_documents
-from heapr_vllm.prune.text.samples import token_blocks
+from heapr_vllm.prune.text.samples import token_samples
 from tests.tiny_models import tokenizer
 
 
@@ -37,10 +37,10 @@ def test_spec_goes_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_blocks_are_seeded_and_joined_by_end_of_text(corpus: Path) -> None:
     documents = read_documents(str(corpus))
-    blocks = token_blocks(documents, tokenizer(), 5, 100, seed=0)
+    blocks = token_samples(documents, tokenizer(), 5, 100, seed=0)
     assert blocks.shape == (5, 100) and blocks.dtype == torch.int64 and (blocks == 256).any()
-    assert torch.equal(blocks, token_blocks(documents, tokenizer(), 5, 100, seed=0))
-    assert not torch.equal(blocks, token_blocks(documents, tokenizer(), 5, 100, seed=1))
+    assert torch.equal(blocks, token_samples(documents, tokenizer(), 5, 100, seed=0))
+    assert not torch.equal(blocks, token_samples(documents, tokenizer(), 5, 100, seed=1))
 
 
 @pytest.mark.parametrize(
@@ -62,5 +62,5 @@ def test_bad_datasets(tmp_path: Path, content: str | None, name: str, message: s
 
 
 def test_too_little_text(corpus: Path) -> None:
-    with pytest.raises(HeaprError, match=r"blocks of 512 tokens, 999 are needed; ask for fewer"):
-        token_blocks(read_documents(str(corpus)), tokenizer(), 999, 512, seed=0)
+    with pytest.raises(HeaprError, match=r"samples of 512 tokens, 999 are needed; ask for fewer"):
+        token_samples(read_documents(str(corpus)), tokenizer(), 999, 512, seed=0)
