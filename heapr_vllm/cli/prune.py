@@ -50,7 +50,7 @@ def add_prune(commands: options.Commands) -> None:
 def run_prune(args: argparse.Namespace) -> None:
     from heapr_vllm.prune.calibration.moments import NeuronMoments
     from heapr_vllm.prune.export.masks_repository import write_masks_repository
-    from heapr_vllm.prune.report.summary import format_report, load_report
+    from heapr_vllm.prune.report.summary import format_report, load_report, speed_note
     from heapr_vllm.prune.selection.budget import Budget, stored_for_size
     from heapr_vllm.prune.selection.selector import Selector, default_criterion
     from heapr_vllm.prune.selection.sweep import frontier
@@ -64,7 +64,10 @@ def run_prune(args: argparse.Namespace) -> None:
     masks = selector.masks(budget)
     curves = frontier(selector, budget)
     write_masks_repository(masks, args.calibration, args.output, overwrite=args.overwrite, frontier=curves)
-    print(format_report(load_report(args.output)))
+    summary = load_report(args.output)
+    print(format_report(summary))
+    if note := speed_note(summary):
+        print(note)
     print(f"wrote {args.output}")
 
 

@@ -18,6 +18,7 @@ from heapr_vllm.prune.selection.budget import format_size
 from heapr_vllm.prune.selection.sweep import format_perplexity
 
 FRONTIER_FILE = "frontier.json"
+FAR_BEHIND = 0.5  # of the stored reduction: an executed one below that deserves a note
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,16 @@ def format_report(summary: Summary) -> str:
     if summary.repair is not None:
         lines.append(f"repair: {format_repair(summary.repair)}")
     return "\n".join(lines)
+
+
+def speed_note(summary: Summary) -> str | None:
+    """Says what it means that the executed reduction falls far behind the stored one; None if it does not."""
+    if summary.executed_reduction >= FAR_BEHIND * summary.stored_reduction:
+        return None
+    return (
+        f"note: speed follows executed FLOPs, which fall by {summary.executed_reduction:.1%} only, because most of "
+        "what goes sits in experts that few tokens visit; to gain speed, ask for it: --flops R with --criterion fisher"
+    )
 
 
 def format_repair(repair: RepairRecord) -> str:
