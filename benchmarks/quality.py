@@ -29,7 +29,7 @@ from heapr_vllm.prune.report.plot import KINDS, new_figure
 from heapr_vllm.prune.selection.budget import Budget
 from heapr_vllm.prune.selection.criteria import CRITERIA
 from heapr_vllm.prune.text.documents import read_documents
-from heapr_vllm.prune.text.samples import token_blocks
+from heapr_vllm.prune.text.samples import token_samples
 
 MODEL = Path(__file__).parent.parent / "serving_examples" / "tiny_qwen3_moe"
 RATIOS = (0.1, 0.2, 0.25, 0.4, 0.5)
@@ -66,11 +66,11 @@ def measure(
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     context = model.config.max_position_embeddings
     text = {split: read_documents(str(corpus / f"{split}.jsonl")) for split in ("calibration", "held_out")}
-    held_out = token_blocks(text["held_out"], tokenizer, held_out_tokens // context, context, seed=0)
+    held_out = token_samples(text["held_out"], tokenizer, held_out_tokens // context, context, seed=0)
     dense = perplexity(model, held_out)
     rows = []
     for seed in seeds:
-        blocks = token_blocks(text["calibration"], tokenizer, num_samples, context, seed)
+        blocks = token_samples(text["calibration"], tokenizer, num_samples, context, seed)
         moments = collect_moments(model, blocks, batch_size=4)
         second_moments = collect_second_moments(model, blocks, batch_size=4) if repair else {}
         cases = list(choices(moments, criteria, budgets, ratios, seed))

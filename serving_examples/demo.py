@@ -24,7 +24,7 @@ from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.names import ExpertTensor
 from heapr_vllm.prune.models.pruned import applied
 from heapr_vllm.prune.text.documents import read_documents
-from heapr_vllm.prune.text.samples import token_blocks
+from heapr_vllm.prune.text.samples import token_samples
 
 HERE = Path(__file__).parent
 MODEL = HERE / "tiny_qwen3_moe"
@@ -66,7 +66,7 @@ def measure_perplexity(work: Path, masks: NeuronMasks) -> tuple[float, float]:
     """Held-out perplexity in fp32, dense and pruned."""
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     documents = read_documents(str(work / "corpus" / "held_out.jsonl"))
-    blocks = token_blocks(documents, AutoTokenizer.from_pretrained(MODEL), HELD_OUT_BLOCKS, 512, seed=0)
+    blocks = token_samples(documents, AutoTokenizer.from_pretrained(MODEL), HELD_OUT_BLOCKS, 512, seed=0)
     dense = perplexity(model, blocks)
     with applied(masks, model):
         return dense, perplexity(model, blocks)

@@ -43,7 +43,9 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calibration(qwen3: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder written by `heapr calibrate` for `qwen3`."""
     output = tmp_path_factory.mktemp("calibration") / "calib"
-    calibrate(CalibrationSettings(str(qwen3), str(corpus), num_calibration_samples=6, max_seq_length=64), output)
+    calibrate(
+        CalibrationSettings(model=str(qwen3), dataset=str(corpus), num_calibration_samples=6, max_seq_length=64), output
+    )
     return output
 
 
@@ -76,7 +78,9 @@ def python_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prune(base: Path, corpus: Path, folder: Path, sparsity: float, num_samples: int = 4) -> None:
     """Writes `masks` and `compact` of a base model into `folder`."""
     calibrate(
-        CalibrationSettings(str(base), str(corpus), num_calibration_samples=num_samples, max_seq_length=64),
+        CalibrationSettings(
+            model=str(base), dataset=str(corpus), num_calibration_samples=num_samples, max_seq_length=64
+        ),
         folder / "calib",
     )
     masks = select(NeuronMoments.from_pretrained(folder / "calib"), sparsity=sparsity)
@@ -88,8 +92,8 @@ def awkward(moments: NeuronMoments) -> NeuronMasks:
     """Random masks whose first four experts keep 0, 1, 13 and all neurons, in another order in every layer."""
     generator = torch.Generator().manual_seed(7)
     keep = {}
-    for layer, (prefix, sums) in enumerate(moments.activation_sq.items()):
-        experts, width = sums.shape
+    for layer, (prefix, sums) in enumerate(moments.layers.items()):
+        experts, width = sums.fisher.shape
         counts = [0, 1, 13, width, *torch.randint(2, width, (experts - 4,), generator=generator).tolist()]
         counts = counts[layer:] + counts[:layer]
         rank = torch.rand(experts, width, generator=generator).argsort(-1).argsort(-1)

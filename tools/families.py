@@ -51,7 +51,7 @@ class Mode(NamedTuple):
     env: dict[str, str] = {}
 
 
-STOCK = Mode("masked", {})
+STOCK = Mode("zeroed", {})
 MODES = {
     "compact": Mode("compact", {}),
     "masks": Mode("masks", {"load_format": "heapr"}),
@@ -74,15 +74,18 @@ MODES = {
 def prepare(family: str, folder: Path, corpus: Path, edit_base: Callable[[Path], None] = lambda base: None) -> Path:
     """Base model, calibration, masks with widths 0, 1, odd and full, and both checkpoints of `family`, if not there."""
     work = folder / family
-    if (work / "masked").is_dir():
+    if (work / "zeroed").is_dir():
         return work
     shutil.rmtree(work, ignore_errors=True)  # what a killed run left
     base = tiny_models.save(family, work / "base")
     edit_base(base)
-    calibrate(CalibrationSettings(str(base), str(corpus), num_calibration_samples=4, max_seq_length=64), work / "calib")
+    calibrate(
+        CalibrationSettings(model=str(base), dataset=str(corpus), num_calibration_samples=4, max_seq_length=64),
+        work / "calib",
+    )
     write_masks_repository(awkward(NeuronMoments.from_pretrained(work / "calib")), work / "calib", work / "masks")
     export_checkpoint(work / "masks", work / "compact")
-    export_checkpoint(work / "masks", work / "masked", layout="masked")
+    export_checkpoint(work / "masks", work / "zeroed", layout="zeroed")
     return work
 
 

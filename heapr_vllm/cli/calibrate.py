@@ -57,15 +57,15 @@ def run_calibrate(args: argparse.Namespace) -> None:
 
     model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
     settings = CalibrationSettings(
-        model,
-        args.dataset,
-        args.num_calibration_samples,
-        args.max_seq_length,
-        args.batch_size,
-        args.seed,
-        args.dtype,
-        args.revision,
-        args.stream,
+        model=model,
+        dataset=args.dataset,
+        num_calibration_samples=args.num_calibration_samples,
+        max_seq_length=args.max_seq_length,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        dtype=args.dtype,
+        revision=args.revision,
+        stream=args.stream,
     )
     if args.dry_run:
         sizes = plan(settings, args.device)

@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 
 from heapr_vllm.cli import options
-from heapr_vllm.errors import HeaprError
 
 
 def add_eval(commands: options.Commands) -> None:
@@ -27,7 +26,7 @@ def add_eval(commands: options.Commands) -> None:
     command.add_argument("--baseline", metavar="MODEL", help="what the others are compared with (default: first DIR)")
     options.dataset(command)
     command.add_argument(
-        "--num-samples", type=options.positive, default=64, metavar="N", help="blocks of text (default: 64)"
+        "--num-samples", type=options.positive, default=64, metavar="N", help="samples of text (default: 64)"
     )
     command.add_argument("--max-seq-length", type=options.positive, default=2048, metavar="L")
     command.add_argument("--batch-size", type=options.positive, default=8, metavar="B")
@@ -50,22 +49,17 @@ def run_eval(args: argparse.Namespace) -> None:
 
     models = [args.baseline, *args.directories] if args.baseline else args.directories
     settings = EvaluationSettings(
-        args.dataset,
-        args.num_samples,
-        args.max_seq_length,
-        args.batch_size,
-        args.seed,
-        tuple(args.tasks),
-        args.dtype,
-        args.device,
+        dataset=args.dataset,
+        num_samples=args.num_samples,
+        max_seq_length=args.max_seq_length,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        tasks=tuple(args.tasks),
+        dtype=args.dtype,
+        device=args.device,
+        backend=args.backend,
     )
-    served = None
-    if args.backend == "vllm":
-        from heapr_vllm.evaluation.served import served_perplexity as served
-
-        if args.tasks:
-            raise HeaprError("--tasks needs --backend transformers; for served tasks use lm-eval's own vLLM model")
-    rows = compare(models, settings, served)
+    rows = compare(models, settings)
     print(json.dumps(rows, indent=2) if args.json else format_comparison(rows))
     if args.output:
         atomic_file(args.output, lambda path: path.write_text(json.dumps(rows, indent=2) + "\n"))

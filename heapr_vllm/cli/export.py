@@ -27,8 +27,9 @@ def add_export(commands: options.Commands) -> None:
     command.add_argument(
         "--layout",
         default="compact",
-        choices=("compact", "masked"),
-        help="compact: kept neurons only; masked: full size, pruned neurons zeroed, for any engine",
+        choices=("compact", "zeroed", "masked"),  # the last is what zeroed was called
+        metavar="{compact,zeroed}",
+        help="compact: kept neurons only; zeroed: full size, pruned neurons zeroed, for any engine",
     )
     command.add_argument("--no-verify", action="store_true", help="skip the fingerprint check, for fine-tunes")
     command.add_argument(
@@ -52,13 +53,19 @@ def add_export(commands: options.Commands) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    from heapr_vllm.prune.export.shards import export_checkpoint
+    from heapr_vllm.prune.export.checkpoint import export_checkpoint
     from heapr_vllm.prune.repair.fit import RepairSettings
     from heapr_vllm.prune.report.summary import format_repair, load_report
 
     repair = None
     if args.repair:
-        repair = RepairSettings(args.repair, args.repair_dataset, args.repair_samples, args.repair_memory, args.device)
+        repair = RepairSettings(
+            method=args.repair,
+            dataset=args.repair_dataset,
+            num_samples=args.repair_samples,
+            memory=args.repair_memory,
+            device=args.device,
+        )
     elif args.repair_dataset or args.repair_samples or args.device != "cpu":
         raise HeaprError("--repair-dataset, --repair-samples and --device belong to --repair least-squares; add it")
     export_checkpoint(
@@ -70,6 +77,6 @@ def run_export(args: argparse.Namespace) -> None:
         verify=not args.no_verify,
         repair=repair,
     )
-    if repair:
-        print(f"repair: {format_repair(load_report(args.output)['repair'])}")
+    if refitted := load_report(args.output).repair:
+        print(f"repair: {format_repair(refitted)}")
     print(f"wrote {args.output}")

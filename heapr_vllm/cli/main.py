@@ -17,6 +17,12 @@ from heapr_vllm.cli.prune import add_inspect, add_prune, add_sweep
 from heapr_vllm.cli.tune import add_tune
 from heapr_vllm.errors import HeaprError, first_line
 
+NO_PROGRESS_BARS = {  # of other libraries, which read these when they are imported; ours look at stderr themselves
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+}
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="heapr", description="HEAPr expert pruning for Mixture-of-Experts models.")
@@ -38,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for a mistake the user can fix, 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not sys.stderr.isatty():
+        os.environ.update(NO_PROGRESS_BARS)
     try:
         args.run(args)
     except HeaprError as error:

@@ -20,7 +20,9 @@ def add_command(
     return command
 
 
-def output(command: argparse.ArgumentParser, metavar: str, required: bool = True) -> argparse._MutuallyExclusiveGroup:
+def output(
+    command: argparse.ArgumentParser, metavar: str, *, required: bool = True
+) -> argparse._MutuallyExclusiveGroup:
     """Adds --output and --overwrite; the returned group holds what excludes --overwrite."""
     command.add_argument("-o", "--output", type=Path, required=required, metavar=metavar)
     group = command.add_mutually_exclusive_group()

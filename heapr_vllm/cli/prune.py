@@ -50,7 +50,7 @@ def add_prune(commands: options.Commands) -> None:
 def run_prune(args: argparse.Namespace) -> None:
     from heapr_vllm.prune.calibration.moments import NeuronMoments
     from heapr_vllm.prune.export.masks_repository import write_masks_repository
-    from heapr_vllm.prune.report.summary import format_report, load_report
+    from heapr_vllm.prune.report.summary import format_report, load_report, speed_note
     from heapr_vllm.prune.selection.budget import Budget, stored_for_size
     from heapr_vllm.prune.selection.selector import Selector, default_criterion
     from heapr_vllm.prune.selection.sweep import frontier
@@ -60,10 +60,14 @@ def run_prune(args: argparse.Namespace) -> None:
     stored = args.sparsity
     if args.target_size is not None:
         stored = stored_for_size(args.target_size, moments.metadata, selector.blocks)
-    budget = Budget(stored, args.flops)
+    budget = Budget(stored=stored, executed=args.flops)
     masks = selector.masks(budget)
-    write_masks_repository(masks, args.calibration, args.output, args.overwrite, frontier(selector, budget))
-    print(format_report(load_report(args.output)))
+    curves = frontier(selector, budget)
+    write_masks_repository(masks, args.calibration, args.output, overwrite=args.overwrite, frontier=curves)
+    summary = load_report(args.output)
+    print(format_report(summary))
+    if note := speed_note(summary):
+        print(note)
     print(f"wrote {args.output}")
 
 
@@ -122,7 +126,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     from heapr_vllm.prune.report.summary import format_report, load_report
 
     summary = load_report(args.directory)
-    print(json.dumps(summary, indent=2) if args.json else format_report(summary))
+    print(json.dumps(summary.to_dict(), indent=2) if args.json else format_report(summary))
     if args.plot:
         plot_report(summary, args.plot)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +12,23 @@ from transformers import AutoTokenizer, PreTrainedModel
 from heapr_vllm.environment import install_command
 from heapr_vllm.errors import HeaprError, first_line
 from heapr_vllm.evaluation.perplexity import counted_routes, perplexity
+from heapr_vllm.evaluation.served import served_perplexity
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.config import MASKS_FILE
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.prune.models.loading import check_device
 from heapr_vllm.prune.models.pruned import opened
-from heapr_vllm.prune.text.samples import checkpoint_blocks, fingerprint
+from heapr_vllm.prune.text.samples import checkpoint_samples, fingerprint
+
+BACKENDS = ("transformers", "vllm")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """Text and tasks; the text is `num_samples` seeded blocks of `max_seq_length` tokens, the same for every model."""
+    """Text, tasks, and what runs the models.
+
+    The text is `num_samples` seeded samples of `max_seq_length` tokens, the same for every model.
+    """
 
     dataset: str
     num_samples: int = 64
@@ -33,46 +38,50 @@ class EvaluationSettings:
     tasks: tuple[str, ...] = ()
     dtype: str = "auto"
     device: str = "cpu"
+    backend: str = "transformers"
 
 
-def compare(
-    models: list[str],
-    settings: EvaluationSettings,
-    served: Callable[[Checkpoint, torch.Tensor, str], float] | None = None,
-) -> list[dict[str, Any]]:
-    """One row per checkpoint directory or Hub id, with `change` of the perplexity against the first; JSON values only.
+def compare(models: list[str], settings: EvaluationSettings) -> list[dict[str, Any]]:
+    """Measures one row per checkpoint directory or Hub id, with `change` of the perplexity against the first.
 
-    Pruned models also have their stored reduction, and the executed one counted from their routing of this text.
-    `served(checkpoint, blocks, dtype)` measures the perplexity in another engine, where routes are not counted. Raises
-    HeaprError if a model cannot be loaded, the tokenizers differ, or lm-eval is missing.
+    Rows hold JSON values only. Pruned models also have their stored reduction, and with the backend "transformers" the
+    executed one, counted from their routing of this text. Raises HeaprError if a model cannot be loaded, the tokenizers
+    differ, lm-eval is missing, or `settings` do not fit together.
     """
+    if settings.backend not in BACKENDS:
+        raise HeaprError(f"backend {settings.backend!r} is not one of {', '.join(BACKENDS)}")
     check_device(settings.device)
     if settings.tasks:
+        if settings.backend == "vllm":
+            raise HeaprError("--tasks needs --backend transformers; for served tasks use lm-eval's own vLLM model")
         _lm_eval()
+    measure = _measure_served if settings.backend == "vllm" else _measure
     checkpoints = [Checkpoint.resolve(model) for model in models]
     texts = [
-        checkpoint_blocks(checkpoint, settings.dataset, settings.num_samples, settings.max_seq_length, settings.seed)
+        checkpoint_samples(checkpoint, settings.dataset, settings.num_samples, settings.max_seq_length, settings.seed)
         for checkpoint in checkpoints
     ]
-    if len({fingerprint(blocks) for blocks in texts}) > 1:
+    if len({fingerprint(samples) for samples in texts}) > 1:
         raise HeaprError("the models have different tokenizers, so their perplexities cannot be compared")
     rows: list[dict[str, Any]] = []
     for name, checkpoint in zip(models, checkpoints, strict=True):
-        if served is None:
-            row = _measure(checkpoint, texts[0], settings)
-        else:
-            row = {"perplexity": served(checkpoint, texts[0], settings.dtype)}
-            if (checkpoint.path / MASKS_FILE).is_file():
-                row["stored_reduction"] = NeuronMasks.from_pretrained(checkpoint.path).sparsity
+        row = measure(checkpoint, texts[0], settings)
         change = row["perplexity"] / (rows[0] if rows else row)["perplexity"] - 1
         rows.append({"model": name, **row, "change": change})
     return rows
 
 
-def _measure(checkpoint: Checkpoint, blocks: torch.Tensor, settings: EvaluationSettings) -> dict[str, Any]:
+def _measure_served(checkpoint: Checkpoint, samples: torch.Tensor, settings: EvaluationSettings) -> dict[str, Any]:
+    row = {"perplexity": served_perplexity(checkpoint, samples, settings.dtype)}
+    if (checkpoint.path / MASKS_FILE).is_file():
+        row["stored_reduction"] = NeuronMasks.from_pretrained(checkpoint.path).sparsity
+    return row
+
+
+def _measure(checkpoint: Checkpoint, samples: torch.Tensor, settings: EvaluationSettings) -> dict[str, Any]:
     with opened(checkpoint, settings.dtype, settings.device) as (model, masks):
         with counted_routes(model) as tokens:
-            row: dict[str, Any] = {"perplexity": perplexity(model, blocks, settings.batch_size)}
+            row: dict[str, Any] = {"perplexity": perplexity(model, samples, settings.batch_size)}
         if masks is not None:
             row |= {"stored_reduction": masks.sparsity, "executed_reduction": masks.executed_reduction(tokens)}
         if settings.tasks:

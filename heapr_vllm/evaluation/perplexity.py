@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity and routing of a transformers model on token blocks."""
+"""Perplexity and routing of a transformers model on token samples."""
 
 import math
 from collections.abc import Iterator
@@ -14,15 +14,15 @@ from heapr_vllm.prune.models.experts import expert_modules
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 8) -> float:
-    """exp of the mean next-token cross entropy over `blocks` int64 [N, L]; every block is its own context."""
+def perplexity(model: PreTrainedModel, samples: torch.Tensor, batch_size: int = 8) -> float:
+    """exp of the mean next-token cross entropy over `samples` int64 [N, L]; every sample is its own context."""
     model.eval()
     nll = 0.0
-    for ids in blocks.split(batch_size):
+    for ids in samples.split(batch_size):
         ids = ids.to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         nll += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(nll / (blocks.shape[0] * (blocks.shape[1] - 1)))
+    return math.exp(nll / (samples.shape[0] * (samples.shape[1] - 1)))
 
 
 @contextmanager

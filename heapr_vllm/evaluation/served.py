@@ -25,15 +25,15 @@ from heapr_vllm.formats.checkpoint import Checkpoint
 MARKER = "PERPLEXITY "
 
 
-def served_perplexity(checkpoint: Checkpoint, blocks: torch.Tensor, dtype: str) -> float:
-    """exp of the mean next-token cross entropy over `blocks` int64 [N, L], each its own context.
+def served_perplexity(checkpoint: Checkpoint, samples: torch.Tensor, dtype: str) -> float:
+    """exp of the mean next-token cross entropy over `samples` int64 [N, L], each its own context.
 
     Masks repositories are served over their base model. Raises HeaprError if the engine does not come up, with the end
     of its output.
     """
     with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder) / "blocks.safetensors"
-        save_file({"blocks": blocks}, text)
+        text = Path(folder) / "samples.safetensors"
+        save_file({"samples": samples}, text)
         command = [sys.executable, "-m", "heapr_vllm.evaluation.served", str(checkpoint.path), dtype, str(text)]
         env = {"VLLM_LOGGING_LEVEL": "ERROR", **os.environ}
         done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -47,20 +47,20 @@ def served_perplexity(checkpoint: Checkpoint, blocks: torch.Tensor, dtype: str) 
 def main(model: str, dtype: str, text: str) -> None:
     from vllm import LLM, SamplingParams
 
-    blocks = load_file(text)["blocks"].tolist()
+    samples = load_file(text)["samples"].tolist()
     load_format = "auto" if Checkpoint(Path(model)).has_weights else "heapr"
     llm = LLM(
-        model, dtype=dtype, load_format=load_format, max_model_len=len(blocks[0]) + 1, enable_prefix_caching=False
+        model, dtype=dtype, load_format=load_format, max_model_len=len(samples[0]) + 1, enable_prefix_caching=False
     )
     outputs = llm.generate(
-        [{"prompt_token_ids": ids} for ids in blocks], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+        [{"prompt_token_ids": ids} for ids in samples], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     )
     total = sum(
         logprobs[token].logprob
-        for ids, output in zip(blocks, outputs, strict=True)
+        for ids, output in zip(samples, outputs, strict=True)
         for token, logprobs in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
     )
-    print(MARKER + json.dumps(math.exp(-total / (len(blocks) * (len(blocks[0]) - 1)))))
+    print(MARKER + json.dumps(math.exp(-total / (len(samples) * (len(samples[0]) - 1)))))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ OWN_FILES = ("heapr/masks.safetensors", "moments.safetensors", "partial.safetens
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(partial|replaced)\.(?P<process>\d+)")
 
 
-def check_output(path: Path, overwrite: bool) -> None:
+def check_output(path: Path, *, overwrite: bool) -> None:
     """Raises HeaprError if `path` exists and may not be replaced."""
     if not path.exists() or (path.is_dir() and all(_TEMPORARY.fullmatch(entry.name) for entry in path.iterdir())):
         return
@@ -26,12 +26,12 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields an empty folder that becomes `path` when the block ends well and vanishes when it does not.
 
     Raises HeaprError if `path` exists and `overwrite` is false, or if it is not a folder heapr wrote.
     """
-    check_output(path, overwrite)
+    check_output(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     partial = path.parent / f".{path.name}.partial.{os.getpid()}"
@@ -52,7 +52,7 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def atomic_file(path: Path, write: Callable[[Path], None]) -> None:
+def atomic_file(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` on a temporary name, flushes it to disk and renames it to `path`."""
     _remove_leftovers(path)
     folder = path.with_name(f".{path.name}.partial.{os.getpid()}")  # safetensors puts a temporary of its own beside it

@@ -168,7 +168,7 @@ class Checkpoint:
         dtype, shape = self.headers[name]
         return torch.Size(shape).numel() * _ITEM_SIZE[dtype]
 
-    def export_bytes(self, routed_only: bool = False) -> int:
+    def export_bytes(self, *, routed_only: bool = False) -> int:
         """Size of all weights, or of those that can be pruned, as `heapr export` would write them unpruned."""
         total = 0
         for name, (dtype, _) in self.headers.items():
@@ -205,7 +205,7 @@ class Checkpoint:
         """Whether a tensor holds the scales of an FP8 weight."""
         return self.fp8_block is not None and name.endswith(FP8_SCALE_SUFFIX)
 
-    def check_unquantized(self, allow_fp8: bool = False) -> None:
+    def check_unquantized(self, *, allow_fp8: bool = False) -> None:
         """Raises HeaprError if the checkpoint carries its own quantization; block-scaled FP8 may be allowed."""
         method = self.config.get("quantization_config", {}).get("quant_method")
         if method and not (allow_fp8 and self.fp8_block):

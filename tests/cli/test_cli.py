@@ -4,6 +4,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -302,3 +304,32 @@ def test_broken_config_json(qwen3: Path, corpus: Path, tmp_path: Path, capsys) -
         capsys,
         tmp_path,
     )
+
+
+def test_a_note_where_speed_falls_behind(tmp_path: Path, calibration: Path, capsys: pytest.CaptureFixture) -> None:
+    """A sum over tokens calls the neurons of rarely used experts the least salient: they go, and cost no time."""
+    prune = ["prune", str(calibration), "--criterion", "fisher", "--unrouted", "prune", "-o"]
+    assert main([*prune, str(tmp_path / "stored"), "--sparsity", "0.3"]) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert "speed follows executed FLOPs" in note and note.endswith("--flops R with --criterion fisher")
+    assert main([*prune, str(tmp_path / "executed"), "--flops", "0.3"]) == 0
+    assert "note: " not in capsys.readouterr().out
+
+
+def test_no_bars_where_stderr_is_no_terminal(masks_repository: Path, qwen3: Path, corpus: Path, tmp_path: Path) -> None:
+    """Neither ours nor those of other libraries, such as the "Loading weights" of transformers."""
+    command = [sys.executable, "-m", "heapr_vllm", "eval", str(masks_repository), "--dataset", str(corpus)]
+    command += ["--num-samples", "2", "--max-seq-length", "64"]
+    piped = subprocess.run(command, capture_output=True, text=True)
+    assert piped.returncode == 0 and "perplexity" in piped.stdout
+    assert "it/s" not in piped.stderr and "%|" not in piped.stderr and "Loading weights" not in piped.stderr
+
+
+def test_help_is_light() -> None:
+    """`heapr --help` answers at once: it imports neither torch nor transformers nor vLLM."""
+    code = (
+        "import sys; from heapr_vllm.cli.main import build_parser; build_parser().format_help(); "
+        "print({'torch', 'transformers', 'vllm', 'numpy'} & sys.modules.keys())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "set()", result.stderr

@@ -92,7 +92,7 @@ def test_routes_are_counted_in_forward_passes(qwen3: Path) -> None:
 
 
 def test_tasks_go_through_lm_eval(qwen3: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = EvaluationSettings(str(corpus), num_samples=2, max_seq_length=64, tasks=("arc_easy",))
+    settings = EvaluationSettings(dataset=str(corpus), num_samples=2, max_seq_length=64, tasks=("arc_easy",))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(HeaprError, match=r"--tasks needs lm-eval: pip install .+\[eval\]"):
         compare([str(qwen3)], settings)
@@ -113,4 +113,9 @@ def test_tasks_go_through_lm_eval(qwen3: Path, corpus: Path, monkeypatch: pytest
 
 def test_text_longer_than_the_models_positions(qwen3: Path, corpus: Path) -> None:
     with pytest.raises(HeaprError, match="--max-seq-length 2048 exceeds the model's 512 positions"):
-        compare([str(qwen3)], EvaluationSettings(str(corpus)))
+        compare([str(qwen3)], EvaluationSettings(dataset=str(corpus)))
+
+
+def test_tasks_are_not_run_in_vllm(qwen3: Path, corpus: Path) -> None:
+    with pytest.raises(HeaprError, match="--tasks needs --backend transformers"):
+        compare([str(qwen3)], EvaluationSettings(dataset=str(corpus), tasks=("arc_easy",), backend="vllm"))

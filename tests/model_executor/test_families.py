@@ -26,7 +26,7 @@ def folders(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.mark.slow
 def test_every_family_is_calibrated_and_exported(folders: dict[str, Path]) -> None:
     for family, folder in folders.items():
-        assert all((folder / name / "config.json").is_file() for name in ("masks", "compact", "masked")), family
+        assert all((folder / name / "config.json").is_file() for name in ("masks", "compact", "zeroed")), family
 
 
 def output(logprob: float, token: int = 7) -> families.Output:

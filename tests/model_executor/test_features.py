@@ -32,11 +32,11 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def pruned(masks_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`compact` and `masked`, and with an adapter on the attention `lora` and `merged`."""
+    """`compact` and `zeroed`, and with an adapter on the attention `lora` and `merged`."""
     folder = tmp_path_factory.mktemp("pruned")
-    for layout in ("compact", "masked", "merged"):
-        export_checkpoint(masks_repository, folder / layout, layout="compact" if layout == "compact" else "masked")
-    adapter = attention_adapter(load_file(folder / "masked" / "model.safetensors"))
+    for layout in ("compact", "zeroed", "merged"):
+        export_checkpoint(masks_repository, folder / layout, layout="compact" if layout == "compact" else "zeroed")
+    adapter = attention_adapter(load_file(folder / "zeroed" / "model.safetensors"))
     save_adapter(adapter, folder / "lora")
     tensors = load_file(folder / "merged" / "model.safetensors")
     for module, (down, up) in adapter.items():
@@ -111,7 +111,7 @@ def add_mtp_layer(base: Path) -> None:
 @pytest.fixture(scope="module")
 def stock(pruned: Path, with_mtp: Path) -> dict:
     """What the variants should answer."""
-    models = {"plain": pruned / "masked", "LoRA": pruned / "merged", "MTP drafts": with_mtp / "masked"}
+    models = {"plain": pruned / "zeroed", "LoRA": pruned / "merged", "MTP drafts": with_mtp / "zeroed"}
     return engine.answer_many({name: {"model": str(path)} for name, path in models.items()}, env={"VLLM_PLUGINS": ""})
 
 

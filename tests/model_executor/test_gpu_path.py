@@ -25,18 +25,18 @@ TRITON = {"HEAPR_KERNEL": "triton", "TRITON_INTERPRET": "1", **INSPECT}
 
 @pytest.fixture(scope="module")
 def bundled(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`masks`, `compact` and `masked` of the bundled model, a quarter pruned."""
+    """`masks`, `compact` and `zeroed` of the bundled model, a quarter pruned."""
     folder = tmp_path_factory.mktemp("bundled")
     prune(BUNDLED, corpus, folder, sparsity=0.25)
-    export_checkpoint(folder / "masks", folder / "masked", layout="masked")
+    export_checkpoint(folder / "masks", folder / "zeroed", layout="zeroed")
     return folder
 
 
 @pytest.fixture(scope="module")
 def awkward(masks_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`compact` and `masked` of a tiny model whose experts keep 0, 1, an odd number and all neurons."""
+    """`compact` and `zeroed` of a tiny model whose experts keep 0, 1, an odd number and all neurons."""
     folder = tmp_path_factory.mktemp("awkward")
-    for layout in ("compact", "masked"):
+    for layout in ("compact", "zeroed"):
         export_checkpoint(masks_repository, folder / layout, layout=layout)
     return folder
 
@@ -58,7 +58,7 @@ def stock(bundled: Path, awkward: Path) -> dict:
     return answers(
         "generate_little",
         {"VLLM_PLUGINS": "", **INSPECT},
-        {"bundled": {"model": str(bundled / "masked")}, "awkward": {"model": str(awkward / "masked")}},
+        {"bundled": {"model": str(bundled / "zeroed")}, "awkward": {"model": str(awkward / "zeroed")}},
     )
 
 

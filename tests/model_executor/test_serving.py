@@ -34,9 +34,9 @@ def compact(masks_repository: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def stock(masks_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Stock vLLM on the masked checkpoint."""
-    output = tmp_path_factory.mktemp("masked") / "masked"
-    export_checkpoint(masks_repository, output, layout="masked")
+    """Stock vLLM on the zeroed checkpoint."""
+    output = tmp_path_factory.mktemp("zeroed") / "zeroed"
+    export_checkpoint(masks_repository, output, layout="zeroed")
     return engine.results(engine.run(output, env={"VLLM_PLUGINS": ""}))[0]
 
 
@@ -60,9 +60,9 @@ def test_compact_also_after_reload(storage: dict, compact: Path, stock: dict) ->
 @pytest.mark.filterwarnings("ignore:.*experts to repair see fewer tokens")
 def test_repaired_checkpoint(masks_repository: Path, tmp_path: Path) -> None:
     """Refitted weights are served like any others."""
-    for layout in ("compact", "masked"):
+    for layout in ("compact", "zeroed"):
         export_checkpoint(masks_repository, tmp_path / layout, layout=layout, repair=RepairSettings())
-    expected = engine.results(engine.run(tmp_path / "masked", env={"VLLM_PLUGINS": ""}))[0]
+    expected = engine.results(engine.run(tmp_path / "zeroed", env={"VLLM_PLUGINS": ""}))[0]
     assert_same(engine.results(engine.run(tmp_path / "compact", env=RAGGED))[0], expected)
 
 
@@ -118,13 +118,14 @@ def test_shared_experts(corpus: Path, tmp_path: Path) -> None:
     """Qwen2-MoE: shared expert and its gate stay whole."""
     base = tiny_models.save("qwen2_moe", tmp_path / "base")
     calibrate(
-        CalibrationSettings(str(base), str(corpus), num_calibration_samples=4, max_seq_length=64), tmp_path / "calib"
+        CalibrationSettings(model=str(base), dataset=str(corpus), num_calibration_samples=4, max_seq_length=64),
+        tmp_path / "calib",
     )
     masks = awkward(NeuronMoments.from_pretrained(tmp_path / "calib"))
     write_masks_repository(masks, tmp_path / "calib", tmp_path / "masks")
     export_checkpoint(tmp_path / "masks", tmp_path / "compact")
-    export_checkpoint(tmp_path / "masks", tmp_path / "masked", layout="masked")
-    expected = engine.results(engine.run(tmp_path / "masked", env={"VLLM_PLUGINS": ""}))[0]
+    export_checkpoint(tmp_path / "masks", tmp_path / "zeroed", layout="zeroed")
+    expected = engine.results(engine.run(tmp_path / "zeroed", env={"VLLM_PLUGINS": ""}))[0]
     assert_same(engine.results(engine.run(tmp_path / "compact", env=RAGGED))[0], expected)
 
 

@@ -3,22 +3,21 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from heapr_vllm.environment import versions
 from heapr_vllm.formats.atomic import atomic_file, check_output
 from heapr_vllm.formats.checkpoint import TOKENIZER_FILES, Checkpoint
 from heapr_vllm.prune.calibration.in_memory import calibrate_in_memory
-from heapr_vllm.prune.calibration.moments import CALIBRATION_FILE, MOMENTS_FILE, NeuronMoments
+from heapr_vllm.prune.calibration.moments import MOMENTS_FILE, NeuronMoments
 from heapr_vllm.prune.calibration.processes import ALONE, Processes
+from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationIdentity, CalibrationRecord
 from heapr_vllm.prune.calibration.saved_state import PARTIAL_FILE, SavedState
-from heapr_vllm.prune.calibration.settings import CalibrationSettings, NotFiniteError, calibration_blocks
+from heapr_vllm.prune.calibration.settings import CalibrationSettings, NotFiniteError, calibration_samples
 from heapr_vllm.prune.models.loading import check_device
 from heapr_vllm.prune.text.samples import fingerprint
 
@@ -41,27 +40,26 @@ def calibrate(
     Raises HeaprError on bad input before anything is written, and if the loss becomes NaN on the way.
     """
     if not (resume and any((output / name).is_file() for name in (PARTIAL_FILE, MOMENTS_FILE, CALIBRATION_FILE))):
-        check_output(output, overwrite)
+        check_output(output, overwrite=overwrite)
     device = processes.device(device)
     check_device(device, allow_auto=True)
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
     checkpoint.check_unquantized(allow_fp8=True)
     checkpoint.expert_shapes()
-    blocks = calibration_blocks(settings, checkpoint)
-    mine = processes.share(blocks)
-    identity = {
-        **asdict(settings),
-        "revision": checkpoint.commit or settings.revision,
-        "processes": processes.size,
-        "dataset_fingerprint": fingerprint(blocks),
-        "base_fingerprint": checkpoint.fingerprint(),
-        "checkpoint_bytes": checkpoint.export_bytes(),
-        "routed_bytes": checkpoint.export_bytes(routed_only=True),
-    }
-    state = SavedState(output, identity, processes)
+    samples = calibration_samples(settings, checkpoint)
+    mine = processes.share(samples)
+    identity = CalibrationIdentity(
+        **asdict(replace(settings, revision=checkpoint.commit or settings.revision)),
+        processes=processes.size,
+        dataset_fingerprint=fingerprint(samples),
+        base_fingerprint=checkpoint.fingerprint(),
+        checkpoint_bytes=checkpoint.export_bytes(),
+        routed_bytes=checkpoint.export_bytes(routed_only=True),
+    )
+    state = SavedState(output, asdict(identity), processes)
     if resume and (finished := state.finished()):
         return finished
-    partial = state.load() if resume else None
+    saved = state.load() if resume else None
     processes.wait()
     if processes.is_first and not resume:
         state.remove()
@@ -72,38 +70,32 @@ def calibrate(
         if settings.stream:
             from heapr_vllm.prune.calibration.streamed import calibrate_streamed
 
-            moments = calibrate_streamed(checkpoint, settings, mine, device, state, partial, checkpoint_every)
+            moments = calibrate_streamed(checkpoint, settings, mine, device, state, saved, checkpoint_every)
         else:
-            moments = calibrate_in_memory(checkpoint, settings, mine, device, state, partial, checkpoint_every)
+            moments = calibrate_in_memory(checkpoint, settings, mine, device, state, saved, checkpoint_every)
     except NotFiniteError:
         state.remove()
         raise
-    moments = replace(processes.total(moments), metadata=identity)
+    moments = replace(processes.total(moments), metadata=asdict(identity))
     if processes.is_first:
-        _write_provenance(output, checkpoint, identity, moments, blocks, time.time() - started)
+        output.mkdir(exist_ok=True)
+        record = CalibrationRecord(
+            **asdict(identity),
+            calibration_tokens=samples.numel(),
+            wall_time_seconds=round(time.time() - started, 1),
+            versions=versions(),
+            tokens={prefix: tokens.tolist() for prefix, tokens in moments.tokens.items()},
+        )
+        record.write(output)
+        _copy_side_files(checkpoint, output)
         moments.save_pretrained(output)
         state.remove()
     return moments
 
 
-def _write_provenance(
-    output: Path,
-    checkpoint: Checkpoint,
-    identity: dict[str, Any],
-    moments: NeuronMoments,
-    blocks: torch.Tensor,
-    seconds: float,
-) -> None:
-    record = {
-        **identity,
-        "calibration_tokens": blocks.numel(),
-        "wall_time_seconds": round(seconds, 1),
-        "versions": versions(),
-        "tokens": {prefix: count.tolist() for prefix, count in moments.tokens.items()},
-    }
-    output.mkdir(exist_ok=True)
-    atomic_file(output / CALIBRATION_FILE, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+def _copy_side_files(checkpoint: Checkpoint, output: Path) -> None:
+    """Copies config and tokenizer, with which `heapr prune` makes a repository that vLLM serves."""
     for name in ("config.json", *TOKENIZER_FILES):
         if (checkpoint.path / name).is_file():
-            content = (checkpoint.path / name).read_bytes()
-            atomic_file(output / name, lambda path, content=content: path.write_bytes(content))
+            write = partial(shutil.copyfile, checkpoint.path / name)
+            atomic_file(output / name, write)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
-from heapr_vllm.prune.calibration.moments import NORMS, OUTPUTS, SUMS, NeuronMoments
+from heapr_vllm.prune.calibration.moments import NORMS, OUTPUTS, SUMS, LayerMoments, NeuronMoments
 from heapr_vllm.prune.models.experts import expert_modules
 
 EXPERTS_IMPLEMENTATION = "heapr_moments"
@@ -41,35 +43,71 @@ class _Tap(torch.autograd.Function):
         return grad, None
 
 
-class MomentCollector:
-    """Sums per expert and neuron in float64, on the device of each MoE module, or all on `device`.
+@dataclass(frozen=True)
+class LayerSums:
+    """What one MoE module has added up so far, in float64 on one device.
 
-    `tokens`: prefix to int64 [E]; `sums`: prefix to float64 [E, 3, I] in the order of `SUMS`; `outputs`: prefix to
-    float64 [2, E] in the order of `OUTPUTS`, a sum and a maximum; `norms`: prefix to float64 [3, E, I] in the order of
-    `NORMS`, of the weights, zero until the layer has run (its weights may not be there earlier).
+    `tokens`: int64 [E].
+    `sums`: float64 [E, 3, I] in the order of `SUMS`.
+    `outputs`: float64 [2, E] in the order of `OUTPUTS`, a sum and a maximum.
+    `norms`: float64 [3, E, I] in the order of `NORMS`, of the weights; zero until the layer has run (its weights may
+    not be there earlier).
+    """
+
+    tokens: torch.Tensor
+    sums: torch.Tensor
+    outputs: torch.Tensor
+    norms: torch.Tensor
+
+    @classmethod
+    def zeros(cls, num_experts: int, width: int, device: torch.device) -> LayerSums:
+        """Starts with nothing for `num_experts` experts of `width` neurons."""
+        return cls(
+            tokens=torch.zeros(num_experts, dtype=torch.int64, device=device),
+            sums=torch.zeros(num_experts, len(SUMS), width, dtype=torch.float64, device=device),
+            outputs=torch.zeros(len(OUTPUTS), num_experts, dtype=torch.float64, device=device),
+            norms=torch.zeros(len(NORMS), num_experts, width, dtype=torch.float64, device=device),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + self.sums.nbytes + self.outputs.nbytes + self.norms.nbytes
+
+    def moments(self) -> LayerMoments:
+        """Copies the sums to the CPU."""
+        named = dict(zip(SUMS, self.sums.unbind(1), strict=True))
+        named |= dict(zip((*OUTPUTS, *NORMS), (*self.outputs, *self.norms), strict=True))
+        return LayerMoments(self.tokens.cpu(), **{name: values.cpu().clone() for name, values in named.items()})
+
+    def restore(self, layer: LayerMoments) -> None:
+        """Continues from `layer`. Raises HeaprError if it lacks something."""
+        norms, outputs = layer.required(NORMS, "resuming"), layer.required(OUTPUTS, "resuming")
+        self.tokens.copy_(layer.tokens)
+        self.sums.copy_(torch.stack([layer.activation_sq, layer.gradient_sq, layer.fisher], 1))
+        self.outputs.copy_(torch.stack(outputs))
+        self.norms.copy_(torch.stack(norms))
+
+
+class MomentCollector:
+    """Sums per expert and neuron, on the device of each MoE module, or all on `device`.
+
+    `layers`: MoE module prefix -> LayerSums.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device | None = None) -> None:
         """Raises HeaprError if `model` has no experts that Transformers' experts interface reaches."""
         self.model = model
         self.prefixes: dict[nn.Module, str] = {}
-        self.tokens: dict[str, torch.Tensor] = {}
-        self.sums: dict[str, torch.Tensor] = {}
-        self.outputs: dict[str, torch.Tensor] = {}
-        self.norms: dict[str, torch.Tensor] = {}
+        self.layers: dict[str, LayerSums] = {}
         for prefix, module in expert_modules(model).items():
-            num_experts, _, width = module.down_proj.shape
             if not getattr(module, "has_gate", False) or module.has_bias or module.is_transposed:
                 raise HeaprError(
                     f"{prefix} ({type(module).__name__}) is not a bias-free gated expert module behind "
                     "Transformers' experts interface; this family is not supported"
                 )
-            place = device or module.down_proj.device
+            num_experts, _, width = module.down_proj.shape
             self.prefixes[module] = prefix
-            self.tokens[prefix] = torch.zeros(num_experts, dtype=torch.int64, device=place)
-            self.sums[prefix] = torch.zeros(num_experts, len(SUMS), width, dtype=torch.float64, device=place)
-            self.outputs[prefix] = torch.zeros(len(OUTPUTS), num_experts, dtype=torch.float64, device=place)
-            self.norms[prefix] = torch.zeros(len(NORMS), num_experts, width, dtype=torch.float64, device=place)
+            self.layers[prefix] = LayerSums.zeros(num_experts, width, device or module.down_proj.device)
         if not self.prefixes:
             raise HeaprError(f"{type(model).__name__} has no routed experts; HEAPr prunes MoE models")
 
@@ -94,19 +132,18 @@ class MomentCollector:
         """
 
         def count(_: torch.Tensor) -> None:
-            self.tokens[prefix] += counts
-            self.outputs[prefix][0] += routed_norm
-            self.outputs[prefix][1] = self.outputs[prefix][1].maximum(peak_norm)
+            layer.tokens.add_(counts)
+            layer.outputs[0] += routed_norm
+            layer.outputs[1] = layer.outputs[1].maximum(peak_norm)
 
-        prefix = self.prefixes[module]
-        if not self.norms[prefix].any():
-            self.norms[prefix] = _weight_norms(module).to(self.norms[prefix].device)
-        sums = self.sums[prefix]
+        layer = self.layers[self.prefixes[module]]
+        if not layer.norms.any():
+            layer.norms.copy_(_weight_norms(module))
         output = torch.zeros_like(hidden_states)
         routes = top_k_index.flatten()
         order = routes.argsort(stable=True)
-        counts = routes.bincount(minlength=len(sums))
-        routed_norm, peak_norm = torch.zeros_like(self.outputs[prefix])
+        counts = routes.bincount(minlength=len(layer.tokens))
+        routed_norm, peak_norm = torch.zeros_like(layer.outputs)
         for expert, route in enumerate(order.split(counts.tolist())):
             if not len(route):
                 continue
@@ -114,7 +151,7 @@ class MomentCollector:
             x = F.pad(hidden_states[token], (0, 0, 0, -len(route) % ROW_MULTIPLE))
             h = module._apply_gate(F.linear(x, module.gate_up_proj[expert]))
             if h.requires_grad:
-                h = _Tap.apply(h, sums[expert])
+                h = _Tap.apply(h, layer.sums[expert])
             out = F.linear(h, module.down_proj[expert])[: len(route)]
             weight = top_k_weights.flatten()[route, None]
             norm = out.detach().float().norm(dim=-1).double()
@@ -126,41 +163,23 @@ class MomentCollector:
 
     def check_reached(self) -> None:
         """Raises HeaprError if a MoE layer saw no token at all: then its experts do not run through `forward`."""
-        if unseen := [prefix for prefix, tokens in self.tokens.items() if not tokens.any()]:
+        if unseen := [prefix for prefix, layer in self.layers.items() if not layer.tokens.any()]:
             raise HeaprError(
                 f"no token reached {unseen[0]} through Transformers' experts interface; "
                 f"{type(self.model).__name__} is not supported"
             )
 
-    def moments(self, metadata: dict) -> NeuronMoments:
-        """The sums so far, on the CPU."""
-        groups = {
-            name: {prefix: sums[:, i].contiguous().cpu() for prefix, sums in self.sums.items()}
-            for i, name in enumerate(SUMS)
-        }
-        for names, tensors in ((OUTPUTS, self.outputs), (NORMS, self.norms)):
-            groups |= {
-                name: {prefix: values[i].clone().cpu() for prefix, values in tensors.items()}
-                for i, name in enumerate(names)
-            }
-        return NeuronMoments(
-            {prefix: tokens.cpu() for prefix, tokens in self.tokens.items()}, **groups, metadata=metadata
-        )
+    def moments(self, metadata: dict[str, Any]) -> NeuronMoments:
+        """Copies the sums so far to the CPU."""
+        return NeuronMoments({prefix: layer.moments() for prefix, layer in self.layers.items()}, metadata)
 
     def restore(self, moments: NeuronMoments) -> None:
         """Continues from `moments`, which must be in float64 to continue exactly.
 
         Raises HeaprError if an older version saved them, which did not collect everything.
         """
-        moments.require((*NORMS, *OUTPUTS), "resuming")
-        for prefix, sums in self.sums.items():
-            self.tokens[prefix].copy_(moments.tokens[prefix])
-            for i, name in enumerate(SUMS):
-                sums[:, i].copy_(getattr(moments, name)[prefix])
-            for i, name in enumerate(OUTPUTS):
-                self.outputs[prefix][i].copy_(getattr(moments, name)[prefix])
-            for i, name in enumerate(NORMS):
-                self.norms[prefix][i].copy_(getattr(moments, name)[prefix])
+        for prefix, layer in self.layers.items():
+            layer.restore(moments[prefix])
 
 
 @torch.no_grad()
@@ -172,7 +191,7 @@ def _weight_norms(module: nn.Module) -> torch.Tensor:
 
 def check_experts(checkpoint: Checkpoint, collector: MomentCollector) -> None:
     """Raises HeaprError if the checkpoint has routed experts that the model does not expose."""
-    if missing := checkpoint.expert_shapes().keys() - collector.sums.keys():
+    if missing := checkpoint.expert_shapes().keys() - collector.layers.keys():
         raise HeaprError(
             f"{type(collector.model).__name__} does not expose {min(missing)} of the checkpoint; "
             "this family is not supported"

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.prune.calibration.collector import ROW_MULTIPLE, MomentCollector
-from heapr_vllm.prune.calibration.settings import CalibrationSettings, calibration_blocks
+from heapr_vllm.prune.calibration.settings import CalibrationSettings, calibration_samples
 from heapr_vllm.prune.models.layered import HEAD_TOKENS, LayeredModel
 from heapr_vllm.prune.models.loading import check_device
 
@@ -21,7 +21,7 @@ RUNTIME_BYTES = 256 * 2**20  # kernel libraries, thread stacks and allocator rou
 
 
 def streamed_plan(model: LayeredModel, num_samples: int, length: int, batch_size: int) -> dict[str, int]:
-    """Sizes in bytes for `num_samples` blocks of `length` tokens, an upper bound for every phase of the pass.
+    """Computes sizes in bytes for `num_samples` samples of `length` tokens, an upper bound for every phase of the pass.
 
     `peak_memory_bytes` is that of the device the layers run on; on the CPU it includes what this process holds now.
     """
@@ -34,11 +34,7 @@ def streamed_plan(model: LayeredModel, num_samples: int, length: int, batch_size
     head_tokens = batch_size * min(max(1, HEAD_TOKENS // batch_size), length)
     logits = head_tokens * config.vocab_size * (2 * dtype.itemsize + 3 * 4)  # as computed, float32, softmax, gradients
     collector = MomentCollector(model.model, torch.device("meta"))
-    accumulators = sum(
-        tensor.nbytes
-        for group in (collector.tokens, collector.sums, collector.outputs, collector.norms)
-        for tensor in group.values()
-    )
+    accumulators = sum(layer.nbytes for layer in collector.layers.values())
     phases = (
         weights[model.embedding_name] + 2 * hidden,
         weights[model.head_name] + logits + 4 * hidden,
@@ -130,5 +126,5 @@ def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
     from heapr_vllm.prune.models.layered import LayeredModel
 
     del sizes["checkpointed_activation_bytes"]  # on disk here
-    blocks = calibration_blocks(settings, checkpoint)
-    return sizes | streamed_plan(LayeredModel(checkpoint, settings.dtype, device), *blocks.shape, settings.batch_size)
+    samples = calibration_samples(settings, checkpoint)
+    return sizes | streamed_plan(LayeredModel(checkpoint, settings.dtype, device), *samples.shape, settings.batch_size)

@@ -22,14 +22,14 @@ from heapr_vllm.prune.models.loading import load_model
 
 def collect_moments(
     model: PreTrainedModel,
-    blocks: torch.Tensor,
+    samples: torch.Tensor,
     batch_size: int = 1,
     *,
     collector: MomentCollector | None = None,
     first: int = 0,
     after_batch: Callable[[int], None] | None = None,
 ) -> NeuronMoments:
-    """Runs `model` over token `blocks` int64 [N, L] and returns the moments; weights get no gradient.
+    """Runs `model` over token `samples` int64 [N, L] and returns the moments; weights get no gradient.
 
     The loss is the sum of next-token cross entropies, so the result does not depend on `batch_size`. `collector` and
     `first` continue an interrupted run; `after_batch(n)` is called when n samples are done. Raises HeaprError if the
@@ -37,8 +37,8 @@ def collect_moments(
     """
     collector = collector or MomentCollector(model)
     with collector.attached(), _backward_only_to_activations(model):
-        for start in range(first, len(blocks), batch_size):
-            ids = blocks[start : start + batch_size].to(model.device)
+        for start in range(first, len(samples), batch_size):
+            ids = samples[start : start + batch_size].to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
             check_finite(loss.item(), start)
@@ -46,7 +46,7 @@ def collect_moments(
             if after_batch is not None:
                 after_batch(start + len(ids))
     collector.check_reached()
-    return collector.moments({"num_calibration_samples": len(blocks), "max_seq_length": blocks.shape[1]})
+    return collector.moments({"num_calibration_samples": len(samples), "max_seq_length": samples.shape[1]})
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def _backward_only_to_activations(model: PreTrainedModel):
 def calibrate_in_memory(
     checkpoint: Checkpoint,
     settings: CalibrationSettings,
-    blocks: torch.Tensor,
+    samples: torch.Tensor,
     device: str,
     state: SavedState,
     partial: NeuronMoments | None,
@@ -88,7 +88,7 @@ def calibrate_in_memory(
         collector.restore(partial)
         first = partial.metadata["samples_done"]
     with tqdm(
-        total=blocks.numel(),
+        total=samples.numel(),
         initial=first * settings.max_seq_length,
         unit="tok",
         unit_scale=True,
@@ -98,9 +98,9 @@ def calibrate_in_memory(
 
         def after_batch(done: int) -> None:
             bar.update(settings.batch_size * settings.max_seq_length)
-            if done < len(blocks) and done // settings.batch_size % every == 0:
+            if done < len(samples) and done // settings.batch_size % every == 0:
                 state.save(collector, {"samples_done": done})
 
         return collect_moments(
-            model, blocks, settings.batch_size, collector=collector, first=first, after_batch=after_batch
+            model, samples, settings.batch_size, collector=collector, first=first, after_batch=after_batch
         )

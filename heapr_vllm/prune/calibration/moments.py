@@ -17,7 +17,7 @@ output, so it is part of g and of dl/dh_k.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.tensorfile import load_tensors, save_tensors
 
 MOMENTS_FILE = "moments.safetensors"
-CALIBRATION_FILE = "calibration.json"
 SUMS = ("activation_sq", "gradient_sq", "fisher")
 NORMS = ("gate_norm", "up_norm", "down_norm")
 OUTPUTS = ("routed_norm", "peak_norm")
@@ -35,44 +34,75 @@ MOMENTS_VERSION = 2  # 1 lacks NORMS and OUTPUTS
 
 
 @dataclass(frozen=True)
-class NeuronMoments:
-    """Sums over calibration tokens, by MoE module prefix as in the checkpoint.
+class LayerMoments:
+    """Sums over calibration tokens for one MoE module of E experts with I neurons each.
 
-    `tokens`: int64 [E] tokens routed to each expert. `activation_sq`: sum of h^2, `gradient_sq`: sum of (dl/dh)^2,
-    `fisher`: sum of (h dl/dh)^2, each float [E, I]. `gate_norm`, `up_norm`, `down_norm`: Euclidean norms of a neuron's
-    gate row, up row and down column, float [E, I]. `routed_norm`: sum of router weight times ||E(x)||, `peak_norm`: the
-    largest ||E(x)||, float [E] each, E(x) being the expert's output before its router weight. Files of version 1 lack
-    the norms; they load, and `require` says what to do. `metadata`: how the moments were collected, JSON values only.
+    `tokens`: int64 [E], tokens routed to each expert.
+    `activation_sq`, `gradient_sq`, `fisher`: float [E, I], sums of h^2, (dl/dh)^2 and (h dl/dh)^2.
+    `gate_norm`, `up_norm`, `down_norm`: float [E, I], Euclidean norms of a neuron's gate row, up row and down column.
+    `routed_norm`, `peak_norm`: float [E], sum of router weight times ||E(x)|| and the largest ||E(x)||, E(x) being the
+    expert's output before its router weight.
+    Files of version 1 lack the norms, which are None then; `required` says what to do.
     """
 
-    tokens: dict[str, torch.Tensor]
-    activation_sq: dict[str, torch.Tensor]
-    gradient_sq: dict[str, torch.Tensor]
-    fisher: dict[str, torch.Tensor]
-    gate_norm: dict[str, torch.Tensor] = field(default_factory=dict)
-    up_norm: dict[str, torch.Tensor] = field(default_factory=dict)
-    down_norm: dict[str, torch.Tensor] = field(default_factory=dict)
-    routed_norm: dict[str, torch.Tensor] = field(default_factory=dict)
-    peak_norm: dict[str, torch.Tensor] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
+    tokens: torch.Tensor
+    activation_sq: torch.Tensor
+    gradient_sq: torch.Tensor
+    fisher: torch.Tensor
+    gate_norm: torch.Tensor | None = None
+    up_norm: torch.Tensor | None = None
+    down_norm: torch.Tensor | None = None
+    routed_norm: torch.Tensor | None = None
+    peak_norm: torch.Tensor | None = None
 
-    def saliency(self) -> dict[str, torch.Tensor]:
-        """HEAPr's score, prefix to float64 [E, I]; zero for experts that saw no token."""
-        scores = {}
-        for prefix, tokens in self.tokens.items():
-            count = tokens.double().clamp(min=1)[:, None]
-            activation, gradient = self.activation_sq[prefix].double(), self.gradient_sq[prefix].double()
-            scores[prefix] = 0.5 * (activation / count) * (gradient / count)
-        return scores
+    def saliency(self) -> torch.Tensor:
+        """Computes HEAPr's score, float64 [E, I]; zero for experts that saw no token."""
+        count = self.tokens.double().clamp(min=1)[:, None]
+        return 0.5 * (self.activation_sq.double() / count) * (self.gradient_sq.double() / count)
 
-    def loss_increase(self) -> dict[str, torch.Tensor]:
-        """Predicted rise of the summed calibration loss, in nats, if one neuron is removed; prefix to float64 [E, I].
+    def loss_increase(self) -> torch.Tensor:
+        """Predicts the rise of the summed calibration loss, in nats, if one neuron is removed; float64 [E, I].
 
         Removing neuron k changes the loss by 1/2 h_k^2 d^2l/dh_k^2 to second order (the first order vanishes at a
         minimum); with the Fisher information for the curvature, summed over tokens: 1/2 sum (h_k dl/dh_k)^2. Unlike
         the paper's score it is a sum, so it holds how often the expert runs.
         """
-        return {prefix: 0.5 * sums.double() for prefix, sums in self.fisher.items()}
+        return 0.5 * self.fisher.double()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Lists the tensors that are there, by name."""
+        named = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def required(self, names: tuple[str, ...], purpose: str) -> list[torch.Tensor]:
+        """Returns the tensors `names`. Raises HeaprError if one is missing, as in files of version 1."""
+        there = self.tensors()
+        if missing := [name for name in names if name not in there]:
+            raise HeaprError(
+                f"{purpose} needs {', '.join(missing)}, which these moments of an older heapr-vllm lack; "
+                "calibrate again"
+            )
+        return [there[name] for name in names]
+
+
+@dataclass(frozen=True)
+class NeuronMoments:
+    """The moments of a model.
+
+    `layers`: MoE module prefix as in the checkpoint -> LayerMoments. `metadata`: how they were collected, JSON values
+    only.
+    """
+
+    layers: dict[str, LayerMoments]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, prefix: str) -> LayerMoments:
+        return self.layers[prefix]
+
+    @property
+    def tokens(self) -> dict[str, torch.Tensor]:
+        """Tokens routed to each expert, prefix -> int64 [E]."""
+        return {prefix: layer.tokens for prefix, layer in self.layers.items()}
 
     @property
     def calibration_tokens(self) -> int:
@@ -82,19 +112,12 @@ class NeuronMoments:
         except KeyError as error:
             raise HeaprError(f"the moments' metadata lacks {error}; calibrate again") from error
 
-    def require(self, names: tuple[str, ...], purpose: str) -> None:
-        """Raises HeaprError if one of the tensors `names` is missing, as in files of version 1."""
-        if missing := [name for name in names if getattr(self, name).keys() != self.tokens.keys()]:
-            raise HeaprError(
-                f"{purpose} needs {', '.join(missing)}, which these moments of an older heapr-vllm lack; "
-                "calibrate again"
-            )
-
     def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes all sums and norms in `dtype` and the metadata to `path`, atomically."""
-        tensors = {f"{prefix}.tokens": count for prefix, count in self.tokens.items()}
-        for name in (*SUMS, *NORMS, *OUTPUTS):
-            tensors |= {f"{prefix}.{name}": values.to(dtype) for prefix, values in getattr(self, name).items()}
+        tensors = {}
+        for prefix, layer in self.layers.items():
+            for name, values in layer.tensors().items():
+                tensors[f"{prefix}.{name}"] = values if name == "tokens" else values.to(dtype)
         save_tensors(path, tensors, self.metadata, MOMENTS_VERSION)
 
     @classmethod
@@ -102,13 +125,13 @@ class NeuronMoments:
         """Reads a file written by `save`. Raises HeaprError if it is missing, damaged or incomplete."""
         tensors, metadata = load_tensors(path, MOMENTS_VERSION)
         wanted = {"tokens", *SUMS} if metadata.pop("format_version") == 1 else {"tokens", *SUMS, *NORMS, *OUTPUTS}
-        groups: dict[str, dict[str, torch.Tensor]] = {name: {} for name in wanted}
+        layers: dict[str, dict[str, torch.Tensor]] = {}
         for key in sorted(tensors):
             prefix, _, name = key.rpartition(".")
-            groups.setdefault(name, {})[prefix] = tensors[key]
-        if groups.keys() != wanted or len({frozenset(group) for group in groups.values()}) != 1:
+            layers.setdefault(prefix, {})[name] = tensors[key]
+        if not layers or any(layer.keys() != wanted for layer in layers.values()):
             raise HeaprError(f"{path} is not a complete moments file; `heapr calibrate` writes one")
-        return cls(**groups, metadata=metadata)
+        return cls({prefix: LayerMoments(**layer) for prefix, layer in layers.items()}, metadata)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `moments.safetensors` into `directory`."""

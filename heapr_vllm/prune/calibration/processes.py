@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.prune.calibration.moments import NORMS, OUTPUTS, SUMS, NeuronMoments
+from heapr_vllm.prune.calibration.moments import NORMS, NeuronMoments
 
 MAXIMA = ("peak_norm", *NORMS)  # norms of weights are the same in every process
 PATIENCE = timedelta(days=7)  # for the slowest process: they meet only at the start and at the end
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Processes:
     """This process among all that calibrate together; they share a file system."""
 
@@ -43,11 +43,11 @@ class Processes:
             raise HeaprError("--device auto spreads one model over all GPUs; with torchrun use --device cuda")
         return f"cuda:{self.local_rank}" if self.size > 1 and device == "cuda" else device
 
-    def share(self, blocks: torch.Tensor) -> torch.Tensor:
-        """This process's samples of `blocks` [N, L]. Raises HeaprError if there are fewer samples than processes."""
-        if len(blocks) < self.size:
-            raise HeaprError(f"{self.size} processes cannot share {len(blocks)} samples; start {len(blocks)}")
-        return blocks[self.rank :: self.size]
+    def share(self, samples: torch.Tensor) -> torch.Tensor:
+        """Takes this process's part of `samples` int64 [N, L]. Raises HeaprError if there are fewer than processes."""
+        if len(samples) < self.size:
+            raise HeaprError(f"{self.size} processes cannot share {len(samples)} samples; start {len(samples)}")
+        return samples[self.rank :: self.size]
 
     def wait(self) -> None:
         """Returns when all processes have come here."""
@@ -57,10 +57,9 @@ class Processes:
     def total(self, moments: NeuronMoments) -> NeuronMoments:
         """The moments of all processes together, the same in each."""
         if self.size > 1:
-            for name in ("tokens", *SUMS, *OUTPUTS, *NORMS):
-                reduction = dist.ReduceOp.MAX if name in MAXIMA else dist.ReduceOp.SUM
-                for _, values in sorted(getattr(moments, name).items()):
-                    dist.all_reduce(values, reduction)
+            for _, layer in sorted(moments.layers.items()):
+                for name, values in layer.tensors().items():
+                    dist.all_reduce(values, dist.ReduceOp.MAX if name in MAXIMA else dist.ReduceOp.SUM)
         return moments
 
 
@@ -76,6 +75,6 @@ def joined_processes() -> Iterator[Processes]:
         return
     dist.init_process_group("gloo", timeout=PATIENCE)  # the sums are on the CPU
     try:
-        yield Processes(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
+        yield Processes(rank=dist.get_rank(), size=size, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     finally:
         dist.destroy_process_group()

@@ -10,14 +10,14 @@ import torch
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
-from heapr_vllm.prune.text.samples import checkpoint_blocks
+from heapr_vllm.prune.text.samples import checkpoint_samples
 
 
 class NotFiniteError(HeaprError):
     """The loss is NaN or infinite: no later step can be right."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CalibrationSettings:
     """What the result depends on; `--resume` insists that it has not changed."""
 
@@ -40,8 +40,8 @@ def check_finite(loss: float, sample: int) -> None:
         )
 
 
-def calibration_blocks(settings: CalibrationSettings, checkpoint: Checkpoint) -> torch.Tensor:
-    """Token blocks int64 [num_calibration_samples, max_seq_length]. Raises HeaprError if the text is not enough."""
-    return checkpoint_blocks(
+def calibration_samples(settings: CalibrationSettings, checkpoint: Checkpoint) -> torch.Tensor:
+    """Draws int64 [num_calibration_samples, max_seq_length]. Raises HeaprError if the text is not enough."""
+    return checkpoint_samples(
         checkpoint, settings.dataset, settings.num_calibration_samples, settings.max_seq_length, settings.seed
     )

@@ -34,7 +34,7 @@ class BackwardPosition:
 def calibrate_streamed(
     checkpoint: Checkpoint,
     settings: CalibrationSettings,
-    blocks: torch.Tensor,
+    samples: torch.Tensor,
     device: str,
     state: SavedState,
     partial: NeuronMoments | None,
@@ -55,7 +55,7 @@ def calibrate_streamed(
         collector.restore(partial)
         if "layer" in partial.metadata:
             position = BackwardPosition(partial.metadata["layer"], partial.metadata["batches"])
-    batches = -(-len(blocks) // settings.batch_size)
+    batches = -(-len(samples) // settings.batch_size)
     first = 0 if position is None else num_steps(model, batches, position)
     with tqdm(
         total=num_steps(model, batches),
@@ -71,7 +71,7 @@ def calibrate_streamed(
 
         return collect_moments_streamed(
             model,
-            blocks,
+            samples,
             ActivationStore(state.stream_folder),
             settings.batch_size,
             collector=collector,
@@ -94,7 +94,7 @@ def num_steps(model: LayeredModel, batches: int, position: BackwardPosition | No
 
 def collect_moments_streamed(
     model: LayeredModel,
-    blocks: torch.Tensor,
+    samples: torch.Tensor,
     store: ActivationStore,
     batch_size: int = 1,
     *,
@@ -103,7 +103,7 @@ def collect_moments_streamed(
     save: Callable[[BackwardPosition], None] | None = None,
     after_steps: Callable[[int], None] | None = None,
 ) -> NeuronMoments:
-    """`collect_moments` for a `LayeredModel`: token `blocks` int64 [N, L] to moments.
+    """`collect_moments` for a `LayeredModel`: token `samples` int64 [N, L] to moments.
 
     Continues from what `store` holds; once the backward pass has begun, `collector` and `position` say how far it got.
     `save(position)` is called whenever both could be saved, and `after_steps(n)` after n more steps of `num_steps`.
@@ -111,7 +111,7 @@ def collect_moments_streamed(
     """
     collector = collector or MomentCollector(model.model, model.device)
     save, steps = save or (lambda _: None), after_steps or (lambda _: None)
-    batches, top, bottom = list(blocks.split(batch_size)), len(model.layers), model.first_moe_layer
+    batches, top, bottom = list(samples.split(batch_size)), len(model.layers), model.first_moe_layer
     with collector.attached():
         if position is None:
             position = BackwardPosition(top - 1, 0)
@@ -151,6 +151,7 @@ def _backward(
     store: ActivationStore,
     save: Callable[[BackwardPosition], None],
     steps: Callable[[int], None],
+    *,
     keep_gradient: bool,
 ) -> None:
     with model.layer(layer) as run:

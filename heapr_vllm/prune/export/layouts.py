@@ -1,52 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint tensor as the exported checkpoint holds it: cut to the kept neurons, or zeroed."""
+"""How an exported checkpoint holds the expert tensors: cut to the kept neurons, or full-size and zeroed."""
 
 from __future__ import annotations
 
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
+from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.names import ExpertTensor
 
-LAYOUTS = ("compact", "masked")
 PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
-def compact(name: str, tensor: torch.Tensor, masks: NeuronMasks) -> dict[str, torch.Tensor]:
-    """The kept part of a tensor; a stacked expert tensor becomes one tensor per expert and projection."""
-    return {
-        part_name: _keep(part, where, masks).contiguous() if where and where.prefix in masks.keep else part
-        for part_name, part, where in _per_expert(name, tensor)
-    }
+@dataclass(frozen=True)
+class Layout(ABC):
+    """A stage of the export that prunes; tensors that `masks` do not name pass as they are."""
+
+    masks: NeuronMasks
+
+    @abstractmethod
+    def tensors(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Turns one tensor of the base checkpoint into those of the exported one, by name."""
 
 
-def _keep(tensor: torch.Tensor, where: ExpertTensor, masks: NeuronMasks) -> torch.Tensor:
-    keep = masks.keep[where.prefix][where.expert]
-    return tensor[:, keep] if where.shard == "w2" else tensor[keep]
+class Compact(Layout):
+    """Every expert has its kept width; a stacked tensor becomes one tensor per expert and projection."""
+
+    def tensors(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        where = ExpertTensor.parse(name)
+        if where is None:
+            return {name: tensor}
+        return {part_name: self._kept(part, place) for part_name, part, place in _per_expert(name, tensor, where)}
+
+    def _kept(self, tensor: torch.Tensor, where: ExpertTensor) -> torch.Tensor:
+        if where.prefix not in self.masks.keep:
+            return tensor
+        keep = self.masks.keep[where.prefix][where.expert]
+        return (tensor[:, keep] if where.shard == "w2" else tensor[keep]).contiguous()
 
 
-def _per_expert(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, ExpertTensor | None]]:
-    where = ExpertTensor.parse(name)
-    if where is None or where.expert is not None:
+class Zeroed(Layout):
+    """Every tensor has its full size, with the pruned neurons zeroed: any engine loads it."""
+
+    def tensors(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        where = ExpertTensor.parse(name)
+        if where is None or where.prefix not in self.masks.keep:
+            return {name: tensor}
+        keep = self.masks.keep[where.prefix]
+        if where.expert is not None:
+            keep = keep[where.expert]
+        if where.shard == "w13":
+            keep = torch.cat([keep, keep], -1)
+        return {name: tensor * (keep[..., None, :] if where.shard == "w2" else keep[..., None])}
+
+
+LAYOUTS: dict[str, type[Layout]] = {"compact": Compact, "zeroed": Zeroed}
+FORMER_NAMES = {"masked": "zeroed"}
+
+
+def current_name(layout: str) -> str:
+    """Returns the name of a layout, with a note on stderr for a former one. Raises HeaprError if there is none such."""
+    if layout in FORMER_NAMES:
+        print(f"heapr: layout {layout} is called {FORMER_NAMES[layout]} now", file=sys.stderr)
+        return FORMER_NAMES[layout]
+    if layout not in LAYOUTS:
+        raise HeaprError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+    return layout
+
+
+def _per_expert(
+    name: str, tensor: torch.Tensor, where: ExpertTensor
+) -> Iterator[tuple[str, torch.Tensor, ExpertTensor]]:
+    """Yields name, tensor and place of every expert's part of a routed expert tensor."""
+    if where.expert is not None:
         yield name, tensor, where
         return
     shards = {"w2": tensor} if where.shard == "w2" else dict(zip(("w1", "w3"), tensor.chunk(2, dim=1), strict=True))
     for shard, stack in shards.items():
         for expert, part in enumerate(stack):
-            yield (
-                f"{where.prefix}.{expert}.{PROJECTIONS[shard]}.weight",
-                part,
-                ExpertTensor(where.prefix, expert, shard),
-            )
-
-
-def zeroed(name: str, tensor: torch.Tensor, masks: NeuronMasks) -> dict[str, torch.Tensor]:
-    """The full-size tensor with pruned neurons zeroed."""
-    where = ExpertTensor.parse(name)
-    if where is not None and where.prefix in masks.keep:
-        keep = masks.keep[where.prefix] if where.expert is None else masks.keep[where.prefix][where.expert]
-        keep = torch.cat([keep, keep], -1) if where.shard == "w13" else keep
-        tensor = tensor * (keep[..., None, :] if where.shard == "w2" else keep[..., None])
-    return {name: tensor}
+            place = ExpertTensor(where.prefix, expert, shard)
+            yield f"{where.prefix}.{expert}.{PROJECTIONS[shard]}.weight", part, place

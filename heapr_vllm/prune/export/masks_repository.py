@@ -13,21 +13,26 @@ from heapr_vllm.formats.atomic import atomic_directory
 from heapr_vllm.formats.checkpoint import TOKENIZER_FILES
 from heapr_vllm.formats.config import MASKS_FILE, BaseModel, PruningConfig
 from heapr_vllm.formats.masks import NeuronMasks, file_sha256
-from heapr_vllm.prune.calibration.moments import CALIBRATION_FILE
+from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationRecord
 from heapr_vllm.prune.report.card import model_card
 from heapr_vllm.prune.report.summary import FRONTIER_FILE
 
 
 def write_masks_repository(
-    masks: NeuronMasks, calibration: Path, output: Path, overwrite: bool = False, frontier: dict[str, Any] | None = None
+    masks: NeuronMasks,
+    calibration: Path,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    frontier: dict[str, Any] | None = None,
 ) -> None:
-    """Masks with the base model's config and tokenizer: under 1 MiB, and vLLM serves it like an adapter.
+    """Writes masks with the base model's config and tokenizer: under 1 MiB, and vLLM serves it like an adapter.
 
     `calibration` is the folder `heapr calibrate` wrote, `frontier` what `sweep.frontier` returned for these masks.
+    Raises HeaprError if `calibration` is no such folder or `output` may not be written.
     """
-    if not (calibration / CALIBRATION_FILE).is_file():
-        raise HeaprError(f"{calibration / CALIBRATION_FILE} is missing; `heapr calibrate` writes it")
-    with atomic_directory(output, overwrite) as folder:
+    record = CalibrationRecord.read(calibration, "`heapr calibrate` writes it")
+    with atomic_directory(output, overwrite=overwrite) as folder:
         masks.save_pretrained(folder)
         for name in TOKENIZER_FILES:
             if (calibration / name).is_file():
@@ -35,28 +40,30 @@ def write_masks_repository(
         shutil.copyfile(calibration / CALIBRATION_FILE, folder / "heapr" / CALIBRATION_FILE)
         if frontier is not None:
             (folder / "heapr" / FRONTIER_FILE).write_text(json.dumps(frontier, indent=2) + "\n")
-        block = PruningConfig(
+        pruning = PruningConfig(
             masks_sha256=file_sha256(folder / MASKS_FILE),
             sparsity=masks.metadata["sparsity"],
             scope=masks.metadata["scope"],
             align=masks.metadata["align"],
             base_model=BaseModel(**masks.metadata["base_model"]),
         )
-        write_config(folder, json.loads((calibration / "config.json").read_text()), block)
-        record = json.loads((calibration / CALIBRATION_FILE).read_text())
-        (folder / "README.md").write_text(model_card(masks, block, record))
+        write_config(folder, json.loads((calibration / "config.json").read_text()), pruning)
+        (folder / "README.md").write_text(model_card(masks, pruning, record))
 
 
 def read_pruning_config(masks_dir: Path) -> PruningConfig:
+    """Reads `quantization_config` of a masks repository. Raises HeaprError if it is none."""
     config_file = masks_dir / "config.json"
-    block = json.loads(config_file.read_text()).get("quantization_config") if config_file.is_file() else None
-    if block is None or block.get("quant_method") != "heapr":
+    config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    pruning = config.get("quantization_config")
+    if pruning is None or pruning.get("quant_method") != "heapr":
         raise HeaprError(f"{masks_dir} is not a masks repository; `heapr prune` writes one")
-    return PruningConfig.from_dict(block)
+    return PruningConfig.from_dict(pruning)
 
 
-def write_config(folder: Path, config: dict[str, Any], block: PruningConfig | None) -> None:
+def write_config(folder: Path, config: dict[str, Any], pruning: PruningConfig | None) -> None:
+    """Writes config.json with `pruning` in the place of any quantization that `config` names."""
     config = {key: value for key, value in config.items() if key != "quantization_config"}
-    if block is not None:
-        config["quantization_config"] = block.to_dict()
+    if pruning is not None:
+        config["quantization_config"] = pruning.to_dict()
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -12,7 +12,7 @@ from heapr_vllm.prune.models.deepseek import register_deepseek_model
 from heapr_vllm.prune.models.module_weights import load_dequantized
 
 
-def check_device(device: str, allow_auto: bool = False) -> None:
+def check_device(device: str, *, allow_auto: bool = False) -> None:
     """Raises HeaprError if torch does not have `device`: cpu, cuda, cuda:N, or "auto" where it is allowed."""
     if device == "auto" and allow_auto:
         return

@@ -33,17 +33,17 @@ def opened(checkpoint: Checkpoint, dtype: str, device: str) -> Iterator[tuple[Pr
         checkpoint.check_unquantized(allow_fp8=True)
         yield load_model(checkpoint, dtype, device), None
         return
-    block = PruningConfig.from_dict(quantization)
+    pruning = PruningConfig.from_dict(quantization)
     masks = NeuronMasks.from_pretrained(checkpoint.path)
-    if block.layout == "compact":
+    if pruning.layout == "compact":
         yield load_compact(checkpoint, masks, dtype).to(device), masks
         return
     base = (
         checkpoint
         if checkpoint.has_weights
-        else Checkpoint.resolve(block.base_model.name_or_path, block.base_model.revision)
+        else Checkpoint.resolve(pruning.base_model.name_or_path, pruning.base_model.revision)
     )
-    if block.base_model.fingerprint not in (None, base.fingerprint()):
+    if pruning.base_model.fingerprint not in (None, base.fingerprint()):
         raise HeaprError(
             f"{checkpoint.path} does not belong to {base.path}: its fingerprint differs from that of the "
             "calibrated model; restore the base model or export the masks with --no-verify"

@@ -14,10 +14,9 @@ import math
 import shutil
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -29,8 +28,10 @@ from heapr_vllm.formats.atomic import atomic_file
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.names import ExpertTensor, natural_order
+from heapr_vllm.formats.repair_record import RepairRecord
 from heapr_vllm.formats.tensorfile import save_tensors
-from heapr_vllm.prune.calibration.settings import CalibrationSettings, calibration_blocks
+from heapr_vllm.prune.calibration.record import CalibrationRecord
+from heapr_vllm.prune.calibration.settings import calibration_samples
 from heapr_vllm.prune.models.experts import expert_modules
 from heapr_vllm.prune.models.hidden_states import ActivationStore
 from heapr_vllm.prune.models.layered import LayeredModel
@@ -43,9 +44,12 @@ METHODS = ("least-squares",)
 STATE_FILE = "state.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RepairSettings:
-    """`dataset` and `num_samples`: the text, that of the calibration by default. `memory`: bytes for second moments."""
+    """How to refit, and what the export is handed to do so.
+
+    `dataset`, `num_samples`: the text, that of the calibration by default. `memory`: bytes for second moments.
+    """
 
     method: str = "least-squares"
     dataset: str | None = None
@@ -53,29 +57,33 @@ class RepairSettings:
     memory: int = 8 * 2**30
     device: str = "cpu"
 
+    def fit(self, base: Checkpoint, masks: NeuronMasks, calibration: CalibrationRecord, folder: Path) -> Repair:
+        """Does `fit_repair` with these settings."""
+        return fit_repair(base, masks, calibration, self, folder)
+
 
 @dataclass(frozen=True)
 class Repair:
-    """Compensations in `folder`, one file per MoE module; `record`: how they came about, JSON values only."""
+    """Compensations in `folder`, one file per MoE module, as a stage of the export; `record`: how they came about."""
 
     folder: Path
     masks: NeuronMasks
-    record: dict[str, Any]
+    record: RepairRecord
 
-    def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The checkpoint tensor `name`; a down_proj gets its kept columns refitted and keeps its full size."""
+    def tensors(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Refits the kept columns of a down_proj, which keeps its full size; other tensors pass as they are."""
         where = ExpertTensor.parse(name)
-        if where is None or where.shard != "w2":
-            return tensor
-        if not _module_file(self.folder, where.prefix).is_file():
-            return tensor
+        if where is None or where.shard != "w2" or not _module_file(self.folder, where.prefix).is_file():
+            return {name: tensor}
         stack = tensor.clone() if where.expert is None else tensor[None].clone()
+        experts = range(len(stack)) if where.expert is None else [where.expert]
         with safe_open(_module_file(self.folder, where.prefix), framework="pt") as file:
-            for index, expert in enumerate(range(len(stack)) if where.expert is None else [where.expert]):
-                if str(expert) in file.keys():  # noqa: SIM118
+            fitted = set(file.keys())
+            for index, expert in enumerate(experts):
+                if str(expert) in fitted:
                     keep = self.masks.keep[where.prefix][expert]
                     stack[index] = compensate(stack[index], keep, file.get_tensor(str(expert)))
-        return stack.view_as(tensor)
+        return {name: stack.view_as(tensor)}
 
     def discard(self) -> None:
         """Removes the folder."""
@@ -83,13 +91,13 @@ class Repair:
 
 
 def fit_repair(
-    base: Checkpoint, masks: NeuronMasks, calibration: dict[str, Any], settings: RepairSettings, folder: Path
+    base: Checkpoint, masks: NeuronMasks, calibration: CalibrationRecord, settings: RepairSettings, folder: Path
 ) -> Repair:
     """Writes the compensations of every expert that loses some neurons into `folder`, and returns them.
 
-    `calibration` is the content of calibration.json: text, seed, length, batch size and dtype are those of the
-    calibration. What an interrupted run with the same input left in `folder` is not computed again. Raises HeaprError
-    if the text is missing, changed or too short, or if `settings` cannot be met, before anything is written.
+    Text, seed, length, batch size and dtype are those of the `calibration`. What an interrupted run with the same input
+    left in `folder` is not computed again. Raises HeaprError if the text is missing, changed or too short, or if
+    `settings` cannot be met, before anything is written.
     """
     if settings.method not in METHODS:
         raise HeaprError(f"repair {settings.method!r} is not one of {', '.join(METHODS)}")
@@ -100,79 +108,90 @@ def fit_repair(
             "every expert is kept whole or removed whole, so there is nothing to repair; export without --repair"
         )
     groups = layer_groups(masks, experts, settings.memory)
-    blocks = _blocks(base, calibration, settings)
-    thin = check_tokens(masks, experts, calibration, len(blocks))
-    record = {
-        "method": settings.method,
-        "dataset": settings.dataset or calibration["dataset"],
-        "dataset_fingerprint": fingerprint(blocks),
-        "num_samples": len(blocks),
-        "max_seq_length": blocks.shape[1],
-        "seed": calibration["seed"],
-        "tokens": blocks.numel(),
-        "prior": PRIOR,
-        "experts": sum(map(len, experts.values())),
-        "experts_with_few_tokens": thin,
-    }
-    inputs = {
-        **record,
-        "dtype": calibration["dtype"],
-        "batch_size": calibration["batch_size"],
-        "base": [str(base.path.resolve()), base.fingerprint()],
-        "keep": hashlib.sha256(b"".join(masks.keep[prefix].numpy().tobytes() for prefix in experts)).hexdigest(),
-    }
-    identity = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    samples = _samples(base, calibration, settings)
+    thin = check_tokens(masks, experts, calibration, len(samples))
+    record = RepairRecord(
+        method=settings.method,
+        dataset=settings.dataset or calibration.dataset,
+        dataset_fingerprint=fingerprint(samples),
+        num_samples=len(samples),
+        max_seq_length=samples.shape[1],
+        seed=calibration.seed,
+        tokens=samples.numel(),
+        prior=PRIOR,
+        experts=sum(map(len, experts.values())),
+        experts_with_few_tokens=thin,
+        output_error_removed=0.0,
+    )
+    identity = _identity(record, base, {prefix: masks.keep[prefix] for prefix in experts}, calibration)
     errors = _load_state(folder, identity)
     if not errors:
         _discard(folder)
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {prefix: chosen for prefix, chosen in experts.items() if prefix not in errors}
     if wanted:
-        if calibration.get("stream"):
-            model = LayeredModel(base, calibration["dtype"], settings.device)
-            collected = _streamed(model, blocks, calibration["batch_size"], wanted, folder)
+        if calibration.stream:
+            model = LayeredModel(base, calibration.dtype, settings.device)
+            collected = _streamed(model, samples, calibration.batch_size, wanted, folder)
         else:
-            model = load_model(base, calibration["dtype"], settings.device)
-            collected = _in_memory(model, blocks, calibration["batch_size"], wanted, groups)
+            model = load_model(base, calibration.dtype, settings.device)
+            collected = _in_memory(model, samples, calibration.batch_size, wanted, groups)
         for prefix, moments, weights in collected:
             errors[prefix] = _fit_module(weights, moments, masks.keep[prefix], _module_file(folder, prefix))
             _save_state(folder, identity, errors)
     before, after = torch.tensor(list(errors.values())).double().sum(0).tolist()
-    return Repair(folder, masks, {**record, "output_error_removed": 1 - after / before if before else 0.0})
+    return Repair(folder, masks, replace(record, output_error_removed=1 - after / before if before else 0.0))
+
+
+def _identity(
+    record: RepairRecord, base: Checkpoint, keep: dict[str, torch.Tensor], calibration: CalibrationRecord
+) -> str:
+    """Hashes all that the compensations depend on; `keep`: prefix -> bool [E, I]."""
+    inputs = asdict(record)
+    del inputs["output_error_removed"]  # the result
+    inputs |= {
+        "dtype": calibration.dtype,
+        "batch_size": calibration.batch_size,
+        "base": [str(base.path.resolve()), base.fingerprint()],
+        "keep": hashlib.sha256(b"".join(mask.numpy().tobytes() for mask in keep.values())).hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 Collected = Iterator[tuple[str, dict[int, SecondMoment], torch.Tensor]]  # MoE module prefix, moments, down_proj
 
 
 def _in_memory(
-    model: PreTrainedModel, blocks: torch.Tensor, batch_size: int, wanted: dict[str, list[int]], groups: list[list[str]]
+    model: PreTrainedModel,
+    samples: torch.Tensor,
+    batch_size: int,
+    wanted: dict[str, list[int]],
+    groups: list[list[str]],
 ) -> Collected:
     """One forward pass of the whole model per group of layers in which any is wanted."""
     missing = [group for group in groups if wanted.keys() & set(group)]
     modules = expert_modules(model)
-    with tqdm(total=len(missing) * blocks.numel(), unit="tok", unit_scale=True, desc="repairing", disable=None) as bar:
+    with tqdm(total=len(missing) * samples.numel(), unit="tok", unit_scale=True, desc="repairing", disable=None) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count * samples.shape[1])
+
         for group in missing:
             experts = {prefix: wanted[prefix] for prefix in group if prefix in wanted}
-            moments = collect_second_moments(
-                model,
-                blocks,
-                batch_size,
-                experts=experts,
-                after_batch=lambda samples: bar.update(samples * blocks.shape[1]),
-            )
+            moments = collect_second_moments(model, samples, batch_size, experts=experts, after_batch=advance)
             for prefix in experts:
                 yield prefix, moments.pop(prefix), modules[prefix].down_proj
 
 
 def _streamed(
-    model: LayeredModel, blocks: torch.Tensor, batch_size: int, wanted: dict[str, list[int]], folder: Path
+    model: LayeredModel, samples: torch.Tensor, batch_size: int, wanted: dict[str, list[int]], folder: Path
 ) -> Collected:
     """One forward pass with one layer in memory; hidden states are in `folder` meanwhile."""
     with (
-        tqdm(total=len(model.layers) * len(blocks), unit="sample", desc="repairing", disable=None) as bar,
+        tqdm(total=len(model.layers) * len(samples), unit="sample", desc="repairing", disable=None) as bar,
         TemporaryDirectory(dir=folder) as store,
     ):
-        yield from stream_second_moments(model, blocks, ActivationStore(Path(store)), batch_size, wanted, bar.update)
+        yield from stream_second_moments(model, samples, ActivationStore(Path(store)), batch_size, wanted, bar.update)
 
 
 def layer_groups(masks: NeuronMasks, experts: dict[str, list[int]], memory: int) -> list[list[str]]:
@@ -198,22 +217,21 @@ def layer_groups(masks: NeuronMasks, experts: dict[str, list[int]], memory: int)
 
 
 def check_tokens(
-    masks: NeuronMasks, experts: dict[str, list[int]], calibration: dict[str, Any], num_samples: int
+    masks: NeuronMasks, experts: dict[str, list[int]], calibration: CalibrationRecord, num_samples: int
 ) -> int:
-    """How many experts see fewer tokens than they keep neurons, going by the routing of the calibration.
+    """Counts the experts that see fewer tokens than they keep neurons, going by the routing of the calibration.
 
     They stay close to their original weights: a warning, and a HeaprError if they are the majority. Both say how many
     samples would do.
     """
-    scale = num_samples / calibration["num_calibration_samples"]
-    pairs = [
-        (int(masks.widths[prefix][expert]), calibration["tokens"][prefix][expert] * scale)
-        for prefix, chosen in experts.items()
-        for expert in chosen
-    ]
-    thin = sum(tokens < width for width, tokens in pairs)
+    scale = num_samples / calibration.num_calibration_samples
+    pairs: list[tuple[int, float]] = []
+    for prefix, chosen in experts.items():
+        widths, tokens = masks.widths[prefix].tolist(), calibration.tokens[prefix]
+        pairs += [(widths[expert], tokens[expert] * scale) for expert in chosen]
+    thin = sum(seen < width for width, seen in pairs)
     if thin:
-        needed = math.ceil(num_samples * max((width / tokens for width, tokens in pairs if tokens), default=1))
+        needed = math.ceil(num_samples * max((width / seen for width, seen in pairs if seen), default=1))
         message = (
             f"{thin} of the {len(pairs)} experts to repair see fewer tokens than they keep neurons with "
             f"{num_samples} samples; --repair-samples {needed} would do for all that see any"
@@ -224,32 +242,29 @@ def check_tokens(
     return thin
 
 
-def _blocks(base: Checkpoint, calibration: dict[str, Any], settings: RepairSettings) -> torch.Tensor:
-    """Token blocks as `heapr calibrate` draws them, after checking that its text is still the same."""
-    names = {field.name for field in fields(CalibrationSettings)}
-    recorded = CalibrationSettings(**{name: value for name, value in calibration.items() if name in names})
+def _samples(base: Checkpoint, calibration: CalibrationRecord, settings: RepairSettings) -> torch.Tensor:
+    """Draws token samples as `heapr calibrate` draws them, after checking that its text is still the same."""
+    recorded = calibration.settings
     if settings.dataset is None:
         try:
-            blocks = calibration_blocks(recorded, base)
+            samples = calibration_samples(recorded, base)
         except HeaprError as error:
             raise HeaprError(
                 f"a repair needs the calibration text: {error}; or name another text with --repair-dataset"
             ) from error
-        if fingerprint(blocks) != calibration["dataset_fingerprint"]:
+        if fingerprint(samples) != calibration.dataset_fingerprint:
             raise HeaprError(
                 f"{recorded.dataset} is not the text of the calibration any more (its fingerprint "
                 "differs); restore it, calibrate again, or accept a text with --repair-dataset"
             )
-        if settings.num_samples in (None, len(blocks)):
-            return blocks
-    return calibration_blocks(
-        replace(
-            recorded,
-            dataset=settings.dataset or recorded.dataset,
-            num_calibration_samples=settings.num_samples or recorded.num_calibration_samples,
-        ),
-        base,
+        if settings.num_samples in (None, len(samples)):
+            return samples
+    other = replace(
+        recorded,
+        dataset=settings.dataset or recorded.dataset,
+        num_calibration_samples=settings.num_samples or recorded.num_calibration_samples,
     )
+    return calibration_samples(other, base)
 
 
 def _fit_module(
@@ -260,11 +275,12 @@ def _fit_module(
     `weights`: down_proj [E, H, I], `keep`: bool [E, I].
     """
     matrices = {expert: compensation(moment, keep[expert]) for expert, moment in moments.items()}
-    errors = [
-        output_errors(weights[expert], moments[expert], keep[expert], matrix) for expert, matrix in matrices.items()
-    ]
     save_tensors(path, {str(expert): matrix.float().contiguous().cpu() for expert, matrix in matrices.items()}, {})
-    return sum(before for before, _ in errors), sum(after for _, after in errors)
+    before = after = 0.0
+    for expert, matrix in matrices.items():
+        errors = output_errors(weights[expert], moments[expert], keep[expert], matrix)
+        before, after = before + errors[0], after + errors[1]
+    return before, after
 
 
 def _module_file(folder: Path, prefix: str) -> Path:

@@ -89,13 +89,13 @@ class SecondMomentCollector:
 @torch.no_grad()
 def collect_second_moments(
     model: PreTrainedModel,
-    blocks: torch.Tensor,
+    samples: torch.Tensor,
     batch_size: int = 1,
     *,
     experts: dict[str, list[int]] | None = None,
     after_batch: Callable[[int], None] | None = None,
 ) -> SecondMoments:
-    """Runs `model` forward over token `blocks` int64 [N, L].
+    """Runs `model` forward over token `samples` int64 [N, L].
 
     `experts`: which ones, by MoE module prefix; all by default. `after_batch(n)` is called after every n more samples.
     """
@@ -104,7 +104,7 @@ def collect_second_moments(
     collector = SecondMomentCollector(model, experts)
     model.eval()
     with collector.attached():
-        for ids in blocks.split(batch_size):
+        for ids in samples.split(batch_size):
             collector.run(model, ids.to(model.device))
             if after_batch is not None:
                 after_batch(len(ids))
@@ -114,7 +114,7 @@ def collect_second_moments(
 @torch.no_grad()
 def stream_second_moments(
     model: LayeredModel,
-    blocks: torch.Tensor,
+    samples: torch.Tensor,
     store: ActivationStore,
     batch_size: int,
     experts: dict[str, list[int]],
@@ -125,7 +125,7 @@ def stream_second_moments(
     Hidden states of one layer at a time are in `store`. `after_batch(n)` is called after every n more samples in a
     layer. The weights of an item are there until the next one is asked for.
     """
-    batches = list(blocks.split(batch_size))
+    batches = list(samples.split(batch_size))
     with model.embedding():
         for number, ids in enumerate(batches):
             store.save("input", 0, number, model.embed(ids))

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README.md of a masks repository or a pruned checkpoint."""
 
-from typing import Any
-
 from heapr_vllm.environment import install_command
 from heapr_vllm.formats.config import PruningConfig
 from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.formats.repair_record import RepairRecord
+from heapr_vllm.prune.calibration.record import CalibrationRecord
 from heapr_vllm.prune.report.summary import format_repair, summarize
 
 _WHAT = {
     "masks": "Retained-neuron masks; the weights come from the base model.",
     "compact": "A compact checkpoint: expert tensors hold the kept neurons only; vLLM needs the plugin.",
-    "masked": "Full-size weights with the pruned neurons zeroed, for comparison; any engine loads them.",
+    "zeroed": "Full-size weights with the pruned neurons zeroed, for comparison; any engine loads them.",
 }
 _SERVE = {
     "masks": "vllm serve <this repository> --load-format heapr   # streams the base model's weights and slices them",
@@ -46,34 +46,34 @@ Method: HEAPr, arXiv 2509.22299. Made with heapr-vllm {version}.
 
 
 def model_card(
-    masks: NeuronMasks, block: PruningConfig | None, calibration: dict[str, Any], repair: dict[str, Any] | None = None
+    masks: NeuronMasks,
+    pruning: PruningConfig | None,
+    calibration: CalibrationRecord,
+    repair: RepairRecord | None = None,
 ) -> str:
-    """Text of the card. `block` None means full-size weights with zeroed neurons.
-
-    `calibration` and `repair` are the contents of calibration.json and repair.json.
-    """
+    """Writes the text of the card. `pruning` None means full-size weights with zeroed neurons."""
     summary = summarize(masks, calibration)
-    layout = block.layout if block else "masked"
+    layout = pruning.layout if pruning else "zeroed"
     return _TEMPLATE.format(
-        base=calibration["model"],
-        revision=calibration["revision"] or "none",
+        base=calibration.model,
+        revision=calibration.revision or "none",
         relation="adapter" if layout == "masks" else "quantized",
         what=_WHAT[layout],
-        percent=f"{summary['stored_reduction']:.0%}",
+        percent=f"{summary.stored_reduction:.0%}",
         criterion=masks.metadata["criterion"],
         scope=masks.metadata["scope"],
         align=masks.metadata["align"],
         kept=masks.num_kept,
         total=masks.num_neurons,
-        stored=summary["stored_reduction"],
-        executed=summary["executed_reduction"],
-        samples=calibration["num_calibration_samples"],
-        length=calibration["max_seq_length"],
-        dataset=calibration["dataset"],
-        seed=calibration["seed"],
-        dead=len(summary["dead_experts"]),
+        stored=summary.stored_reduction,
+        executed=summary.executed_reduction,
+        samples=calibration.num_calibration_samples,
+        length=calibration.max_seq_length,
+        dataset=calibration.dataset,
+        seed=calibration.seed,
+        dead=len(summary.dead_experts),
         repair=f"| repair | {format_repair(repair)} |\n" if repair else "",
         install=install_command("vllm"),
         serve=_SERVE.get(layout, "vllm serve <this repository>"),
-        version=calibration["versions"].get("heapr-vllm", "(source)"),
+        version=calibration.versions.get("heapr-vllm", "(source)"),
     )

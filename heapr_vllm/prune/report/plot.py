@@ -8,13 +8,13 @@ from typing import Any
 
 from heapr_vllm.environment import install_command
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.prune.report.summary import format_reductions
+from heapr_vllm.prune.report.summary import Summary, format_reductions
 
 KINDS = {"stored": "stored neurons removed", "executed": "executed expert FLOPs removed"}
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure in inches that needs no display. Raises HeaprError without matplotlib."""
+    """Makes a matplotlib figure, sizes in inches, that needs no display. Raises HeaprError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -25,14 +25,17 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def plot_report(summary: dict[str, Any], path: Path) -> None:
-    """Heat map of the kept fraction per layer and expert; below it the frontier, if the summary has one."""
-    rows = [[width / summary["full_width"][prefix] for width in widths] for prefix, widths in summary["widths"].items()]
+def plot_report(summary: Summary, path: Path) -> None:
+    """Draws a heat map of the kept fraction per layer and expert; below it the frontier, if the summary has one."""
+    rows = []
+    for prefix, widths in summary.widths.items():
+        full = summary.full_width[prefix]
+        rows.append([width / full for width in widths])
     height = 1.6 + 0.22 * len(rows)
-    if "frontier" in summary:
+    if summary.frontier is not None:
         figure = new_figure(8, height + 3.2)
         top, bottom = figure.subfigures(2, height_ratios=(height, 3.2))
-        _draw_frontier(summary["frontier"], bottom.subplots(1, 2, sharey=True))
+        _draw_frontier(summary.frontier, bottom.subplots(1, 2, sharey=True))
     else:
         top = figure = new_figure(8, height)
     axes = top.subplots()
@@ -44,7 +47,7 @@ def plot_report(summary: dict[str, Any], path: Path) -> None:
 
 
 def _draw_frontier(curves: dict[str, Any], panels: Any) -> None:
-    """Predicted loss over the stored and over the executed reduction, for budgets of both kinds."""
+    """Draws the predicted loss over the stored and over the executed reduction, for budgets of both kinds."""
     for axes, kind in zip(panels, KINDS, strict=True):
         for budget, style in (("stored", "-"), ("executed", "--")):
             points = curves[budget]
@@ -69,7 +72,7 @@ def _draw_frontier(curves: dict[str, Any], panels: Any) -> None:
 
 
 def plot_sweep(rows: list[dict[str, Any]], path: Path) -> None:
-    """Predicted loss of every criterion over the stored (left) and the executed reduction (right)."""
+    """Draws the predicted loss of every criterion over the stored (left) and the executed reduction (right)."""
     figure = new_figure(10, 4)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, kind, budget in zip(panels, KINDS, ("sparsity", "flops"), strict=True):

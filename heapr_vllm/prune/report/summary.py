@@ -4,112 +4,151 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.names import natural_order
-from heapr_vllm.prune.calibration.moments import CALIBRATION_FILE
+from heapr_vllm.formats.repair_record import RepairRecord
+from heapr_vllm.prune.calibration.record import CalibrationRecord
 from heapr_vllm.prune.selection.budget import format_size
 from heapr_vllm.prune.selection.sweep import format_perplexity
 
 FRONTIER_FILE = "frontier.json"
-REPAIR_FILE = "repair.json"
+FAR_BEHIND = 0.5  # of the stored reduction: an executed one below that deserves a note
 
 
-def load_report(directory: Path) -> dict[str, Any]:
-    """Summary of a masks repository or an exported checkpoint. Raises HeaprError if it is neither."""
-    masks = NeuronMasks.from_pretrained(directory)
-    record = directory / "heapr" / CALIBRATION_FILE
-    if not record.is_file():
-        raise HeaprError(f"{record} is missing; run `heapr prune` again")
-    summary = summarize(masks, json.loads(record.read_text()))
-    for key, name in (("repair", REPAIR_FILE), ("frontier", FRONTIER_FILE)):
-        if (directory / "heapr" / name).is_file():
-            summary[key] = json.loads((directory / "heapr" / name).read_text())
-    return summary
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Kept widths and both reductions of masks, with what was recorded about them.
 
-
-def summarize(masks: NeuronMasks, calibration: dict[str, Any]) -> dict[str, Any]:
-    """Kept widths and both reductions; JSON values only. `calibration` is the content of calibration.json.
-
-    `compact_bytes` and `checkpoint_bytes`, all weights with and without the pruned neurons, are there if the
-    calibration recorded them.
+    `full_width`: MoE module prefix -> neurons of an unpruned expert. `widths`: prefix -> kept neurons of every expert.
+    `dead_experts`, `unrouted_experts`: names of experts without neurons and without calibration tokens.
+    `compact_bytes`, `checkpoint_bytes`: all weights with and without the pruned neurons, None if the calibration did
+    not record them. `metadata`: of the masks. `frontier`: what `sweep.frontier` returned for them.
     """
-    sizes = {}
-    if "routed_bytes" in calibration:
-        saved = calibration["routed_bytes"] * (masks.num_neurons - masks.num_kept) // masks.num_neurons
-        sizes = {
-            "compact_bytes": calibration["checkpoint_bytes"] - saved,
-            "checkpoint_bytes": calibration["checkpoint_bytes"],
-        }
-    tokens = {prefix: torch.tensor(count) for prefix, count in calibration["tokens"].items()}
+
+    base_model: str
+    neurons: int
+    kept: int
+    stored_reduction: float
+    executed_reduction: float
+    compact_bytes: int | None = None
+    checkpoint_bytes: int | None = None
+    full_width: dict[str, int]
+    dead_experts: list[str]
+    unrouted_experts: list[str]
+    widths: dict[str, list[int]]
+    metadata: dict[str, Any]
+    repair: RepairRecord | None = None
+    frontier: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Lists what is known, JSON values only."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def load_report(directory: Path) -> Summary:
+    """Summarizes a masks repository or an exported checkpoint. Raises HeaprError if it is neither."""
+    masks = NeuronMasks.from_pretrained(directory)
+    calibration = CalibrationRecord.read(directory / "heapr", "run `heapr prune` again")
+    frontier = directory / "heapr" / FRONTIER_FILE
+    return replace(
+        summarize(masks, calibration),
+        repair=RepairRecord.read(directory),
+        frontier=json.loads(frontier.read_text()) if frontier.is_file() else None,
+    )
+
+
+def summarize(masks: NeuronMasks, calibration: CalibrationRecord) -> Summary:
+    """Counts what masks keep and remove, by the routing of the calibration."""
     prefixes = sorted(masks.keep, key=natural_order)
     widths = {prefix: masks.widths[prefix].tolist() for prefix in prefixes}
-    return {
-        "base_model": calibration["model"],
-        "neurons": masks.num_neurons,
-        "kept": masks.num_kept,
-        "stored_reduction": masks.sparsity,
-        "executed_reduction": masks.executed_reduction(tokens),
-        **sizes,
-        "full_width": {prefix: masks.keep[prefix].shape[1] for prefix in prefixes},
-        "dead_experts": [f"{prefix}.{e}" for prefix in prefixes for e, width in enumerate(widths[prefix]) if not width],
-        "unrouted_experts": [
-            f"{prefix}.{e}" for prefix in prefixes for e, count in enumerate(tokens[prefix].tolist()) if not count
-        ],
-        "widths": widths,
-        "metadata": {key: value for key, value in masks.metadata.items() if key != "tokens"},
-    }
+    tokens = {prefix: torch.tensor(count) for prefix, count in calibration.tokens.items()}
+    compact_bytes = checkpoint_bytes = None
+    if calibration.checkpoint_bytes is not None and calibration.routed_bytes is not None:
+        saved = calibration.routed_bytes * (masks.num_neurons - masks.num_kept) // masks.num_neurons
+        checkpoint_bytes = calibration.checkpoint_bytes
+        compact_bytes = checkpoint_bytes - saved
+    return Summary(
+        base_model=calibration.model,
+        neurons=masks.num_neurons,
+        kept=masks.num_kept,
+        stored_reduction=masks.sparsity,
+        executed_reduction=masks.executed_reduction(tokens),
+        compact_bytes=compact_bytes,
+        checkpoint_bytes=checkpoint_bytes,
+        full_width={prefix: masks.keep[prefix].shape[1] for prefix in prefixes},
+        dead_experts=_experts_with_none(widths),
+        unrouted_experts=_experts_with_none({prefix: calibration.tokens[prefix] for prefix in prefixes}),
+        widths=widths,
+        metadata={key: value for key, value in masks.metadata.items() if key != "tokens"},
+    )
 
 
-def format_report(summary: dict[str, Any]) -> str:
-    """The summary as text: totals and how they came about, one row per layer, then what deserves attention."""
+def _experts_with_none(counts: dict[str, list[int]]) -> list[str]:
+    """Names the experts whose count is 0."""
+    names = []
+    for prefix, experts in counts.items():
+        names += [f"{prefix}.{expert}" for expert, count in enumerate(experts) if not count]
+    return names
+
+
+def format_report(summary: Summary) -> str:
+    """Writes the summary as text: totals and how they came about, one row per layer, then what deserves attention."""
     header = f"{'MoE module':<34} {'mean':>6} {'min':>5} {'max':>5} {'full':>5}  widths"
     lines = [format_reductions(summary), *_choice(summary), "", header]
-    for prefix, widths in summary["widths"].items():
-        full = summary["full_width"][prefix]
+    for prefix, widths in summary.widths.items():
+        full = summary.full_width[prefix]
         lines.append(
             f"{prefix:<34} {sum(widths) / len(widths):>6.1f} {min(widths):>5} {max(widths):>5} {full:>5}  "
             f"{sparkline(widths, full)}"
         )
-    lines += _protection(summary["metadata"])
-    for title, key in (("width 0", "dead_experts"), ("no calibration token", "unrouted_experts")):
-        if summary[key]:
-            shown = ", ".join(summary[key][:6]) + (" ..." if len(summary[key]) > 6 else "")
-            lines.append(f"experts with {title}: {len(summary[key])} ({shown})")
-    if "repair" in summary:
-        lines.append(f"repair: {format_repair(summary['repair'])}")
+    lines += _protection(summary.metadata)
+    for title, names in (("width 0", summary.dead_experts), ("no calibration token", summary.unrouted_experts)):
+        if names:
+            lines.append(f"experts with {title}: {len(names)} ({_first(names)})")
+    if summary.repair is not None:
+        lines.append(f"repair: {format_repair(summary.repair)}")
     return "\n".join(lines)
 
 
-def format_repair(repair: dict[str, Any]) -> str:
-    """The content of repair.json in one line."""
-    few = f", {repair['experts_with_few_tokens']} of them with few tokens" if repair["experts_with_few_tokens"] else ""
+def speed_note(summary: Summary) -> str | None:
+    """Says what it means that the executed reduction falls far behind the stored one; None if it does not."""
+    if summary.executed_reduction >= FAR_BEHIND * summary.stored_reduction:
+        return None
     return (
-        f"{repair['method']} on {repair['tokens']:,} tokens of {repair['dataset']}, {repair['experts']} experts"
-        f"{few}, prior {repair['prior']:g} tokens per kept neuron: squared output error "
-        f"-{repair['output_error_removed']:.0%}"
+        f"note: speed follows executed FLOPs, which fall by {summary.executed_reduction:.1%} only, because most of "
+        "what goes sits in experts that few tokens visit; to gain speed, ask for it: --flops R with --criterion fisher"
     )
 
 
-def _choice(summary: dict[str, Any]) -> list[str]:
+def format_repair(repair: RepairRecord) -> str:
+    """Puts the content of repair.json into one line."""
+    few = f", {repair.experts_with_few_tokens} of them with few tokens" if repair.experts_with_few_tokens else ""
+    return (
+        f"{repair.method} on {repair.tokens:,} tokens of {repair.dataset}, {repair.experts} experts"
+        f"{few}, prior {repair.prior:g} tokens per kept neuron: squared output error "
+        f"-{repair.output_error_removed:.0%}"
+    )
+
+
+def _choice(summary: Summary) -> list[str]:
     """Size on disk, predicted loss and prices, as far as they are known."""
     lines = []
-    if "compact_bytes" in summary:
-        lines.append(
-            f"compact checkpoint: {format_size(summary['compact_bytes'])} of {format_size(summary['checkpoint_bytes'])}"
-        )
-    if "frontier" in summary:
-        loss = summary["frontier"]["chosen"]["loss_increase"]
+    if summary.compact_bytes is not None and summary.checkpoint_bytes is not None:
+        whole = format_size(summary.checkpoint_bytes)
+        lines.append(f"compact checkpoint: {format_size(summary.compact_bytes)} of {whole}")
+    if summary.frontier is not None:
+        loss = summary.frontier["chosen"]["loss_increase"]
         lines.append(
             f"predicted loss increase, neurons taken one by one: {loss:.4f} nats per token (perplexity "
-            f"{format_perplexity(loss)}), criterion {summary['frontier']['criterion']}"
+            f"{format_perplexity(loss)}), criterion {summary.frontier['criterion']}"
         )
-    if prices := summary["metadata"].get("prices"):
+    if prices := summary.metadata.get("prices"):
         lines.append(
             f"a block stays if its mean saliency is at least {prices['per_flop']:.4g} x routing frequency + "
             f"{prices['per_neuron']:.4g}"
@@ -124,18 +163,22 @@ def _protection(metadata: dict[str, Any]) -> list[str]:
     names = metadata["protected"]
     if names is None:
         return ["super experts: unknown to these moments of an older heapr-vllm; calibrate again to protect them"]
-    shown = f" ({', '.join(names[:6])}{' ...' if len(names) > 6 else ''})" if names else ""
+    shown = f" ({_first(names)})" if names else ""
     return [f"super experts found and protected: {len(names)}{shown}"]
 
 
-def format_reductions(summary: dict[str, Any]) -> str:
-    """Stored and executed reduction side by side."""
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (" ..." if len(names) > 6 else "")
+
+
+def format_reductions(summary: Summary) -> str:
+    """Puts stored and executed reduction side by side."""
     return (
-        f"routed neurons kept: {summary['kept']:,} of {summary['neurons']:,} | "
-        f"stored -{summary['stored_reduction']:.1%} | executed FLOPs -{summary['executed_reduction']:.1%}"
+        f"routed neurons kept: {summary.kept:,} of {summary.neurons:,} | "
+        f"stored -{summary.stored_reduction:.1%} | executed FLOPs -{summary.executed_reduction:.1%}"
     )
 
 
 def sparkline(widths: list[int], full: int) -> str:
-    """One character per expert, a blank for width 0 and a full block for an unpruned expert."""
+    """Draws one character per expert, a blank for width 0 and a full block for an unpruned expert."""
     return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * width // full)] for width in widths)

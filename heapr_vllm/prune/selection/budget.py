@@ -25,7 +25,7 @@ from heapr_vllm.prune.selection.neuron_blocks import NeuronBlocks
 BISECTIONS = 60
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Budget:
     """What to remove at least; one or both.
 

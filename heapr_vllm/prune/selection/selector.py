@@ -72,7 +72,7 @@ class Selector:
         """Raises `floors` for super experts and names them; None if the moments cannot tell."""
         if fraction == 0:
             return []
-        if fraction is None and not self.moments.peak_norm:
+        if fraction is None and any(layer.peak_norm is None for layer in self.moments.layers.values()):
             return None
         fraction = DEFAULT_PROTECTION if fraction is None else fraction
         if not 0 <= fraction <= 1:
@@ -82,7 +82,7 @@ class Selector:
             )
         names = []
         for prefix, outliers in super_experts(self.moments).items():
-            floor = math.ceil(fraction * self.moments.activation_sq[prefix].shape[1])
+            floor = math.ceil(fraction * self.moments[prefix].fisher.shape[1])
             floors[prefix] = torch.where(outliers, floors[prefix].clamp(min=floor), floors[prefix])
             names += [f"{prefix}.{expert}" for expert in outliers.nonzero().flatten().tolist()]
         return names
@@ -90,7 +90,8 @@ class Selector:
     @cached_property
     def block_loss(self) -> torch.Tensor:
         """float64 [B]: predicted increase of the mean loss in nats per token if a block goes (`loss_increase`)."""
-        return self.blocks.totals(self.moments.loss_increase()) / self.moments.calibration_tokens
+        losses = {prefix: layer.loss_increase() for prefix, layer in self.moments.layers.items()}
+        return self.blocks.totals(losses) / self.moments.calibration_tokens
 
     def keep(self, budget: Budget) -> tuple[torch.Tensor, list[Prices]]:
         """bool [B] of the blocks that stay, and the prices per group of the scope. Raises HeaprError as `select`."""
@@ -125,7 +126,7 @@ def select(
     routing of the calibration text; see `budget` for the choice, and for both together. `options` as in `Selector`.
     Raises HeaprError if an argument is impossible, the moments lack something, or no choice reaches the budget.
     """
-    budget = Budget(sparsity, flops)
+    budget = Budget(stored=sparsity, executed=flops)
     return Selector(moments, criterion or default_criterion(flops), **options).masks(budget)
 
 
@@ -150,7 +151,7 @@ def select_by_saliency(
     and the total is exact to one block. At least `min_width` neurons of every expert stay. Raises HeaprError if
     `sparsity` is outside (0, 1), `align` does not divide a width, or `min_width` exceeds the budget.
     """
-    budget = Budget(sparsity)
+    budget = Budget(stored=sparsity)
     floors = {prefix: torch.full((len(scores),), min_width) for prefix, scores in saliency.items()}
     blocks = NeuronBlocks.build(saliency, align, floors)
     kept, prices = keep_blocks(blocks, budget, scope)

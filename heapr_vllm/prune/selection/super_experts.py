@@ -10,18 +10,20 @@ DEFAULT_PROTECTION = 0.5  # costs next to nothing: Qwen3-30B-A3B has 3 super exp
 
 
 def super_experts(moments: NeuronMoments) -> dict[str, torch.Tensor]:
-    """bool [E] by prefix: the largest ||E(x)|| exceeds ten times its median over the layer and over the model.
+    """Finds experts whose largest ||E(x)|| exceeds ten times its median over the layer and over the model.
+
+    Returns prefix -> bool [E].
 
     Removing 3 of 6,144 experts of Qwen3-30B-A3B, those whose extreme outputs make the massive activations, destroys the
     model (arXiv 2507.23279). Medians are not moved by such outliers. Both medians are asked: late layers have large
     outputs throughout, and in a layer of small outputs an outlier means little.
     Experts without a token have a norm of 0 and do not count. Raises HeaprError if the moments lack output norms.
     """
-    moments.require(("peak_norm",), "--protect")
-    overall = _median_of_routed(torch.cat(list(moments.peak_norm.values())))
+    peaks = {prefix: layer.required(("peak_norm",), "--protect")[0] for prefix, layer in moments.layers.items()}
+    overall = _median_of_routed(torch.cat(list(peaks.values())))
     return {
-        prefix: peaks > OUTLIER_FACTOR * torch.maximum(overall, _median_of_routed(peaks))
-        for prefix, peaks in moments.peak_norm.items()
+        prefix: norms > OUTLIER_FACTOR * torch.maximum(overall, _median_of_routed(norms))
+        for prefix, norms in peaks.items()
     }
 
 

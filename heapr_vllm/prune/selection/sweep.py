@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Criteria and budgets side by side, from the moments alone (`heapr sweep`).
 
-The predicted loss increase is the joint Fisher of what is removed (`NeuronMoments.loss_increase`), whatever the
+The predicted loss increase is the joint Fisher of what is removed (`LayerMoments.loss_increase`), whatever the
 criterion. It adds up neurons as if they did not interact, so it ranks choices and understates their cost: measured
 increases of the bundled model are a few times larger (`benchmarks/quality.py`).
 """

@@ -36,13 +36,25 @@ def read_documents(spec: str) -> list[str]:
 def _read_jsonl(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise HeaprError(f"{path}:{number} is not a JSON object with a `text` field") from error
-            if not isinstance(text, str):
-                raise HeaprError(f"{path}:{number} has a `text` field that is no string")
-            yield text
+            yield _text_of(line, f"{path}:{number}")
+
+
+def _text_of(line: str, place: str) -> str:
+    """Returns the text of one line of JSON; `place` names it in errors. Raises HeaprError if it has none."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise HeaprError(f"{place} is not a JSON object with a `text` field") from error
+    if not isinstance(record, dict):
+        raise HeaprError(f"{place} is not a JSON object with a `text` field")
+    if "text" not in record:
+        raise HeaprError(
+            f"{place} has no `text` field, only {', '.join(record) or 'none at all'}; one document per line is "
+            'expected, {"text": "..."}, so write conversations as text first, with the model\'s chat template'
+        )
+    if not isinstance(record["text"], str):
+        raise HeaprError(f"{place} has a `text` field that is no string")
+    return record["text"]
 
 
 def _read_hub_dataset(spec: str) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration text: a dataset spec to equal blocks of token ids."""
+"""Calibration text: a dataset spec to equal samples of token ids."""
 
 import hashlib
 from typing import Any
@@ -11,15 +11,15 @@ from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.prune.text.documents import read_documents
 
-POOL_FACTOR = 8  # blocks are drawn from a pool this many times larger, so that they come from many documents
+POOL_FACTOR = 8  # samples are drawn from a pool this many times larger, so that they come from many documents
 
 
-def token_blocks(
+def token_samples(
     documents: list[str], tokenizer: Any, num_samples: int, max_seq_length: int, seed: int
 ) -> torch.Tensor:
     """int64 [num_samples, max_seq_length]: a seeded sample of the documents joined by the end-of-text token.
 
-    Documents are taken in random order until the pool is full (or they run out), then blocks are drawn at random.
+    Documents are taken in random order until the pool is full (or they run out), then samples are drawn at random.
     Raises HeaprError if there is too little text.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -33,28 +33,28 @@ def token_blocks(
     available = len(ids) // max_seq_length
     if available < num_samples:
         raise HeaprError(
-            f"the dataset has {available} blocks of {max_seq_length} tokens, {num_samples} are needed; "
+            f"the dataset has {available} samples of {max_seq_length} tokens, {num_samples} are needed; "
             "ask for fewer, lower --max-seq-length, or give more text"
         )
-    blocks = torch.tensor(ids[: available * max_seq_length]).view(available, max_seq_length)
-    return blocks[torch.randperm(available, generator=generator)[:num_samples]]
+    samples = torch.tensor(ids[: available * max_seq_length]).view(available, max_seq_length)
+    return samples[torch.randperm(available, generator=generator)[:num_samples]]
 
 
-def checkpoint_blocks(
+def checkpoint_samples(
     checkpoint: Checkpoint, spec: str, num_samples: int, max_seq_length: int, seed: int
 ) -> torch.Tensor:
-    """`token_blocks` of the dataset `spec` for a checkpoint. Raises HeaprError if it has too few positions."""
+    """`token_samples` of the dataset `spec` for a checkpoint. Raises HeaprError if it has too few positions."""
     text = checkpoint.config.get("text_config", checkpoint.config)
     limit = text.get("max_position_embeddings", max_seq_length)
     if max_seq_length > limit:
         raise HeaprError(
             f"--max-seq-length {max_seq_length} exceeds the model's {limit} positions; pass --max-seq-length {limit}"
         )
-    return token_blocks(
+    return token_samples(
         read_documents(spec), AutoTokenizer.from_pretrained(checkpoint.path), num_samples, max_seq_length, seed
     )
 
 
-def fingerprint(blocks: torch.Tensor) -> str:
+def fingerprint(samples: torch.Tensor) -> str:
     """sha256 of the token ids."""
-    return f"sha256:{hashlib.sha256(blocks.numpy().tobytes()).hexdigest()}"
+    return f"sha256:{hashlib.sha256(samples.numpy().tobytes()).hexdigest()}"

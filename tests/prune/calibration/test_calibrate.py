@@ -19,7 +19,8 @@ from heapr_vllm.prune import CalibrationSettings, NeuronMoments, collect_moments
 from heapr_vllm.prune.calibration.calibrate import calibrate
 from heapr_vllm.prune.calibration.collector import MomentCollector
 from heapr_vllm.prune.calibration.dry_run import plan
-from heapr_vllm.prune.calibration.moments import CALIBRATION_FILE, MOMENTS_FILE, NORMS, OUTPUTS, SUMS
+from heapr_vllm.prune.calibration.moments import MOMENTS_FILE, NORMS, OUTPUTS, SUMS
+from heapr_vllm.prune.calibration.record import CALIBRATION_FILE
 from heapr_vllm.prune.calibration.saved_state import PARTIAL_FILE
 
 
@@ -38,7 +39,7 @@ def test_result_does_not_depend_on_batch_size(model) -> None:
     for prefix in one.tokens:
         assert torch.equal(one.tokens[prefix], four.tokens[prefix])
         for name in (*SUMS, *OUTPUTS, *NORMS):
-            torch.testing.assert_close(getattr(one, name)[prefix], getattr(four, name)[prefix], rtol=1e-5, atol=0)
+            torch.testing.assert_close(getattr(one[prefix], name), getattr(four[prefix], name), rtol=1e-5, atol=0)
 
 
 def test_model_is_left_as_it_was(model) -> None:
@@ -60,7 +61,7 @@ def test_nan_weights_are_reported(model) -> None:
 
 
 def test_killed_run_resumes_to_the_same_bytes(qwen3: Path, corpus: Path, tmp_path: Path) -> None:
-    settings = CalibrationSettings(str(qwen3), str(corpus), num_calibration_samples=40, max_seq_length=64)
+    settings = CalibrationSettings(model=str(qwen3), dataset=str(corpus), num_calibration_samples=40, max_seq_length=64)
     calibrate(settings, tmp_path / "whole")
     command = [
         sys.executable,
@@ -95,9 +96,10 @@ def test_killed_run_resumes_to_the_same_bytes(qwen3: Path, corpus: Path, tmp_pat
 
 def test_partial_state_of_an_older_version_is_not_continued(model) -> None:
     collector = MomentCollector(model)
-    old = replace(collect_moments(model, random_blocks(1), collector=collector), routed_norm={}, peak_norm={})
+    moments = collect_moments(model, random_blocks(1), collector=collector)
+    lacking = {prefix: replace(layer, routed_norm=None, peak_norm=None) for prefix, layer in moments.layers.items()}
     with pytest.raises(HeaprError, match="resuming needs routed_norm, peak_norm, .* calibrate again"):
-        collector.restore(old)
+        collector.restore(replace(moments, layers=lacking))
 
 
 def test_provenance_is_recorded(calibration: Path) -> None:
@@ -111,6 +113,6 @@ def test_provenance_is_recorded(calibration: Path) -> None:
 
 
 def test_dry_run_counts_by_formula(qwen3: Path, corpus: Path) -> None:
-    sizes = plan(CalibrationSettings(str(qwen3), str(corpus), max_seq_length=64))
+    sizes = plan(CalibrationSettings(model=str(qwen3), dataset=str(corpus), max_seq_length=64))
     assert sizes["neurons"] == 3 * 8 * 64 and sizes["moe_layers"] == 3
     assert sizes["weight_bytes"] == sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(qwen3).parameters())

@@ -18,7 +18,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from heapr_vllm.cli.main import main
-from heapr_vllm.prune.calibration.moments import CALIBRATION_FILE
+from heapr_vllm.prune.calibration.record import CALIBRATION_FILE
 from heapr_vllm.prune.calibration.saved_state import PARTIAL_FILE
 from tests import tiny_models
 

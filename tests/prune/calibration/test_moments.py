@@ -58,7 +58,7 @@ def brute_force_saliency(model, blocks: torch.Tensor) -> dict[str, torch.Tensor]
 def test_saliency_equals_the_papers_formula(tiny: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     blocks = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(1))
-    fast = collect_moments(model, blocks).saliency()
+    fast = {prefix: layer.saliency() for prefix, layer in collect_moments(model, blocks).layers.items()}
     slow = brute_force_saliency(model, blocks)
     assert fast.keys() == slow.keys()
     for prefix in fast:
@@ -75,8 +75,8 @@ def test_moments_survive_a_round_trip(calibration: Path, tmp_path: Path) -> None
     moments.save_pretrained(tmp_path)
     assert (tmp_path / MOMENTS_FILE).read_bytes() == (calibration / MOMENTS_FILE).read_bytes()
     prefix = "model.layers.2.mlp.experts"
-    assert moments.tokens[prefix].shape == (8,) and moments.fisher[prefix].shape == (8, 64)
-    assert int(moments.tokens[prefix].sum()) == 6 * 64 * 2
+    assert moments[prefix].tokens.shape == (8,) and moments[prefix].fisher.shape == (8, 64)
+    assert int(moments[prefix].tokens.sum()) == 6 * 64 * 2
 
 
 def test_fisher_is_the_joint_moment(qwen3: Path) -> None:
@@ -87,7 +87,7 @@ def test_fisher_is_the_joint_moment(qwen3: Path) -> None:
     for (name, expert), pairs in expert_outputs(model, blocks).items():
         w = model.get_submodule(name).down_proj[expert].detach().double()
         joint = sum(((h.detach().double() * (out.grad.double() @ w)) ** 2).sum(0) for h, out in pairs)
-        torch.testing.assert_close(moments.fisher[name][expert].double(), joint, rtol=1e-4, atol=1e-12)
+        torch.testing.assert_close(moments[name].fisher[expert].double(), joint, rtol=1e-4, atol=1e-12)
 
 
 def test_truncated_file_is_reported(calibration: Path, tmp_path: Path) -> None:

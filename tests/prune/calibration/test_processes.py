@@ -17,7 +17,12 @@ from heapr_vllm.prune.calibration.processes import Processes
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_two_processes_equal_one(stream: bool, qwen3: Path, corpus: Path, tmp_path: Path) -> None:
-    alone = calibrate(CalibrationSettings(str(qwen3), str(corpus), 5, 64, stream=stream), tmp_path / "alone")
+    alone = calibrate(
+        CalibrationSettings(
+            model=str(qwen3), dataset=str(corpus), num_calibration_samples=5, max_seq_length=64, stream=stream
+        ),
+        tmp_path / "alone",
+    )
     command = [
         sys.executable,
         "-m",
@@ -47,28 +52,27 @@ def test_two_processes_equal_one(stream: bool, qwen3: Path, corpus: Path, tmp_pa
     for prefix, tokens in alone.tokens.items():
         assert torch.equal(two.tokens[prefix], tokens)
         for name in (*SUMS, *OUTPUTS, *NORMS):  # the file holds float32, the sums were float64
-            torch.testing.assert_close(
-                getattr(two, name)[prefix], getattr(alone, name)[prefix].float(), rtol=1e-6, atol=0
-            )
+            wanted = getattr(alone[prefix], name).float()
+            torch.testing.assert_close(getattr(two[prefix], name), wanted, rtol=1e-6, atol=0)
     names = {path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*")}
     assert {path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*")} == names
 
 
 def test_shares_cover_every_sample_once() -> None:
     blocks = torch.arange(14).view(7, 2)
-    shares = [Processes(rank, 3).share(blocks) for rank in range(3)]
+    shares = [Processes(rank=rank, size=3).share(blocks) for rank in range(3)]
     assert sorted(torch.cat(shares).flatten().tolist()) == list(range(14))
     with pytest.raises(HeaprError, match="8 processes cannot share 7 samples; start 7"):
-        Processes(0, 8).share(blocks)
+        Processes(rank=0, size=8).share(blocks)
 
 
 def test_devices() -> None:
-    assert Processes(3, 4, 1).device("cuda") == "cuda:1" and Processes().device("cuda") == "cuda"
+    assert Processes(rank=3, size=4, local_rank=1).device("cuda") == "cuda:1" and Processes().device("cuda") == "cuda"
     with pytest.raises(HeaprError, match="with torchrun use --device cuda"):
-        Processes(0, 2).device("auto")
+        Processes(rank=0, size=2).device("auto")
 
 
 def test_device_auto_loads_through_accelerate(qwen3: Path, corpus: Path, tmp_path: Path) -> None:
-    settings = CalibrationSettings(str(qwen3), str(corpus), 2, 32)
+    settings = CalibrationSettings(model=str(qwen3), dataset=str(corpus), num_calibration_samples=2, max_seq_length=32)
     auto, cpu = (calibrate(settings, tmp_path / device, device=device) for device in ("auto", "cpu"))
-    assert all(torch.equal(auto.fisher[prefix], fisher) for prefix, fisher in cpu.fisher.items())
+    assert all(torch.equal(auto[prefix].fisher, layer.fisher) for prefix, layer in cpu.layers.items())

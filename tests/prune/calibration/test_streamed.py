@@ -32,7 +32,7 @@ def assert_same(a: NeuronMoments, b: NeuronMoments, rtol: float) -> None:
     for prefix in a.tokens:
         assert torch.equal(a.tokens[prefix], b.tokens[prefix]) and a.tokens[prefix].sum() > 0
         for name in (*SUMS, *OUTPUTS, *NORMS):
-            torch.testing.assert_close(getattr(a, name)[prefix], getattr(b, name)[prefix], rtol=rtol, atol=0)
+            torch.testing.assert_close(getattr(a[prefix], name), getattr(b[prefix], name), rtol=rtol, atol=0)
 
 
 def streamed(
@@ -81,7 +81,7 @@ def test_long_sequences_go_through_the_head_in_parts(qwen3: Path, tmp_path: Path
 def test_stopped_after_any_step_resumes_to_the_same_bytes(tmp_path: Path, corpus: Path, monkeypatch) -> None:
     base = tiny_models.save("dense_between", tmp_path / "base")
     settings = CalibrationSettings(
-        str(base), str(corpus), num_calibration_samples=3, max_seq_length=32, batch_size=2, stream=True
+        model=str(base), dataset=str(corpus), num_calibration_samples=3, max_seq_length=32, batch_size=2, stream=True
     )
     calibrate(settings, tmp_path / "whole", checkpoint_every=2)
     wanted = (tmp_path / "whole" / MOMENTS_FILE).read_bytes()
@@ -108,7 +108,9 @@ def test_stopped_after_any_step_resumes_to_the_same_bytes(tmp_path: Path, corpus
 
 
 def test_resume_insists_on_the_same_settings_and_finishes_once(qwen3: Path, corpus: Path, tmp_path: Path) -> None:
-    settings = CalibrationSettings(str(qwen3), str(corpus), num_calibration_samples=2, max_seq_length=32, stream=True)
+    settings = CalibrationSettings(
+        model=str(qwen3), dataset=str(corpus), num_calibration_samples=2, max_seq_length=32, stream=True
+    )
     calibrate(settings, tmp_path / "c")
     written = (tmp_path / "c" / MOMENTS_FILE).stat().st_mtime_ns
     calibrate(settings, tmp_path / "c", resume=True)
@@ -136,7 +138,9 @@ def test_bad_weights_leave_nothing_behind(damage, message: str, qwen3: Path, cor
     tensors = load_file(tmp_path / "base" / "model.safetensors")
     damage(tensors)
     save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    settings = CalibrationSettings(str(tmp_path / "base"), str(corpus), 2, 32, stream=True)
+    settings = CalibrationSettings(
+        model=str(tmp_path / "base"), dataset=str(corpus), num_calibration_samples=2, max_seq_length=32, stream=True
+    )
     with pytest.raises(HeaprError, match=message):
         calibrate(settings, tmp_path / "c")
     assert not (tmp_path / "c").exists()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks repository, compact and masked checkpoints."""
+"""Masks repository, compact and zeroed checkpoints."""
 
 import json
 import shutil
@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from heapr_vllm.cli.main import main
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.config import PruningConfig
 from heapr_vllm.formats.masks import NeuronMasks
-from heapr_vllm.prune import CalibrationSettings, export_checkpoint, write_masks_repository
+from heapr_vllm.prune import CalibrationSettings, export, export_checkpoint, write_masks_repository
 from heapr_vllm.prune.calibration.calibrate import calibrate
+from heapr_vllm.prune.export.shards import through
 from heapr_vllm.prune.models.pruned import applied, opened
 from heapr_vllm.prune.selection.selector import select
 from tests import tiny_models
@@ -56,17 +58,17 @@ def test_compact_holds_exactly_the_kept_neurons(
     assert block["quant_method"] == "heapr" and block["layout"] == "compact"
 
 
-def test_masked_layout_equals_masks_applied(
+def test_zeroed_layout_equals_masks_applied(
     masks_repository: Path, awkward_masks: NeuronMasks, qwen3: Path, tmp_path: Path
 ) -> None:
-    export_checkpoint(masks_repository, tmp_path / "masked", layout="masked")
-    assert "quantization_config" not in json.loads((tmp_path / "masked" / "config.json").read_text())
+    export_checkpoint(masks_repository, tmp_path / "zeroed", layout="zeroed")
+    assert "quantization_config" not in json.loads((tmp_path / "zeroed" / "config.json").read_text())
     ids = torch.arange(50)[None]
-    masked = AutoModelForCausalLM.from_pretrained(tmp_path / "masked", dtype=torch.float32)
+    zeroed = AutoModelForCausalLM.from_pretrained(tmp_path / "zeroed", dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(qwen3, dtype=torch.float32)
-    assert (masked(ids).logits - base(ids).logits).abs().max() > 1e-2
+    assert (zeroed(ids).logits - base(ids).logits).abs().max() > 1e-2
     with applied(awkward_masks, base):
-        torch.testing.assert_close(masked(ids).logits, base(ids).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(zeroed(ids).logits, base(ids).logits, rtol=0, atol=1e-5)
 
 
 def test_stacked_experts_and_several_shards(masks_repository: Path, qwen3: Path, tmp_path: Path) -> None:
@@ -116,7 +118,7 @@ def test_another_base_model_is_refused(masks_repository: Path, qwen3: Path, tmp_
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("layout", ["compact", "masked"])
+@pytest.mark.parametrize("layout", ["compact", "zeroed"])
 @pytest.mark.parametrize(("family", "layers"), [("deepseek_v3", (1, 2)), ("qwen3_next", (0, 1))])
 def test_draft_layer_is_copied(family: str, layers: tuple[int, ...], layout: str, corpus: Path, tmp_path: Path) -> None:
     """Some checkpoints hold a layer for multi-token prediction; it has experts, and keeps them."""
@@ -124,7 +126,12 @@ def test_draft_layer_is_copied(family: str, layers: tuple[int, ...], layout: str
     tensors = load_file(base / "model.safetensors")
     draft = {name: tensor for name, tensor in tensors.items() if name.startswith(tiny_models.DRAFT[family])}
     moments = [
-        calibrate(CalibrationSettings(str(base), str(corpus), 2, 32, stream=stream), tmp_path / f"calib{stream}")
+        calibrate(
+            CalibrationSettings(
+                model=str(base), dataset=str(corpus), num_calibration_samples=2, max_seq_length=32, stream=stream
+            ),
+            tmp_path / f"calib{stream}",
+        )
         for stream in (False, True)
     ]
     assert all(set(part.tokens) == {f"model.layers.{layer}.mlp.experts" for layer in layers} for part in moments)
@@ -137,3 +144,47 @@ def test_draft_layer_is_copied(family: str, layers: tuple[int, ...], layout: str
     if layout == "compact":
         with opened(Checkpoint(tmp_path / "out"), "float32", "cpu") as (model, masks):
             assert masks.sparsity == pytest.approx(0.5, abs=0.02) and model.config.num_hidden_layers == layers[-1] + 1
+
+
+def test_the_former_name_of_a_layout_works_with_a_note(
+    masks_repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    export_checkpoint(masks_repository, tmp_path / "new", layout="zeroed")
+    assert "layout" not in capsys.readouterr().err
+    export_checkpoint(masks_repository, tmp_path / "python", layout="masked")
+    assert capsys.readouterr().err.count("layout masked is called zeroed now") == 1
+    assert main(["export", str(masks_repository), "--layout", "masked", "-o", str(tmp_path / "cli")]) == 0
+    assert "layout masked is called zeroed now" in capsys.readouterr().err
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("new", "python", "cli")]
+    assert weights[0] == weights[1] == weights[2]
+    with pytest.raises(HeaprError, match="layout 'ragged' is not one of compact, zeroed"):
+        export_checkpoint(masks_repository, tmp_path / "out", layout="ragged")
+
+
+def test_stages_are_passed_in_order() -> None:
+    """What one stage makes of a tensor goes through the next one, tensor by tensor."""
+
+    class Halves:
+        def tensors(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+            low, high = tensor.chunk(2)
+            return {f"{name}.low": low, f"{name}.high": high}
+
+    class Doubled:
+        def tensors(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {name: 2 * tensor}
+
+    made = through([Doubled(), Halves()], "w", torch.arange(4))
+    assert {name: tensor.tolist() for name, tensor in made.items()} == {"w.low": [0, 2], "w.high": [4, 6]}
+    assert through([], "w", torch.arange(2)).keys() == {"w"}
+
+
+def test_the_export_knows_no_repair() -> None:
+    """The repair is handed in: nothing of `prune/export` or `prune/report` imports it."""
+    package = Path(export.__file__).parent.parent
+    for path in [*(package / "export").glob("*.py"), *(package / "report").glob("*.py")]:
+        assert "heapr_vllm.prune.repair" not in imports_of(path), path
+
+
+def imports_of(path: Path) -> str:
+    lines = path.read_text().splitlines()
+    return "\n".join(line for line in lines if line.lstrip().startswith(("import ", "from ")))

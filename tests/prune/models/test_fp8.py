@@ -47,7 +47,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def settings(model: Path, corpus: Path, stream: bool = False) -> CalibrationSettings:
-    return CalibrationSettings(str(model), str(corpus), 2, 32, dtype="float32", stream=stream)
+    return CalibrationSettings(
+        model=str(model),
+        dataset=str(corpus),
+        num_calibration_samples=2,
+        max_seq_length=32,
+        dtype="float32",
+        stream=stream,
+    )
 
 
 def test_moments_are_those_of_the_dequantised_model(pair: tuple[Path, Path], corpus: Path, tmp_path: Path) -> None:
@@ -58,9 +65,8 @@ def test_moments_are_those_of_the_dequantised_model(pair: tuple[Path, Path], cor
         for prefix, tokens in wanted.tokens.items():
             assert torch.equal(moments.tokens[prefix], tokens)
             for name in SUMS:
-                torch.testing.assert_close(
-                    getattr(moments, name)[prefix], getattr(wanted, name)[prefix], rtol=1e-6, atol=0
-                )
+                sums = getattr(moments[prefix], name)
+                torch.testing.assert_close(sums, getattr(wanted[prefix], name), rtol=1e-6, atol=0)
 
 
 def test_export_writes_bfloat16(pair: tuple[Path, Path], corpus: Path, tmp_path: Path) -> None:
@@ -68,7 +74,7 @@ def test_export_writes_bfloat16(pair: tuple[Path, Path], corpus: Path, tmp_path:
     calibrate(settings(fp8, corpus), tmp_path / "calib")
     masks = select(NeuronMoments.from_pretrained(tmp_path / "calib"), sparsity=0.5)
     write_masks_repository(masks, tmp_path / "calib", tmp_path / "masks")
-    for layout in ("compact", "masked"):
+    for layout in ("compact", "zeroed"):
         for base in pair:
             export_checkpoint(
                 tmp_path / "masks", tmp_path / base.name / layout, model=str(base), layout=layout, verify=False
@@ -77,7 +83,7 @@ def test_export_writes_bfloat16(pair: tuple[Path, Path], corpus: Path, tmp_path:
         assert written.keys() == wanted.keys()
         for name, tensor in written.items():
             assert tensor.dtype == wanted[name].dtype and torch.equal(tensor, wanted[name])
-    Checkpoint.resolve(tmp_path / "fp8" / "masked").check_unquantized()
+    Checkpoint.resolve(tmp_path / "fp8" / "zeroed").check_unquantized()
 
 
 def test_blocks_at_the_edge_are_cut() -> None:

@@ -24,7 +24,7 @@ from heapr_vllm.evaluation.perplexity import perplexity
 from heapr_vllm.formats.config import PruningConfig
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.prune import NeuronMoments, collect_moments, export_checkpoint
-from heapr_vllm.prune.calibration.moments import CALIBRATION_FILE
+from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationRecord
 from heapr_vllm.prune.export.masks_repository import write_masks_repository
 from heapr_vllm.prune.models.pruned import applied
 from heapr_vllm.prune.repair import fit as repair_module
@@ -33,7 +33,7 @@ from heapr_vllm.prune.repair.least_squares import compensations, repairable, rep
 from heapr_vllm.prune.repair.second_moments import collect_second_moments
 from heapr_vllm.prune.selection.selector import select
 from heapr_vllm.prune.text.documents import read_documents
-from heapr_vllm.prune.text.samples import token_blocks
+from heapr_vllm.prune.text.samples import token_samples
 from tests.conftest import BUNDLED
 
 FEW_TOKENS = {f"model.layers.{layer}.mlp.experts": [36] * 8 for layer in range(3)}
@@ -84,19 +84,19 @@ def test_streamed_repair_gives_the_same_bytes(masks_repository: Path, compact: P
     assert not list(tmp_path.glob(".*"))
 
 
-def test_masked_layout_equals_the_repair_in_memory(
+def test_zeroed_layout_equals_the_repair_in_memory(
     masks_repository: Path, awkward_masks: NeuronMasks, qwen3: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    export_checkpoint(masks_repository, tmp_path / "masked", layout="masked", repair=RepairSettings())
-    assert "quantization_config" not in json.loads((tmp_path / "masked" / "config.json").read_text())
+    export_checkpoint(masks_repository, tmp_path / "zeroed", layout="zeroed", repair=RepairSettings())
+    assert "quantization_config" not in json.loads((tmp_path / "zeroed" / "config.json").read_text())
     base = AutoModelForCausalLM.from_pretrained(qwen3, dtype=torch.float32)
-    masked = AutoModelForCausalLM.from_pretrained(tmp_path / "masked", dtype=torch.float32)
-    blocks = token_blocks(read_documents(str(corpus)), AutoTokenizer.from_pretrained(qwen3), 6, 64, seed=0)
+    zeroed = AutoModelForCausalLM.from_pretrained(tmp_path / "zeroed", dtype=torch.float32)
+    blocks = token_samples(read_documents(str(corpus)), AutoTokenizer.from_pretrained(qwen3), 6, 64, seed=0)
     found = compensations(collect_second_moments(base, blocks), awkward_masks)
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}
     ids = torch.arange(50)[None]
     with repaired(base, awkward_masks, found):
-        torch.testing.assert_close(masked(ids).logits, base(ids).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(zeroed(ids).logits, base(ids).logits, rtol=0, atol=1e-4)
     assert all(torch.equal(parameter, before[name]) for name, parameter in base.named_parameters())
 
 
@@ -249,7 +249,7 @@ def moved(masks_repository: Path, folder: Path, **changes: object) -> Path:
         ({}, ["--repair", "magic"], "repair 'magic' is not one of least-squares"),
         ({}, ["--repair-samples", "9"], "belong to --repair least-squares"),
         ({}, ["--repair", "least-squares", "--repair-memory", "1KiB"], "pass --repair-memory 1MiB or more"),
-        ({}, ["--repair", "least-squares", "--repair-samples", "9999"], "has .* blocks of 64 tokens, 9999 are needed"),
+        ({}, ["--repair", "least-squares", "--repair-samples", "9999"], "has .* samples of 64 tokens, 9999 are needed"),
         (
             {"tokens": FEW_TOKENS},
             ["--repair", "least-squares", "--repair-samples", "1"],
@@ -280,8 +280,8 @@ def test_what_cannot_be_repaired(
 
 
 def test_whole_experts_leave_nothing_to_repair(calibration: Path, tmp_path: Path) -> None:
-    shapes = NeuronMoments.from_pretrained(calibration).fisher
-    keep = {prefix: (torch.arange(8) % 2 == 0)[:, None].expand(sums.shape).clone() for prefix, sums in shapes.items()}
+    even = (torch.arange(8) % 2 == 0)[:, None].expand(8, 64)
+    keep = {prefix: even.clone() for prefix in NeuronMoments.from_pretrained(calibration).layers}
     record = json.loads((calibration / CALIBRATION_FILE).read_text())
     base = {"name_or_path": record["model"], "revision": None, "fingerprint": record["base_fingerprint"]}
     masks = NeuronMasks(
@@ -294,13 +294,14 @@ def test_whole_experts_leave_nothing_to_repair(calibration: Path, tmp_path: Path
 
 def test_few_tokens_are_counted_and_a_remedy_named() -> None:
     masks = NeuronMasks({"experts": torch.arange(40).expand(4, 40) < torch.tensor([10, 10, 10, 20])[:, None]})
-    calibration = {"num_calibration_samples": 8, "tokens": {"experts": [100, 100, 4, 0]}}
+    tokens = {"experts": [100, 100, 4, 0]}
+    calibration = CalibrationRecord(model="m", dataset="d", num_calibration_samples=8, tokens=tokens)
     experts = {"experts": [0, 1, 2, 3]}
     with pytest.warns(UserWarning, match="2 of the 4 .* with 8 samples; --repair-samples 20 would do"):
         assert check_tokens(masks, experts, calibration, 8) == 2
     with pytest.warns(UserWarning, match="1 of the 4"):
         assert check_tokens(masks, experts, calibration, 20) == 1
-    calibration["tokens"]["experts"] = [1, 1, 4, 0]
+    tokens["experts"] = [1, 1, 4, 0]
     with pytest.raises(HeaprError, match="too little text for a repair: 4 of the 4 .* --repair-samples 80 would do"):
         check_tokens(masks, experts, calibration, 8)
 
@@ -310,7 +311,7 @@ def test_repair_helps_a_trained_model(python_corpus: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
     blocks = {
-        split: token_blocks(read_documents(str(python_corpus / f"{split}.jsonl")), tokenizer, 16, 512, seed=0)
+        split: token_samples(read_documents(str(python_corpus / f"{split}.jsonl")), tokenizer, 16, 512, seed=0)
         for split in ("calibration", "held_out")
     }
     moments = collect_moments(model, blocks["calibration"], batch_size=4)

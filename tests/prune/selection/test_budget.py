@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune import NeuronMoments
+from heapr_vllm.prune.calibration.moments import LayerMoments
 from heapr_vllm.prune.selection.budget import choose, stored_for_size
 from heapr_vllm.prune.selection.neuron_blocks import NeuronBlocks
 from heapr_vllm.prune.selection.selector import select
@@ -68,8 +69,11 @@ def test_a_limit_with_room_has_no_price() -> None:
 def moments(seed: int = 0) -> NeuronMoments:
     """Two layers of four experts with 32 neurons; routing from 1 to 64 tokens."""
     generator = torch.Generator().manual_seed(seed)
-    sums = {f"model.layers.{i}.mlp.experts": torch.rand(4, 32, generator=generator) for i in range(2)}
-    return NeuronMoments(dict.fromkeys(sums, torch.tensor([1, 4, 16, 64])), sums, sums, sums)
+    layers = {}
+    for index in range(2):
+        sums = torch.rand(4, 32, generator=generator)
+        layers[f"model.layers.{index}.mlp.experts"] = LayerMoments(torch.tensor([1, 4, 16, 64]), sums, sums, sums)
+    return NeuronMoments(layers)
 
 
 @pytest.mark.parametrize("scope", ["global", "layer", "expert"])
@@ -84,7 +88,7 @@ def test_masks_meet_both_budgets_with_aligned_nested_widths(scope: str, sparsity
     for prefix, keep in masks.keep.items():
         assert (masks.widths[prefix] % 4 == 0).all()
         for expert, kept in enumerate(keep):
-            inside, outside = source.fisher[prefix][expert][kept], source.fisher[prefix][expert][~kept]
+            inside, outside = source[prefix].fisher[expert][kept], source[prefix].fisher[expert][~kept]
             assert not len(inside) or not len(outside) or inside.min() >= outside.max()
 
 

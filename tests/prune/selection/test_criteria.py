@@ -38,8 +38,8 @@ def test_output_norms(qwen3: Path) -> None:
         norms = torch.cat([out.detach().norm(dim=-1) for _, out in pairs])
         weight = torch.cat(weights[name])[:, expert]
         weight = weight[weight > 0]
-        torch.testing.assert_close(moments.peak_norm[name][expert].float(), norms.max(), rtol=1e-5, atol=0)
-        torch.testing.assert_close(moments.routed_norm[name][expert].float(), norms @ weight, rtol=1e-5, atol=0)
+        torch.testing.assert_close(moments[name].peak_norm[expert].float(), norms.max(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(moments[name].routed_norm[expert].float(), norms @ weight, rtol=1e-5, atol=0)
     for hook in hooks:
         hook.remove()
 
@@ -60,19 +60,18 @@ def test_weight_criteria(moments: NeuronMoments, qwen3: Path) -> None:
             magnitude[prefix], gate.norm(dim=2) * up.norm(dim=2) * down.norm(dim=1), rtol=1e-6, atol=0
         )
         torch.testing.assert_close(
-            energy[prefix], moments.activation_sq[prefix].double() * (down**2).sum(1), rtol=1e-6, atol=0
+            energy[prefix], moments[prefix].activation_sq.double() * (down**2).sum(1), rtol=1e-6, atol=0
         )
 
 
 def test_sums_and_means(moments: NeuronMoments) -> None:
     """Twice the text in the same proportions doubles the sums and leaves the means alone."""
-    twice = replace(
-        moments,
-        **{
-            name: {prefix: 2 * values for prefix, values in getattr(moments, name).items()}
-            for name in ("tokens", *SUMS, "routed_norm")
-        },
-    )
+    sums = ("tokens", *SUMS, "routed_norm")
+    doubled = {
+        prefix: replace(layer, **{name: 2 * getattr(layer, name) for name in sums})
+        for prefix, layer in moments.layers.items()
+    }
+    twice = replace(moments, layers=doubled)
     factors = {"heapr": 1, "reap": 1, "magnitude": 1, "random": 1, "fisher": 2, "heapr-frequency": 2, "energy": 2}
     assert factors.keys() == CRITERIA.keys()
     for name, factor in factors.items():
@@ -100,15 +99,15 @@ def test_reap_removes_whole_experts(moments: NeuronMoments) -> None:
     for prefix, widths in masks.widths.items():
         assert sorted(widths.tolist()) == [0, 0, *[64] * 6]
         assert set((widths == 0).nonzero().flatten().tolist()) == set(
-            (moments.routed_norm[prefix] / moments.tokens[prefix]).argsort()[:2].tolist()
+            (moments[prefix].routed_norm / moments[prefix].tokens).argsort()[:2].tolist()
         )
 
 
 def test_moments_of_an_older_version(moments: NeuronMoments, tmp_path: Path) -> None:
     """They load, serve the criteria that need no norms, and say what to do for the others."""
-    tensors = {
-        f"{prefix}.{name}": values for name in ("tokens", *SUMS) for prefix, values in getattr(moments, name).items()
-    }
+    tensors = {}
+    for prefix, layer in moments.layers.items():
+        tensors |= {f"{prefix}.{name}": getattr(layer, name) for name in ("tokens", *SUMS)}
     save_tensors(tmp_path / MOMENTS_FILE, tensors, moments.metadata, version=1)
     old = NeuronMoments.from_pretrained(tmp_path)
     for name in ("heapr", "fisher", "heapr-frequency", "random"):
@@ -124,6 +123,6 @@ def test_moments_of_an_older_version(moments: NeuronMoments, tmp_path: Path) -> 
 
 
 def test_every_tensor_is_in_the_file(moments: NeuronMoments) -> None:
-    for name in ("tokens", *SUMS, *NORMS, *OUTPUTS):
-        assert getattr(moments, name).keys() == moments.tokens.keys()
-        assert all((values > 0).any() for values in getattr(moments, name).values())
+    for layer in moments.layers.values():
+        assert layer.tensors().keys() == {"tokens", *SUMS, *NORMS, *OUTPUTS}
+        assert all((values > 0).any() for values in layer.tensors().values())

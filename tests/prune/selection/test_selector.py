@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune import NeuronMoments, select_by_saliency
+from heapr_vllm.prune.calibration.moments import LayerMoments
 from heapr_vllm.prune.selection.selector import select
 
 
@@ -77,9 +78,9 @@ def test_min_width_is_a_floor() -> None:
 
 
 def moments_with_silent_expert() -> NeuronMoments:
-    sums = {"model.layers.0.mlp.experts": torch.rand(3, 16)}
-    sums["model.layers.0.mlp.experts"][1] = 0
-    return NeuronMoments({"model.layers.0.mlp.experts": torch.tensor([5, 0, 7])}, sums, sums, sums)
+    sums = torch.rand(3, 16)
+    sums[1] = 0
+    return NeuronMoments({"model.layers.0.mlp.experts": LayerMoments(torch.tensor([5, 0, 7]), sums, sums, sums)})
 
 
 @pytest.mark.parametrize(("unrouted", "width"), [("keep", 16), ("prune", 0)])
@@ -119,6 +120,6 @@ def test_unrouted_experts_that_do_not_fit_the_budget() -> None:
 
 def test_overflowed_gradients_are_refused() -> None:
     moments = moments_with_silent_expert()
-    moments.gradient_sq["model.layers.0.mlp.experts"][0, 0] = torch.inf
+    moments["model.layers.0.mlp.experts"].gradient_sq[0, 0] = torch.inf
     with pytest.raises(HeaprError, match="not finite; calibrate again with --dtype float32"):
         select(moments, 0.5, align=4)

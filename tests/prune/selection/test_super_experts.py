@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune import NeuronMoments
@@ -18,11 +19,14 @@ FIRST, SECOND = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
 def moments(calibration: Path) -> NeuronMoments:
     """Expert 3 of the second layer has outputs 100 times larger and the lowest saliency of all."""
     plain = NeuronMoments.from_pretrained(calibration)
-    peaks = {prefix: norms.clone() for prefix, norms in plain.peak_norm.items()}
-    peaks[SECOND][3] *= 100
-    fisher = {prefix: sums.clone() for prefix, sums in plain.gradient_sq.items()}
-    fisher[SECOND][3] *= 1e-9
-    return replace(plain, peak_norm=peaks, gradient_sq=fisher)
+    plain[SECOND].peak_norm[3] *= 100
+    plain[SECOND].gradient_sq[3] *= 1e-9
+    return plain
+
+
+def with_peaks(moments: NeuronMoments, peaks: dict[str, torch.Tensor]) -> NeuronMoments:
+    layers = {prefix: replace(layer, peak_norm=peaks[prefix]) for prefix, layer in moments.layers.items()}
+    return replace(moments, layers=layers)
 
 
 def test_outliers_only(moments: NeuronMoments, calibration: Path) -> None:
@@ -33,18 +37,16 @@ def test_outliers_only(moments: NeuronMoments, calibration: Path) -> None:
 
 def test_large_layers_and_small_outliers_are_none(moments: NeuronMoments) -> None:
     """A layer whose outputs are all large has no outlier; nor is an outlier of a layer one if the model has larger."""
-    peaks = {
-        prefix: norms * scale
-        for (prefix, norms), scale in zip(moments.peak_norm.items(), (50.0, 0.01, 1.0), strict=True)
-    }
-    assert not any(found.any() for found in super_experts(replace(moments, peak_norm=peaks)).values())
+    scaled = zip(moments.layers.items(), (50.0, 0.01, 1.0), strict=True)
+    peaks = {prefix: layer.peak_norm * scale for (prefix, layer), scale in scaled}
+    assert not any(found.any() for found in super_experts(with_peaks(moments, peaks)).values())
 
 
 def test_experts_without_a_token_do_not_lower_the_median(moments: NeuronMoments) -> None:
-    peaks = {prefix: norms.clone() for prefix, norms in moments.peak_norm.items()}
+    peaks = {prefix: layer.peak_norm.clone() for prefix, layer in moments.layers.items()}
     for norms in peaks.values():
         norms[-3:] = 0
-    assert super_experts(replace(moments, peak_norm=peaks))[SECOND].nonzero().tolist() == [[3]]
+    assert super_experts(with_peaks(moments, peaks))[SECOND].nonzero().tolist() == [[3]]
 
 
 def test_protected_experts_keep_a_floor(moments: NeuronMoments) -> None:

@@ -27,7 +27,7 @@ def test_rows_equal_the_masks(moments: NeuronMoments) -> None:
         assert row["stored_reduction"] == pytest.approx(masks.sparsity)
         assert row["executed_reduction"] == pytest.approx(masks.executed_reduction(moments.tokens))
         assert row["dead_experts"] == sum(int((widths == 0).sum()) for widths in masks.widths.values())
-        removed = sum(float(moments.fisher[prefix][~keep].double().sum()) for prefix, keep in masks.keep.items())
+        removed = sum(float(moments[prefix].fisher[~keep].double().sum()) for prefix, keep in masks.keep.items())
         assert row["loss_increase"] == pytest.approx(removed / 2 / (6 * 64))
 
 

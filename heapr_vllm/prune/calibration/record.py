@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How moments came about: the metadata of moments.safetensors, and calibration.json, which travels with the masks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.atomic import atomic_file
+from heapr_vllm.prune.calibration.settings import CalibrationSettings
+
+CALIBRATION_FILE = "calibration.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationIdentity(CalibrationSettings):
+    """The settings and what they meant at the time: all that the moments depend on.
+
+    `revision` is the commit of a Hub snapshot. `checkpoint_bytes`, `routed_bytes`: sizes of all weights and of those
+    that can be pruned, as `heapr export` writes them; None in files of old versions.
+    """
+
+    processes: int = 1
+    dataset_fingerprint: str = ""
+    base_fingerprint: str = ""
+    checkpoint_bytes: int | None = None
+    routed_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationRecord(CalibrationIdentity):
+    """The content of calibration.json.
+
+    `tokens`: MoE module prefix -> calibration tokens that each expert got. `versions`: package -> version.
+    """
+
+    calibration_tokens: int = 0
+    wall_time_seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> CalibrationSettings:
+        """The settings alone, to draw the same text again."""
+        return CalibrationSettings(**{each.name: getattr(self, each.name) for each in fields(CalibrationSettings)})
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> CalibrationRecord:
+        """Parses the file's content; unknown keys are ignored, so that later versions may add some."""
+        known = {each.name for each in fields(cls)}
+        return cls(**{name: value for name, value in content.items() if name in known})
+
+    @classmethod
+    def read(cls, folder: Path, remedy: str) -> CalibrationRecord:
+        """Reads calibration.json in `folder`. Raises HeaprError with the `remedy` if it is missing or incomplete."""
+        path = folder / CALIBRATION_FILE
+        if not path.is_file():
+            raise HeaprError(f"{path} is missing; {remedy}")
+        content = json.loads(path.read_text())
+        if missing := {"model", "dataset", "tokens"} - content.keys():
+            raise HeaprError(f"{path} lacks {', '.join(sorted(missing))}; {remedy}")
+        return cls.from_dict(content)
+
+    def write(self, folder: Path) -> None:
+        """Writes calibration.json into `folder`, atomically."""
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        atomic_file(folder / CALIBRATION_FILE, lambda path: path.write_text(text))

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exported checkpoint: what `heapr export` makes of a masks repository and its base model."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.atomic import atomic_directory, check_output
+from heapr_vllm.formats.checkpoint import SIDE_FILES, Checkpoint
+from heapr_vllm.formats.config import PruningConfig
+from heapr_vllm.formats.masks import NeuronMasks, check_masks_sha256, find_masks
+from heapr_vllm.formats.repair_record import REPAIR_FILE, RepairRecord
+from heapr_vllm.prune.calibration.record import CalibrationRecord
+from heapr_vllm.prune.export.layouts import LAYOUTS, current_name
+from heapr_vllm.prune.export.masks_repository import read_pruning_config, write_config
+from heapr_vllm.prune.export.shards import Stage, write_shards
+from heapr_vllm.prune.report.card import model_card
+
+
+class FittedRepair(Stage, Protocol):
+    """The stage that refits kept weights before the layout cuts them."""
+
+    @property
+    def record(self) -> RepairRecord: ...
+
+    def discard(self) -> None:
+        """Removes what the fit left on disk; called when the export is complete."""
+        ...
+
+
+class Repair(Protocol):
+    """Something that can refit weights, such as `heapr_vllm.prune.repair.fit.RepairSettings`."""
+
+    def fit(self, base: Checkpoint, masks: NeuronMasks, calibration: CalibrationRecord, folder: Path) -> FittedRepair:
+        """Fits to the weights of `base`. What it keeps in `folder` lets the same call continue after a kill."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportInputs:
+    """What an export reads, checked against each other."""
+
+    masks_dir: Path
+    base: Checkpoint
+    masks: NeuronMasks
+    pruning: PruningConfig
+    calibration: CalibrationRecord
+
+    @classmethod
+    def read(cls, masks_dir: Path, *, model: str | None = None, verify: bool = True) -> ExportInputs:
+        """Reads a masks repository and finds its base model, which `model` may name.
+
+        Raises HeaprError if the masks are damaged or belong to another model; `verify` false skips the fingerprint.
+        """
+        masks_file = find_masks(str(masks_dir))
+        pruning = read_pruning_config(masks_dir)
+        check_masks_sha256(masks_file, pruning.masks_sha256)
+        masks = NeuronMasks.load(masks_file)
+        recorded = pruning.base_model
+        base = Checkpoint.resolve(model or recorded.name_or_path, recorded.revision if not model else None)
+        base.check_unquantized(allow_fp8=True)
+        masks.check_fits(base.expert_shapes(), str(base.path))
+        if verify and recorded.fingerprint not in (None, base.fingerprint()):
+            raise HeaprError(
+                f"masks do not belong to {base.path}: its fingerprint differs from that of the calibrated "
+                "model; pass the right --model, or --no-verify for a fine-tune of it"
+            )
+        calibration = CalibrationRecord.read(masks_dir / "heapr", "run `heapr prune` again")
+        return cls(masks_dir=masks_dir, base=base, masks=masks, pruning=pruning, calibration=calibration)
+
+
+def export_checkpoint(
+    masks_dir: Path,
+    output: Path,
+    *,
+    model: str | None = None,
+    layout: str = "compact",
+    overwrite: bool = False,
+    verify: bool = True,
+    repair: Repair | None = None,
+) -> None:
+    """Writes a checkpoint from a masks repository and its base model, shard by shard.
+
+    `layout` "compact": every expert tensor has its kept width under its standard name, neurons in their original order.
+    "zeroed": full-size tensors with the pruned neurons zeroed and no `quantization_config`, which any engine loads.
+    FP8 weights are written as bfloat16. `repair` refits kept weights; killed on the way, the same call continues with
+    what waits in a hidden folder beside `output`. Raises HeaprError if the masks belong to another model (`verify`
+    false skips the fingerprint only), if a shard is damaged, if `output` exists, or if the repair cannot be done.
+    """
+    layout = current_name(layout)
+    inputs = ExportInputs.read(masks_dir, model=model, verify=verify)
+    if output.resolve() in (inputs.base.path.resolve(), masks_dir.resolve()):
+        raise HeaprError(f"{output} is the input of this export; choose another --output")
+    check_output(output, overwrite=overwrite)
+    fitted = None
+    stages: list[Stage] = [LAYOUTS[layout](inputs.masks)]
+    if repair is not None:
+        folder = output.with_name(f".{output.name}.repair")
+        fitted = repair.fit(inputs.base, inputs.masks, inputs.calibration, folder)
+        stages.insert(0, fitted)
+    with atomic_directory(output, overwrite=overwrite) as folder:
+        write_shards(inputs.base, stages, folder)
+        _write_side_files(inputs, layout, fitted.record if fitted else None, folder)
+    if fitted is not None:
+        fitted.discard()
+
+
+def _write_side_files(inputs: ExportInputs, layout: str, repair: RepairRecord | None, folder: Path) -> None:
+    """Writes all that is not weights: tokenizer, masks, records, card and config.json."""
+    for name in SIDE_FILES:
+        if (inputs.base.path / name).is_file():
+            shutil.copyfile(inputs.base.path / name, folder / name)
+    ignore = shutil.ignore_patterns(Path(REPAIR_FILE).name)
+    shutil.copytree(inputs.masks_dir / "heapr", folder / "heapr", ignore=ignore)
+    if repair is not None:
+        repair.write(folder)
+    pruning = None
+    if layout == "compact":
+        pruning = replace(inputs.pruning, layout="compact", repair=repair.method if repair else None)
+    (folder / "README.md").write_text(model_card(inputs.masks, pruning, inputs.calibration, repair))
+    write_config(folder, inputs.base.config, pruning)
