@@ -39,7 +39,6 @@ test: setup  ## what is worth running on every change; 10 minutes
 
 test-all: setup  ## the rest: every family in every mode, kill loops, soak, real sizes, mutants; 25 minutes
 	$(PARALLEL) -m slow
-	$(BIN)/python -m tools.mutants
 
 test-window: setup  ## run the engine tests on another version: make test-window VLLM=0.26.0
 	$(ENGINE) $(BIN)/python -m tools.window $(VLLM)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from heapr_vllm.model_executor.kernels.triton import launch
+from heapr_vllm.model_executor.kernels.triton import launch, route_blocks
 from heapr_vllm.model_executor.kernels.triton.launch import index_tables, pack
 from heapr_vllm.model_executor.kernels.triton.route_blocks import align_routes, max_blocks
 from heapr_vllm.model_executor.kernels.triton.tiles import configs_up_to, use_one_route_blocks
@@ -80,6 +80,7 @@ def test_blocks_are_not_wasted() -> None:
     assert max_blocks(33, 1, 16) == 3 and max_blocks(2, 8, 16) == 2 and max_blocks(40, 8, 16) == 10
 
 
+@pytest.mark.slow
 def test_a_mutation_of_any_index_computation_is_noticed() -> None:
     run = subprocess.run([sys.executable, "-m", "tools.mutants"], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
@@ -130,7 +131,7 @@ def test_an_aligned_layer_launches_nothing_but_vllms_alignment_and_three_kernels
         assert options == {"pad_sorted_ids": True, "ignore_invalid_experts": True}
         return ids, ids, ids
 
-    monkeypatch.setattr(launch, "_has_vllm_op", lambda: True)
+    monkeypatch.setattr(route_blocks, "_has_vllm_op", lambda: True)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr("vllm.model_executor.layers.fused_moe.moe_align_block_size.moe_align_block_size", vllms_op)
     output = torch.empty_like(layer.x)

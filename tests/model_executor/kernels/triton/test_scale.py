@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from heapr_vllm.model_executor.kernels.triton import launch
+from heapr_vllm.model_executor.kernels.triton import route_blocks
 from heapr_vllm.model_executor.kernels.triton.launch import triton_ragged_moe
 from heapr_vllm.model_executor.kernels.triton.tiles import Tile, TileConfig, choose_config
 from heapr_vllm.model_executor.tuning.search import block_sizes, candidates, changes
@@ -185,9 +185,9 @@ def test_weights_beyond_two_to_the_31_elements() -> None:
 @needs_gpu
 @pytest.mark.parametrize("tokens", [8, 300])
 def test_vllms_alignment_gives_the_same_output(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not launch._has_vllm_op():
+    if not route_blocks._has_vllm_op():
         pytest.skip("vLLM is not installed")
     layer = make("Qwen3-30B-A3B", tokens, torch.bfloat16, "nobody")
     with_vllm = layer.run(None)
-    monkeypatch.setattr(launch, "_has_vllm_op", lambda: False)
+    monkeypatch.setattr(route_blocks, "_has_vllm_op", lambda: False)
     assert torch.equal(with_vllm, layer.run(None))
