@@ -27,8 +27,10 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
     ) -> None:
         super().__init__(moe_config, quant_config)
         self.layer = layer
-        self.layout = layout
         self.kernel = kernel
+        self.num_local_experts = len(layout.widths)
+        self.max_width = layout.max_width
+        self.uniform_experts = self.num_local_experts if layout.is_uniform and layer.expert_map is None else 0
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:
@@ -58,8 +60,7 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
         self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor
     ) -> tuple[int, int, int, int, int]:
         """(local experts, M, N, K, top_k); the base class reads them from 3-D weights, ours are flat."""
-        num_experts, width = len(self.layout.widths), self.layout.max_width
-        return num_experts, a1.shape[0], 2 * width, a1.shape[1], topk_ids.shape[1]
+        return self.num_local_experts, a1.shape[0], 2 * self.max_width, a1.shape[1], topk_ids.shape[1]
 
     def workspace_shapes(
         self,
@@ -103,18 +104,5 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
         if apply_router_weight_on_input:
             topk_weights = torch.ones_like(topk_weights)
         routes = Routes(topk_weights, topk_ids, self.layer.heapr_slots)
-        self.kernel.run_in_graph(output, hidden_states, routes, expert_rows(self.layer, self.layout, w1, w2))
-
-
-def expert_rows(
-    layer: RoutedExperts, layout: RaggedLayout, w13: torch.Tensor | None = None, w2: torch.Tensor | None = None
-) -> ExpertRows:
-    """Returns the layer's experts as kernels take them; `w13` and `w2` replace its parameters if given."""
-    all_are_here = layout.is_uniform and layer.expert_map is None
-    return ExpertRows(
-        w13=layer.w13_weight if w13 is None else w13,
-        w2=layer.w2_weight if w2 is None else w2,
-        table=layer.heapr_table,
-        max_width=layout.max_width,
-        uniform_experts=len(layout.widths) if all_are_here else 0,
-    )
+        experts = ExpertRows(w1, w2, self.layer.heapr_table, self.max_width, self.uniform_experts)
+        self.kernel.run_in_graph(output, hidden_states, routes, experts)

@@ -18,8 +18,8 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.names import layer_index
 from heapr_vllm.model_executor import compat
-from heapr_vllm.model_executor.experts import HeaprExperts, expert_rows
-from heapr_vllm.model_executor.kernels.base import RaggedKernel
+from heapr_vllm.model_executor.experts import HeaprExperts
+from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel
 from heapr_vllm.model_executor.kernels.choice import select_kernel
 from heapr_vllm.model_executor.kernels.op import register_op
 from heapr_vllm.model_executor.storage.dense import DenseStorage
@@ -132,7 +132,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         self.storage.zero_padding(w13, w2)
         self.kernel.pack(w13, w2, self.storage.layout)
         self._register_tables(layer)
-        rows = expert_rows(layer, self.storage.layout)
+        rows = ExpertRows(w13, w2, layer.heapr_table, self.storage.layout.max_width)
         self.kernel.warm_up(layer.heapr_slots, rows, self.moe.experts_per_token, self.max_tokens)
         if self.moe_kernel is None:
             self._build_kernel(layer)

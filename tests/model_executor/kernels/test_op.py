@@ -265,8 +265,8 @@ def test_router_weight_on_input_is_not_applied_twice(kernel: RaggedKernel) -> No
     built = layer((6, [32, 64], 1, 64, 2, ()), torch.float32, kernel)
     rows, routes = built.experts, built.routes
     experts = HeaprExperts.__new__(HeaprExperts)
-    experts.layer = SimpleNamespace(heapr_slots=routes.slots, heapr_table=rows.table, expert_map=None)
-    experts.kernel, experts.layout = kernel, RaggedLayout.build([32, 64], [32, 64])
+    experts.layer = SimpleNamespace(heapr_slots=routes.slots, heapr_table=rows.table)
+    experts.kernel, experts.max_width, experts.uniform_experts = kernel, 64, 0
     outputs = []
     for on_input in (False, True):
         output = torch.empty_like(built.x)
