@@ -17,7 +17,7 @@ from benchmarks.workload import Workload, random_prompts, vocabulary
 from heapr_vllm.evaluation.perplexity import counted_routes
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.masks import NeuronMasks
-from heapr_vllm.prune.models.pruned import opened
+from heapr_vllm.prune.models.pruned import applied, opened
 
 PROMPT_TOKENS, STEPS = 128, 16  # at most
 
@@ -45,7 +45,7 @@ def counted(dense: Path, masks: Iterable[NeuronMasks | None], workload: Workload
     found = []
     with opened(Checkpoint(dense), "auto", device) as (model, _):
         for mask in masks:
-            with mask.applied(model) if mask else nullcontext():
+            with applied(mask, model) if mask else nullcontext():
                 found.append(_decode(model, ids.to(device)))
     return found
 

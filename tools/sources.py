@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ast
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache, cached_property, reduce
 from importlib import import_module
@@ -145,7 +145,7 @@ class Scope:
                 )
 
     @contextmanager
-    def inside(self, item: Class | FunctionNode) -> Iterator[None]:
+    def inside(self, item: Class | FunctionNode) -> Generator[None]:
         """`self`, or the parameters' annotated types."""
         before = dict(self.types)
         if isinstance(item, Class):

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from torch import nn
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -14,6 +17,23 @@ from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Rou
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
 
+class PrunedLayer(RoutedExperts):
+    """What the plugin registers on vLLM's layer, for type checkers: no layer is made of this class.
+
+    w13_weight, w2_weight: from `create_weights` on. heapr_slots, heapr_table: index tables, once weights are loaded.
+    """
+
+    w13_weight: nn.Parameter
+    w2_weight: nn.Parameter
+    heapr_slots: torch.Tensor
+    heapr_table: torch.Tensor
+
+
+def as_pruned(layer: nn.Module) -> PrunedLayer:
+    """Returns `layer` itself."""
+    return cast(PrunedLayer, layer)
+
+
 class HeaprExperts(mk.FusedMoEExpertsModular):
     """Calls the kernel, which weights and reduces over top-k itself. `layer` holds the weights' index tables."""
 
@@ -21,7 +41,7 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
         self,
         moe_config: FusedMoEConfig,
         quant_config: FusedMoEQuantConfig,
-        layer: RoutedExperts,
+        layer: PrunedLayer,
         layout: RaggedLayout,
         kernel: RaggedKernel,
     ) -> None:
@@ -107,7 +127,7 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
 
 
 def expert_rows(
-    layer: RoutedExperts, layout: RaggedLayout, w13: torch.Tensor | None = None, w2: torch.Tensor | None = None
+    layer: PrunedLayer, layout: RaggedLayout, w13: torch.Tensor | None = None, w2: torch.Tensor | None = None
 ) -> ExpertRows:
     """Returns the layer's experts as kernels take them; `w13` and `w2` replace its parameters if given."""
     all_are_here = layout.is_uniform and layer.expert_map is None

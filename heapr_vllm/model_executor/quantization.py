@@ -33,7 +33,7 @@ class HeaprConfig(QuantizationConfig):
         return {key: value for key, value in self.__dict__.items() if key != "masks"}
 
     @classmethod
-    def get_name(cls) -> str:
+    def get_name(cls) -> str:  # ty: ignore[incompatible-method-override]  # vLLM lists the names it ships
         return QUANT_METHOD
 
     @classmethod
