@@ -3,35 +3,15 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
-from torch import nn
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, FusedMoEQuantConfig
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
 from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes
+from heapr_vllm.model_executor.pruned_layer import PrunedLayer
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
-
-
-class PrunedLayer(RoutedExperts):
-    """What the plugin registers on vLLM's layer, for type checkers: no layer is made of this class.
-
-    w13_weight, w2_weight: from `create_weights` on. heapr_slots, heapr_table: index tables, once weights are loaded.
-    """
-
-    w13_weight: nn.Parameter
-    w2_weight: nn.Parameter
-    heapr_slots: torch.Tensor
-    heapr_table: torch.Tensor
-
-
-def as_pruned(layer: nn.Module) -> PrunedLayer:
-    """Returns `layer` itself."""
-    return cast(PrunedLayer, layer)
 
 
 class HeaprExperts(mk.FusedMoEExpertsModular):

@@ -18,10 +18,11 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.names import layer_index
 from heapr_vllm.model_executor import compat
-from heapr_vllm.model_executor.experts import HeaprExperts, PrunedLayer, as_pruned, expert_rows
+from heapr_vllm.model_executor.experts import HeaprExperts, expert_rows
 from heapr_vllm.model_executor.kernels.base import RaggedKernel
 from heapr_vllm.model_executor.kernels.choice import select_kernel
 from heapr_vllm.model_executor.kernels.op import register_op
+from heapr_vllm.model_executor.pruned_layer import PrunedLayer, as_pruned
 from heapr_vllm.model_executor.storage.dense import DenseStorage
 from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
@@ -62,6 +63,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         Raises HeaprError if the model's experts do not have the shape of the masks, or no kernel runs them here.
         """
         register_op()
+        layer = as_pruned(layer)
         expected = (layer.global_num_experts, self.moe.intermediate_size)
         if tuple(self.masks.keep.shape) != expected:
             raise HeaprError(
@@ -81,7 +83,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         attributes = {key: value for key, value in extra_weight_attrs.items() if key not in OWN_ATTRIBUTES}
         self.storage.create(layer, hidden_size, params_dtype, self.weight_loader, attributes)
 
-    def _plan_storage(self, layer: RoutedExperts, hidden_size: int, dtype: torch.dtype) -> DenseStorage:
+    def _plan_storage(self, layer: PrunedLayer, hidden_size: int, dtype: torch.dtype) -> DenseStorage:
         experts = self._local_experts(layer)
         parallel = self.moe.moe_parallel_config
         kept = self.masks.keep[experts].sum(-1).tolist()
@@ -91,7 +93,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         local_ids = {expert: local for local, expert in enumerate(experts)}
         return DenseStorage(self.masks, local_ids, shares, RaggedLayout.build(widths, stored))
 
-    def _local_experts(self, layer: RoutedExperts) -> list[int]:
+    def _local_experts(self, layer: PrunedLayer) -> list[int]:
         """Global ids of this rank's experts, by local id.
 
         Where every rank sees all tokens, any placement is right, and ours balances; what one layer leaves uneven falls
@@ -159,7 +161,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
             " ".join(f"{bucket.num_slots}x{bucket.width}" for bucket in layout.buckets),
         )
 
-    def _build_kernel(self, layer: RoutedExperts) -> None:
+    def _build_kernel(self, layer: PrunedLayer) -> None:
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         prepare_finalize = maybe_make_prepare_finalize(
             moe=self.moe,
@@ -172,7 +174,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
                 "pruned experts need an all-to-all backend with the standard activation format; choose "
                 "another with --all2all-backend"
             )
-        self.experts = HeaprExperts(self.moe, self.moe_quant_config, as_pruned(layer), self.storage.layout, self.kernel)
+        self.experts = HeaprExperts(self.moe, self.moe_quant_config, layer, self.storage.layout, self.kernel)
         self.moe_kernel = mk.FusedMoEKernel(prepare_finalize, self.experts)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
@@ -188,11 +190,12 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Routed experts' output [T, H] for `x` [T, H]; a partial sum under tensor parallelism, which vLLM reduces."""
+        layer = as_pruned(layer)
         assert self.moe_kernel is not None
         output = self.moe_kernel.apply(
             hidden_states=x,
-            w1=as_pruned(layer).w13_weight,
-            w2=as_pruned(layer).w2_weight,
+            w1=layer.w13_weight,
+            w2=layer.w2_weight,
             topk_weights=topk_weights,
             topk_ids=topk_ids,
             activation=layer.activation,
@@ -211,6 +214,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         self, layer: RoutedExperts, x: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """As `apply`, from router logits [T, num_experts]; nothing is dispatched to other ranks."""
+        layer = as_pruned(layer)
         assert self.router is not None
         topk_weights, topk_ids = self.router(layer, x, router_logits)
         if layer.apply_router_weight_on_input:
@@ -219,8 +223,8 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         self.experts.apply(
             output,
             x,
-            as_pruned(layer).w13_weight,
-            as_pruned(layer).w2_weight,
+            layer.w13_weight,
+            layer.w2_weight,
             topk_weights,
             topk_ids,
             layer.activation,
