@@ -44,7 +44,7 @@ def unpack(wheel: Path, folder: Path) -> None:
         raise ValueError(f"{wheel} holds no vLLM")
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text.replace("def __getattr__(", "def _getattr("))
+        (folder / name).write_text(text.replace("__getattr__", "_getattr"))
 
 
 def check(folder: Path) -> list[str]:

@@ -26,7 +26,7 @@ from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.config import PruningConfig
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.names import ExpertTensor
-from heapr_vllm.prune.models.pruned import opened
+from heapr_vllm.prune.models.pruned import applied, opened
 from tests.model_executor.engine import ENVIRONMENT, ROOT
 
 
@@ -52,7 +52,7 @@ def test_zeroed_differs_where_masks_say_so(dense: Path, masks: NeuronMasks, tmp_
             tensor = tensor * (keep if where.shard == "w2" else keep[:, None])
         assert torch.equal(tensor, after[name])
     assert Checkpoint(tmp_path).config == Checkpoint(dense).config
-    with masks.applied(AutoModelForCausalLM.from_pretrained(dense)) as model, torch.no_grad():
+    with applied(masks, AutoModelForCausalLM.from_pretrained(dense)) as model, torch.no_grad():
         ids = torch.arange(20)[None]
         torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
