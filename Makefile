@@ -58,3 +58,4 @@ compile-table: setup  ## compile the GPU kernels with every Triton of the window
 lint: setup  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check

@@ -27,13 +27,13 @@ def work(model: str) -> None:
     """Engine process: answers `[batch, output_len]` lines on standard input with seconds on the original output."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the engine prints goes to standard error
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams, TokensPrompt
 
     llm = LLM(model, max_model_len=MAX_MODEL_LEN, enable_prefix_caching=False)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         batch, output_len = json.loads(line)
-        prompts = [{"prompt_token_ids": [7 + i, 11, 13, 17]} for i in range(batch)]
+        prompts = [TokensPrompt(prompt_token_ids=[7 + i, 11, 13, 17]) for i in range(batch)]
         params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
         start = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
@@ -55,15 +55,20 @@ def start(stack: ExitStack, model: Path, plugins: str | None) -> subprocess.Pope
         )
     )
     stack.callback(process.kill)
-    if process.stdout.readline().strip() != "ready":
+    if _line(process).strip() != "ready":
         raise RuntimeError(f"the engine of {model} did not start; try: {' '.join(command)}")
     return process
+
+
+def _line(process: subprocess.Popen) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
 
 
 def ask(process: subprocess.Popen, batch: int, output_len: int) -> float:
     """Output tokens/s of one generation."""
     print(json.dumps([batch, output_len]), file=process.stdin, flush=True)
-    return batch * output_len / float(process.stdout.readline())
+    return batch * output_len / float(_line(process))
 
 
 def compare(dense: Path, pruned: Path, batches: list[int], rounds: int, output_len: int) -> Iterator[dict]:

@@ -179,7 +179,7 @@ def _predict_routing(
     code: Code, moe: MoEShape, widths: np.ndarray, counts: np.ndarray, tokens: int, gpu: Gpu, tiles: LayerTiles
 ) -> LayerTime:
     routes = tokens * moe.top_k
-    one_route = code.one_route(tokens, moe.top_k, np.count_nonzero(widths))
+    one_route = code.one_route(tokens, moe.top_k, int(np.count_nonzero(widths)))
     experts_aligned = moe.num_experts + code.extra_experts
     if one_route:
         blocks = Blocks.one_route_each(counts)

@@ -34,7 +34,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def turns(arms: dict[str, Arm], rounds: int) -> Iterator[tuple[int, str]]:
 
 
 @contextmanager
-def servers(arms: dict[str, Arm], options: list[str], log_dir: Path) -> Iterator[dict[str, str]]:
+def servers(arms: dict[str, Arm], options: list[str], log_dir: Path) -> Generator[dict[str, str]]:
     """Arm to base URL of its server. All start at once; RuntimeError if one does not come up."""
     begin = time.monotonic()
     with ExitStack() as stack:
@@ -140,8 +140,12 @@ def progress(message: str) -> None:
 def memory(log: Path) -> tuple[str, str]:
     """(GiB of weights, tokens of KV cache) as vLLM logged them, empty where it did not."""
     text = log.read_text()
-    found = (re.findall(r"Model loading took ([\d.]+) GiB", text), re.findall(r"KV cache size: ([\d,]+) tokens", text))
-    return tuple(matches[-1].replace(",", "") if matches else "" for matches in found)
+
+    def last(pattern: str) -> str:
+        matches = re.findall(pattern, text)
+        return matches[-1].replace(",", "") if matches else ""
+
+    return last(r"Model loading took ([\d.]+) GiB"), last(r"KV cache size: ([\d,]+) tokens")
 
 
 def count_routing(

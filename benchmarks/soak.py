@@ -98,6 +98,7 @@ def offline_answers(model: str, stock: bool, tasks: list[Task]) -> dict[Task, st
             else partial(llm.generate, task.prompt)
         )
         answer = ask(sampling_params=params, use_tqdm=False)[0].outputs[0]
+        assert answer.logprobs is not None  # asked for above
         best = [sorted((found.logprob for found in step.values()), reverse=True) for step in answer.logprobs]
         if min(first - second for first, second, *_ in best) > MIN_GAP:
             answers[task] = answer.text
@@ -163,7 +164,7 @@ class Soak:
             self.mismatches.append(f"{kind} {task}: {found!r} instead of {expected!r}")
 
     def _create(self, task: Task, stream: bool) -> Any:
-        options = {
+        options: dict[str, Any] = {
             "model": self.model,
             "temperature": 0,
             "max_tokens": task.max_tokens,
@@ -175,7 +176,7 @@ class Soak:
         return self.client.completions.create(prompt=task.prompt, **options)
 
 
-def messages(task: Task) -> list[dict[str, str]]:
+def messages(task: Task) -> list[Any]:
     return [{"role": "user", "content": task.prompt}]
 
 

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -117,7 +117,7 @@ class UniformLayer:
 
 
 @contextmanager
-def using(config: Config | None) -> Iterator[None]:
+def using(config: Config | None) -> Generator[None]:
     """vLLM takes `config` for both GEMMs inside the block; None leaves its own choice."""
     if config is None:
         yield

@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +27,7 @@ VLLM = str(Path(sys.executable).with_name("vllm"))
 class Server(NamedTuple):
     """A `vllm serve` that was started."""
 
+    command: list[str]
     process: subprocess.Popen
     port: int
     log: Path
@@ -41,11 +42,11 @@ class Server(NamedTuple):
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
         ended = f"ended with status {self.process.returncode}" if self.process.returncode is not None else "is not up"
-        raise RuntimeError(f"{' '.join(self.process.args)} {ended}; {self.log} ends:\n{self.log.read_text()[-4000:]}")
+        raise RuntimeError(f"{' '.join(self.command)} {ended}; {self.log} ends:\n{self.log.read_text()[-4000:]}")
 
 
 @contextmanager
-def started(model: str | Path, *arguments: str, log: Path, plugins: str | None = None) -> Iterator[Server]:
+def started(model: str | Path, *arguments: str, log: Path, plugins: str | None = None) -> Generator[Server]:
     """A `vllm serve MODEL ARGUMENTS` that may not answer yet and is stopped afterwards; output goes to `log`.
 
     `plugins` is VLLM_PLUGINS: "" for stock vLLM, None for all installed plugins.
@@ -58,13 +59,13 @@ def started(model: str | Path, *arguments: str, log: Path, plugins: str | None =
             command, stdout=output, stderr=subprocess.STDOUT, env=_environment(plugins), start_new_session=True
         )
         try:
-            yield Server(process, port, log)
+            yield Server(command, process, port, log)
         finally:
             _stop(process)
 
 
 @contextmanager
-def serve(model: str | Path, *arguments: str, log: Path, plugins: str | None = None) -> Iterator[str]:
+def serve(model: str | Path, *arguments: str, log: Path, plugins: str | None = None) -> Generator[str]:
     """The base URL of a server that answers, arguments as for `started`. Raises RuntimeError if it does not come up."""
     with started(model, *arguments, log=log, plugins=plugins) as server:
         yield server.wait()

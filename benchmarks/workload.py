@@ -43,7 +43,9 @@ WORKLOADS = {
 def vocabulary(model: Path) -> int:
     """How many token ids both the tokenizer and the model know."""
     config = Checkpoint(model).config
-    return min(len(AutoTokenizer.from_pretrained(model)), config.get("text_config", config)["vocab_size"])
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert tokenizer is not None
+    return min(len(tokenizer), config.get("text_config", config)["vocab_size"])
 
 
 def random_prompts(workload: Workload, vocabulary: int, seed: int) -> list[list[int]]:

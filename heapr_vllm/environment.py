@@ -12,7 +12,7 @@ SUPPORTED_VLLM = ">=0.26,<0.34"
 
 # Where pip finds this package, which is on no index. Empty: in a checkout. Once the repository is public, its address
 # goes here, as "git+https://..."; tests/test_docs.py then names every text that has to follow.
-SOURCE = ""
+SOURCE: str = ""
 
 PACKAGES = (
     "heapr-vllm",

@@ -56,8 +56,8 @@ def licences() -> dict[str, str]:
         dist = importlib.metadata.packages_distributions().get(name, [name])[0]
         meta = importlib.metadata.metadata(dist)
         classifiers = [c.split(" :: ")[-1] for c in meta.get_all("Classifier", []) if c.startswith("License")]
-        text = meta.get("License-Expression") or next(iter(classifiers), None) or meta.get("License") or "unknown"
-        found[name] = text.splitlines()[0]
+        texts = [*meta.get_all("License-Expression", []), *classifiers, *meta.get_all("License", [])]
+        found[name] = next(filter(None, texts), "unknown").splitlines()[0]
     return found
 
 

@@ -98,7 +98,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,
+        head_dim=64,  # ty: ignore[unknown-argument]  # the config takes more than it declares
         num_experts=24,
         num_experts_per_tok=4,
         moe_intermediate_size=96,
@@ -106,7 +106,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
         norm_topk_prob=True,
         tie_word_embeddings=True,
         max_position_embeddings=CONTEXT,
-        rope_theta=10000.0,
+        rope_theta=10000.0,  # ty: ignore[unknown-argument]
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -79,7 +79,7 @@ def variants_of(launch: Launch) -> Iterator[Variant]:
         ragged_down_kernel,
         shared | {"PREFETCH": PREFETCHED_SLABS if config.prefetch else 0} | blocks | config.down.meta(),
     )
-    block_n = min(1024, triton.next_power_of_2(hidden_size))
+    block_n = min(1024, triton.next_power_of_2(hidden_size))  # ty: ignore[invalid-argument-type]  # it takes itself
     yield Variant(combine_kernel, shared | {"TOP_K": top_k, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 3})
 
 
@@ -103,7 +103,7 @@ def launches(arch: str) -> Iterator[Launch]:
             for config in (default, *switched):
                 yield Launch(shape.hidden_size, shape.top_k, config)
     for path in PACKAGED_FOLDER.glob("*.json") if is_hopper else ():
-        hidden_size, top_k = map(int, re.match(r"hidden_size=(\d+),top_k=(\d+),", path.name).groups())
+        hidden_size, top_k = map(int, re.findall(r"(?:hidden_size|top_k)=(\d+),", path.name))
         for profile in json.loads(path.read_text())["profiles"]:
             for entry in profile["tokens"].values():
                 yield Launch(hidden_size, top_k, TileConfig.from_dict(entry))

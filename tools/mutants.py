@@ -31,7 +31,7 @@ from tests.model_executor.kernels import moe_cases
 
 SECONDS = 60
 PACKAGE = "heapr_vllm.model_executor.kernels.triton"
-SWAPS = {
+SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
     ast.Mult: ast.Add,
@@ -72,27 +72,27 @@ class Mutant(NamedTuple):
 
 def mutants(module: str, functions: tuple[str, ...]) -> Iterator[Mutant]:
     """One mutant per operator inside `functions` of a module of `PACKAGE`."""
-    tree = ast.parse(Path(sys.modules[f"{PACKAGE}.{module}"].__file__).read_text())
+    tree = ast.parse(Path(str(sys.modules[f"{PACKAGE}.{module}"].__file__)).read_text())
     places: Counter[str] = Counter()
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef) or function.name not in functions:
             continue
         for node in chain.from_iterable(map(ast.walk, function.body)):
-            holder, field = (node, "op") if isinstance(node, ast.BinOp | ast.AugAssign) else (node, "ops")
             if not isinstance(node, ast.BinOp | ast.AugAssign | ast.Compare):
                 continue
-            operators = [holder.op] if field == "op" else holder.ops
+            field = "ops" if isinstance(node, ast.Compare) else "op"
+            operators = node.ops if isinstance(node, ast.Compare) else [node.op]
             if len(operators) != 1 or type(operators[0]) not in SWAPS:
                 continue
             before = ast.unparse(node)
             saved = copy.copy(operators)
             changed = SWAPS[type(operators[0])]()
-            setattr(holder, field, changed if field == "op" else [changed])
+            setattr(node, field, changed if field == "op" else [changed])
             name = f"{function.name}: {before}  ->  {ast.unparse(node)}"
             places[name] += 1
             number = f" #{places[name]}" if places[name] > 1 else ""
             yield Mutant(module, name + number, ast.unparse(tree))
-            setattr(holder, field, saved[0] if field == "op" else saved)
+            setattr(node, field, saved[0] if field == "op" else saved)
 
 
 def load(mutant: Mutant, folder: str) -> None:
@@ -100,6 +100,7 @@ def load(mutant: Mutant, folder: str) -> None:
     path = Path(folder) / f"{mutant.module}.py"
     path.write_text(mutant.source)
     spec = importlib.util.spec_from_file_location(f"{PACKAGE}.{mutant.module}", path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -14,7 +14,8 @@ from heapr_vllm.environment import SUPPORTED_VLLM, is_supported
 
 if TYPE_CHECKING:
     import torch
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    from heapr_vllm.model_executor.pruned_layer import PrunedLayer
 
 MOE = "vllm.model_executor.layers.fused_moe"
 HOMES = (f"{MOE}.experts.cpu_moe", f"{MOE}.cpu_fused_moe")  # of select_experts: from 0.28 on, before
@@ -50,7 +51,7 @@ def cpu_router() -> Router | None:
 
 
 def _route(
-    select_experts: Callable[..., Any], layer: RoutedExperts, x: torch.Tensor, router_logits: torch.Tensor
+    select_experts: Callable[..., Any], layer: PrunedLayer, x: torch.Tensor, router_logits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights float32 and ids int32, both [T, k], of the experts of tokens `x` [T, H]."""
     weights, ids = select_experts(

@@ -7,10 +7,10 @@ import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, FusedMoEQuantConfig
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
 from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes
+from heapr_vllm.model_executor.pruned_layer import PrunedLayer
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
 
@@ -21,7 +21,7 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
         self,
         moe_config: FusedMoEConfig,
         quant_config: FusedMoEQuantConfig,
-        layer: RoutedExperts,
+        layer: PrunedLayer,
         layout: RaggedLayout,
         kernel: RaggedKernel,
     ) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -64,7 +64,7 @@ class HeaprModelLoader(DefaultModelLoader):
     def download_model(self, model_config: ModelConfig) -> None:
         super().download_model(self.base_model_config(model_config))
 
-    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Generator[tuple[str, torch.Tensor]]:
         source = self.base_model_config(model_config)
         configs = (getattr(module, "quant_config", None) for module in model.modules())
         check_base(Checkpoint.resolve(source.model), next(c for c in configs if isinstance(c, HeaprConfig)))

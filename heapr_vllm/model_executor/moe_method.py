@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
@@ -22,6 +22,7 @@ from heapr_vllm.model_executor.experts import HeaprExperts
 from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel
 from heapr_vllm.model_executor.kernels.choice import select_kernel
 from heapr_vllm.model_executor.kernels.op import register_op
+from heapr_vllm.model_executor.pruned_layer import PrunedLayer, as_pruned
 from heapr_vllm.model_executor.storage.dense import DenseStorage
 from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
@@ -35,11 +36,12 @@ class HeaprMoEMethod(FusedMoEMethodBase):
     """Method of one pruned layer: asks for a kernel, owns the storage, answers vLLM.
 
     kernel: the `RaggedKernel` that runs the layer. storage: its experts on this rank. Both exist from `create_weights`
-    on.
+    on. experts: what calls the kernel, once weights are loaded.
     """
 
     kernel: RaggedKernel
     storage: DenseStorage
+    experts: HeaprExperts
 
     def __init__(self, moe: FusedMoEConfig, masks: LayerMasks) -> None:
         super().__init__(moe)
@@ -61,6 +63,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         Raises HeaprError if the model's experts do not have the shape of the masks, or no kernel runs them here.
         """
         register_op()
+        layer = as_pruned(layer)
         expected = (layer.global_num_experts, self.moe.intermediate_size)
         if tuple(self.masks.keep.shape) != expected:
             raise HeaprError(
@@ -80,7 +83,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         attributes = {key: value for key, value in extra_weight_attrs.items() if key not in OWN_ATTRIBUTES}
         self.storage.create(layer, hidden_size, params_dtype, self.weight_loader, attributes)
 
-    def _plan_storage(self, layer: RoutedExperts, hidden_size: int, dtype: torch.dtype) -> DenseStorage:
+    def _plan_storage(self, layer: PrunedLayer, hidden_size: int, dtype: torch.dtype) -> DenseStorage:
         experts = self._local_experts(layer)
         parallel = self.moe.moe_parallel_config
         kept = self.masks.keep[experts].sum(-1).tolist()
@@ -90,7 +93,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         local_ids = {expert: local for local, expert in enumerate(experts)}
         return DenseStorage(self.masks, local_ids, shares, RaggedLayout.build(widths, stored))
 
-    def _local_experts(self, layer: RoutedExperts) -> list[int]:
+    def _local_experts(self, layer: PrunedLayer) -> list[int]:
         """Global ids of this rank's experts, by local id.
 
         Where every rank sees all tokens, any placement is right, and ours balances; what one layer leaves uneven falls
@@ -119,12 +122,13 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         is_here = self.storage.load(param, loaded_weight, weight_name, shard_id, expert_id)
         return is_here if return_success else None
 
-    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Checks that every tensor came, zeroes the padding, packs in place, builds the kernel.
 
         Runs again after `reload_weights`, on parameters that were re-created uninitialised. Raises HeaprError if the
         checkpoint lacks an expert tensor.
         """
+        layer = as_pruned(layer)
         if self.needs_weights:
             self.storage.check_complete()
         self.needs_weights = True  # dummy weights are for the start only
@@ -138,7 +142,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
             self._build_kernel(layer)
             self._log()
 
-    def _register_tables(self, layer: RoutedExperts) -> None:
+    def _register_tables(self, layer: PrunedLayer) -> None:
         """Registers index tables as non-persistent buffers: no checkpoint weights, kept by sleep level 2 and reload."""
         slots = self.storage.slots(layer.global_num_experts)
         slots, table = self.kernel.index_tables(slots, self.storage.layout)
@@ -157,7 +161,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
             " ".join(f"{bucket.num_slots}x{bucket.width}" for bucket in layout.buckets),
         )
 
-    def _build_kernel(self, layer: RoutedExperts) -> None:
+    def _build_kernel(self, layer: PrunedLayer) -> None:
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         prepare_finalize = maybe_make_prepare_finalize(
             moe=self.moe,
@@ -165,13 +169,13 @@ class HeaprMoEMethod(FusedMoEMethodBase):
             routing_tables=layer._expert_routing_tables(),
             allow_new_interface=True,
         )
-        if prepare_finalize.activation_format != mk.FusedMoEActivationFormat.Standard:
+        if prepare_finalize is None or prepare_finalize.activation_format != mk.FusedMoEActivationFormat.Standard:
             raise HeaprError(
                 "pruned experts need an all-to-all backend with the standard activation format; choose "
                 "another with --all2all-backend"
             )
-        experts = HeaprExperts(self.moe, self.moe_quant_config, layer, self.storage.layout, self.kernel)
-        self.moe_kernel = mk.FusedMoEKernel(prepare_finalize, experts)
+        self.experts = HeaprExperts(self.moe, self.moe_quant_config, layer, self.storage.layout, self.kernel)
+        self.moe_kernel = mk.FusedMoEKernel(prepare_finalize, self.experts)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         return FusedMoEQuantConfig.make()
@@ -186,7 +190,9 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Routed experts' output [T, H] for `x` [T, H]; a partial sum under tensor parallelism, which vLLM reduces."""
-        return self.moe_kernel.apply(
+        layer = as_pruned(layer)
+        assert self.moe_kernel is not None
+        output = self.moe_kernel.apply(
             hidden_states=x,
             w1=layer.w13_weight,
             w2=layer.w2_weight,
@@ -197,6 +203,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
             expert_map=layer.expert_map,
             apply_router_weight_on_input=layer.apply_router_weight_on_input,
         )
+        return cast(torch.Tensor, output)  # the other type is that of experts which leave the sum to vLLM
 
     @property
     def is_monolithic(self) -> bool:
@@ -207,11 +214,13 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         self, layer: RoutedExperts, x: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """As `apply`, from router logits [T, num_experts]; nothing is dispatched to other ranks."""
+        layer = as_pruned(layer)
+        assert self.router is not None
         topk_weights, topk_ids = self.router(layer, x, router_logits)
         if layer.apply_router_weight_on_input:
             x = x * topk_weights.to(x.dtype)
         output = torch.empty_like(x)
-        self.moe_kernel.fused_experts.apply(
+        self.experts.apply(
             output,
             x,
             layer.w13_weight,
@@ -231,4 +240,4 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         return output
 
 
-HeaprMoEMethod.weight_loader.supports_moe_loading = True  # vLLM's Llama-4 loader asks for it
+HeaprMoEMethod.weight_loader.supports_moe_loading = True  # ty: ignore[missing-attribute]  # vLLM's Llama-4 loader asks for it

@@ -33,7 +33,7 @@ class HeaprConfig(QuantizationConfig):
         return {key: value for key, value in self.__dict__.items() if key != "masks"}
 
     @classmethod
-    def get_name(cls) -> str:
+    def get_name(cls) -> str:  # ty: ignore[incompatible-method-override]  # vLLM lists the names it ships
         return QUANT_METHOD
 
     @classmethod
@@ -105,10 +105,12 @@ class HeaprConfig(QuantizationConfig):
         if not isinstance(layer, RoutedExperts) or self.is_draft_layer(prefix):
             return None
         from heapr_vllm.model_executor.moe_method import HeaprMoEMethod
+        from heapr_vllm.model_executor.pruned_layer import as_pruned
         from heapr_vllm.model_executor.unsupported import refuse_unsupported
 
-        refuse_unsupported(layer, self)
-        return HeaprMoEMethod(layer.moe_config, self.layer_masks(prefix))
+        pruned = as_pruned(layer)
+        refuse_unsupported(pruned, self)
+        return HeaprMoEMethod(pruned.moe_config, self.layer_masks(prefix))
 
     def layer_masks(self, prefix: str) -> LayerMasks:
         """Returns the masks of the layer that vLLM calls `prefix`. Raises HeaprError if there are none."""

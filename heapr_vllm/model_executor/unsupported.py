@@ -13,8 +13,9 @@ from heapr_vllm.errors import HeaprError
 from heapr_vllm.model_executor import compat
 
 if TYPE_CHECKING:
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    from heapr_vllm.model_executor.pruned_layer import PrunedLayer
 
 
 RUNTIME_FORMATS = ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
@@ -22,7 +23,7 @@ SELF_DISPATCHING = ("passthrough", "moonep")  # expect kernels that send tokens 
 EXPERT_MODULES = {"experts", "gate_proj", "up_proj", "down_proj", "gate_up_proj"}
 
 
-def refuse_unsupported(layer: RoutedExperts, config: QuantizationConfig) -> None:
+def refuse_unsupported(layer: PrunedLayer, config: QuantizationConfig) -> None:
     """Raises HeaprError naming the option and the remedy."""
     vllm_config = get_current_vllm_config()
     lora, load_format = vllm_config.lora_config, vllm_config.load_config.load_format

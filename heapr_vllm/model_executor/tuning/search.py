@@ -111,7 +111,7 @@ def tune(
         share = (deadline - time.monotonic()) / (len(work) - number)
         if share <= 0:
             return list(written), len(work) - number
-        if built_for is not job:
+        if layer is None or built_for is not job:
             layer = None  # frees the last one's weights first
             layer, built_for = SyntheticLayer.build(job.moe, list(job.widths), job.dtype, device, copies=2), job
         config, seconds = fastest(layer, count, time.monotonic() + share)

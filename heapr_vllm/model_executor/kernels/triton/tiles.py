@@ -99,8 +99,9 @@ class TileConfig:
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> TileConfig:
         """Inverse of `dataclasses.asdict`; other keys are ignored."""
-        known = {field.name: entry[field.name] for field in fields(cls)}
-        return cls(**known | {"up": Tile(**entry["up"]), "down": Tile(**entry["down"])})
+        known: dict[str, Any] = {field.name: entry[field.name] for field in fields(cls)}
+        known |= {"up": Tile(**entry["up"]), "down": Tile(**entry["down"])}
+        return cls(**known)
 
 
 @dataclass(frozen=True)
