@@ -57,10 +57,7 @@ def compare(models: list[str], settings: EvaluationSettings) -> list[dict[str, A
         _lm_eval()
     measure = _measure_served if settings.backend == "vllm" else _measure
     checkpoints = [Checkpoint.resolve(model) for model in models]
-    texts = [
-        checkpoint_samples(checkpoint, settings.dataset, settings.num_samples, settings.max_seq_length, settings.seed)
-        for checkpoint in checkpoints
-    ]
+    texts = [_text(checkpoint, settings) for checkpoint in checkpoints]
     if len({fingerprint(samples) for samples in texts}) > 1:
         raise HeaprError("the models have different tokenizers, so their perplexities cannot be compared")
     rows: list[dict[str, Any]] = []
@@ -69,6 +66,12 @@ def compare(models: list[str], settings: EvaluationSettings) -> list[dict[str, A
         change = row["perplexity"] / (rows[0] if rows else row)["perplexity"] - 1
         rows.append({"model": name, **row, "change": change})
     return rows
+
+
+def _text(checkpoint: Checkpoint, settings: EvaluationSettings) -> torch.Tensor:
+    return checkpoint_samples(
+        checkpoint, settings.dataset, settings.num_samples, settings.max_seq_length, settings.seed
+    )
 
 
 def _measure_served(checkpoint: Checkpoint, samples: torch.Tensor, settings: EvaluationSettings) -> dict[str, Any]:
@@ -92,7 +95,7 @@ def _measure(checkpoint: Checkpoint, samples: torch.Tensor, settings: Evaluation
 def run_tasks(
     model: PreTrainedModel, checkpoint: Checkpoint, settings: EvaluationSettings
 ) -> dict[str, dict[str, float]]:
-    """Task to metrics, as lm-eval reports them."""
+    """Runs lm-eval; returns task -> metric -> value, as it reports them."""
     lm_eval = _lm_eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
     harness = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)
@@ -100,10 +103,11 @@ def run_tasks(
         results = lm_eval.simple_evaluate(model=harness, tasks=list(settings.tasks))["results"]
     except (KeyError, ValueError) as error:
         raise HeaprError(f"lm-eval cannot run {', '.join(settings.tasks)}: {first_line(error)}") from error
-    return {
-        task: {name.removesuffix(",none"): value for name, value in metrics.items() if isinstance(value, float)}
-        for task, metrics in results.items()
-    }
+    numbers: dict[str, dict[str, float]] = {}
+    for task, metrics in results.items():
+        floats = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        numbers[task] = {name.removesuffix(",none"): value for name, value in floats.items()}
+    return numbers
 
 
 def _lm_eval() -> Any:
@@ -115,38 +119,34 @@ def _lm_eval() -> Any:
 
 
 def format_comparison(rows: list[dict[str, Any]]) -> str:
-    """The rows as an aligned table, one column per metric of every task."""
-    columns = ["model", "perplexity", "change", "stored", "executed"]
-    columns += dict.fromkeys(metric for row in rows for metric in _task_metrics(row))
-    table = [columns]
-    for row in rows:
-        cells = {
-            "model": row["model"],
-            "perplexity": f"{row['perplexity']:.3f}",
-            "change": f"{row['change']:+.1%}",
-            **{metric: f"{value:.3f}" for metric, value in _task_metrics(row).items()},
-        }
-        cells |= {
-            column: f"{-row[f'{column}_reduction']:.1%}"
-            for column in ("stored", "executed")
-            if f"{column}_reduction" in row
-        }
-        table.append([cells.get(column, "") for column in columns])
+    """Aligns the rows as a table, one column per metric of every task."""
+    cells = [_cells(row) for row in rows]
+    columns = dict.fromkeys(["model", "perplexity", "change", "stored", "executed"])
+    for found in cells:
+        columns |= dict.fromkeys(found)
+    table = [list(columns)]
+    table += [[found.get(column, "") for column in columns] for found in cells]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in table
-    )
+    return "\n".join(_aligned(line, widths) for line in table)
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    """Formats a row, column -> text."""
+    cells = {"model": row["model"], "perplexity": f"{row['perplexity']:.3f}", "change": f"{row['change']:+.1%}"}
+    for column in ("stored", "executed"):
+        if f"{column}_reduction" in row:
+            cells[column] = f"{-row[f'{column}_reduction']:.1%}"
+    return cells | {metric: f"{value:.3f}" for metric, value in _task_metrics(row).items()}
+
+
+def _aligned(line: list[str], widths: list[int]) -> str:
+    first, *others = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+    return "  ".join([line[0].ljust(len(first)), *others])
 
 
 def _task_metrics(row: dict[str, Any]) -> dict[str, float]:
-    """ "task metric" to value, without the standard errors."""
-    return {
-        f"{task} {metric}": value
-        for task, metrics in row.get("tasks", {}).items()
-        for metric, value in metrics.items()
-        if "stderr" not in metric
-    }
+    """Collects "task metric" -> value, without the standard errors."""
+    found: dict[str, float] = {}
+    for task, metrics in row.get("tasks", {}).items():
+        found |= {f"{task} {metric}": value for metric, value in metrics.items() if "stderr" not in metric}
+    return found

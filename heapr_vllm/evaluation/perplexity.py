@@ -15,7 +15,7 @@ from heapr_vllm.prune.models.experts import expert_modules
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, samples: torch.Tensor, batch_size: int = 8) -> float:
-    """exp of the mean next-token cross entropy over `samples` int64 [N, L]; every sample is its own context."""
+    """Computes exp of the mean next-token cross entropy over `samples` int64 [N, L], each its own context."""
     model.eval()
     nll = 0.0
     for ids in samples.split(batch_size):
@@ -27,7 +27,7 @@ def perplexity(model: PreTrainedModel, samples: torch.Tensor, batch_size: int = 
 
 @contextmanager
 def counted_routes(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
-    """Yields prefix to int64 [E]: tokens routed to each expert by the forward passes inside the block."""
+    """Yields prefix -> int64 [E]: tokens routed to each expert by the forward passes inside the block."""
     modules = expert_modules(model)
     tokens = {prefix: torch.zeros(len(module.down_proj), dtype=torch.int64) for prefix, module in modules.items()}
 

@@ -26,7 +26,7 @@ MARKER = "PERPLEXITY "
 
 
 def served_perplexity(checkpoint: Checkpoint, samples: torch.Tensor, dtype: str) -> float:
-    """exp of the mean next-token cross entropy over `samples` int64 [N, L], each its own context.
+    """Measures exp of the mean next-token cross entropy over `samples` int64 [N, L], each its own context.
 
     Masks repositories are served over their base model. Raises HeaprError if the engine does not come up, with the end
     of its output.
@@ -55,11 +55,10 @@ def main(model: str, dtype: str, text: str) -> None:
     outputs = llm.generate(
         [{"prompt_token_ids": ids} for ids in samples], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     )
-    total = sum(
-        logprobs[token].logprob
-        for ids, output in zip(samples, outputs, strict=True)
-        for token, logprobs in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
-    )
+    total = 0.0
+    for ids, output in zip(samples, outputs, strict=True):
+        following = zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+        total += sum(logprobs[token].logprob for token, logprobs in following)
     print(MARKER + json.dumps(math.exp(-total / (len(samples) * (len(samples[0]) - 1)))))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Checkpoint:
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
-        """Tensor name to shard file name. Raises HeaprError if there are no safetensors or a shard is missing."""
+        """Tensor name -> shard file name. Raises HeaprError if there are no safetensors or a shard is missing."""
         if (self.path / INDEX_FILE).is_file():
             weight_map = json.loads((self.path / INDEX_FILE).read_text())["weight_map"]
             for shard in sorted(set(weight_map.values())):
@@ -87,7 +88,7 @@ class Checkpoint:
 
     @property
     def shards(self) -> dict[str, list[str]]:
-        """Shard file name to its tensor names, both sorted."""
+        """Shard file name -> its tensor names, both sorted."""
         shards: dict[str, list[str]] = {}
         for name in sorted(self.weight_map):
             shards.setdefault(self.weight_map[name], []).append(name)
@@ -95,7 +96,7 @@ class Checkpoint:
 
     @contextmanager
     def open(self, shard: str) -> Iterator[Any]:
-        """The shard as a `safetensors.safe_open` handle. Raises HeaprError if it is damaged or lacks a tensor.
+        """Yields the shard as a `safetensors.safe_open` handle. Raises HeaprError if it is damaged or lacks a tensor.
 
         Shards are read, not mapped: a mapping takes address space of the whole shard, and memory of what was read.
         """
@@ -107,7 +108,7 @@ class Checkpoint:
 
     @cached_property
     def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Tensor name to (dtype, shape), read from the shard headers alone."""
+        """Tensor name -> (dtype, shape), read from the shard headers alone."""
         headers = {}
         for shard, names in self.shards.items():
             with self.open(shard) as file:
@@ -117,7 +118,7 @@ class Checkpoint:
         return headers
 
     def expert_shapes(self) -> dict[str, tuple[int, int]]:
-        """MoE module prefix to (num_experts, moe_intermediate_size), without draft layers for multi-token prediction.
+        """Lists prefix -> (num_experts, moe_intermediate_size), without draft layers for multi-token prediction.
 
         Raises HeaprError if there are no routed experts or an expert lacks a tensor.
         """
@@ -131,14 +132,14 @@ class Checkpoint:
                 widths[tensor.prefix] = shape[-1]
             experts = range(shape[0]) if tensor.expert is None else [tensor.expert]
             shards = ("w1", "w3") if tensor.shard == "w13" else (tensor.shard,)
-            present.setdefault(tensor.prefix, set()).update((e, shard) for e in experts for shard in shards)
+            present.setdefault(tensor.prefix, set()).update(product(experts, shards))
         if not present:
             model_type = self.config.get("model_type", "unknown")
             raise HeaprError(f"{self.path} (model_type {model_type}) has no routed experts; HEAPr prunes MoE models")
         shapes = {}
         for prefix in sorted(present, key=natural_order):
             num_experts = 1 + max(expert for expert, _ in present[prefix])
-            wanted = {(e, shard) for e in range(num_experts) for shard in ("w1", "w2", "w3")}
+            wanted = set(product(range(num_experts), ("w1", "w2", "w3")))
             if missing := sorted(wanted - present[prefix]):
                 raise HeaprError(
                     f"{self.path} lacks {missing[0][1]} of {prefix}.{missing[0][0]} and "
@@ -161,7 +162,7 @@ class Checkpoint:
                     )
 
     def num_bytes(self) -> int:
-        """Size of all weights."""
+        """Adds up the size of all weights."""
         return sum(map(self.tensor_bytes, self.headers))
 
     def tensor_bytes(self, name: str) -> int:
@@ -169,7 +170,7 @@ class Checkpoint:
         return torch.Size(shape).numel() * _ITEM_SIZE[dtype]
 
     def export_bytes(self, *, routed_only: bool = False) -> int:
-        """Size of all weights, or of those that can be pruned, as `heapr export` would write them unpruned."""
+        """Adds up all weights, or those that can be pruned, as `heapr export` would write them unpruned."""
         total = 0
         for name, (dtype, _) in self.headers.items():
             where = ExpertTensor.parse(name)
@@ -179,7 +180,7 @@ class Checkpoint:
         return total
 
     def fingerprint(self) -> str:
-        """sha256 over all tensor names, dtypes and shapes and over the router weights.
+        """Computes sha256 over all tensor names, dtypes and shapes and over the router weights.
 
         Masks are valid for exactly the routers they were calibrated with, and routers are small to read.
         """
@@ -202,7 +203,7 @@ class Checkpoint:
         return rows, columns
 
     def is_scale(self, name: str) -> bool:
-        """Whether a tensor holds the scales of an FP8 weight."""
+        """Tells whether a tensor holds the scales of an FP8 weight."""
         return self.fp8_block is not None and name.endswith(FP8_SCALE_SUFFIX)
 
     def check_unquantized(self, *, allow_fp8: bool = False) -> None:

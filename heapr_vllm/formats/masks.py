@@ -20,12 +20,12 @@ from heapr_vllm.formats.tensorfile import load_tensors, save_tensors
 
 
 def pack_bits(keep: torch.Tensor) -> torch.Tensor:
-    """bool [E, I] to uint8 [E, ceil(I/8)]; bit k of byte j is neuron 8j+k, padding bits are zero."""
+    """Packs bool [E, I] into uint8 [E, ceil(I/8)]; bit k of byte j is neuron 8j+k, padding bits are zero."""
     return torch.from_numpy(np.packbits(keep.numpy(), axis=-1, bitorder="little"))
 
 
 def unpack_bits(packed: torch.Tensor, num_neurons: int) -> torch.Tensor:
-    """Inverse of `pack_bits`: uint8 [E, ceil(I/8)] to bool [E, I]."""
+    """Inverts `pack_bits`: uint8 [E, ceil(I/8)] to bool [E, I]."""
     bits = np.unpackbits(packed.numpy(), axis=-1, count=num_neurons, bitorder="little")
     return torch.from_numpy(bits.astype(bool))
 
@@ -47,9 +47,9 @@ def check_masks_sha256(path: Path, expected: str | None) -> None:
 class NeuronMasks:
     """Masks of one model.
 
-    `keep`: MoE module prefix as in the checkpoint (`model.layers.3.mlp.experts`) to bool [num_experts,
+    `keep`: MoE module prefix as in the checkpoint (`model.layers.3.mlp.experts`) -> bool [num_experts,
     moe_intermediate_size], true where the neuron stays. `metadata`: how they were made, JSON values only; under
-    "tokens", if there, prefix to how many calibration tokens each expert got.
+    "tokens", if there, prefix -> how many calibration tokens each expert got.
     """
 
     keep: dict[str, torch.Tensor]
@@ -57,7 +57,7 @@ class NeuronMasks:
 
     @property
     def widths(self) -> dict[str, torch.Tensor]:
-        """Kept neurons per expert, prefix to int64 [num_experts]."""
+        """Kept neurons per expert, prefix -> int64 [num_experts]."""
         return {prefix: mask.sum(-1) for prefix, mask in self.keep.items()}
 
     @property
@@ -74,13 +74,13 @@ class NeuronMasks:
         return 1 - self.num_kept / self.num_neurons
 
     def tokens(self, prefix: str) -> list[int] | None:
-        """Calibration tokens that each expert of a module got; None if the masks do not say."""
+        """Looks up the calibration tokens that each expert of a module got; None if the masks do not say."""
         return self.metadata.get("tokens", {}).get(prefix)
 
     def executed_reduction(self, tokens: dict[str, torch.Tensor]) -> float:
-        """Fraction of executed routed-expert FLOPs removed.
+        """Computes the fraction of executed routed-expert FLOPs removed.
 
-        `tokens`: prefix to [num_experts] tokens routed to each expert; a token costs its expert's width.
+        `tokens`: prefix -> int64 [num_experts], tokens routed to each expert; a token costs its expert's width.
         """
         full = sum(float(count.sum()) * self.keep[prefix].shape[1] for prefix, count in tokens.items())
         kept = sum(float((count * self.widths[prefix]).sum()) for prefix, count in tokens.items())
@@ -129,7 +129,7 @@ class NeuronMasks:
     def check_fits(self, expert_shapes: dict[str, tuple[int, int]], model: str) -> None:
         """Raises HeaprError unless the masks cover exactly these MoE modules.
 
-        `expert_shapes`: prefix to (num_experts, moe_intermediate_size) of `model`.
+        `expert_shapes`: prefix -> (num_experts, moe_intermediate_size) of `model`.
         """
         for words, names in (
             ("the masks lack", expert_shapes.keys() - self.keep.keys()),
@@ -149,7 +149,7 @@ class NeuronMasks:
 
 
 def find_masks(name_or_path: str, revision: str | None = None) -> Path:
-    """Path of the masks file in a file, directory or Hub repository. Raises HeaprError if there is none."""
+    """Finds the masks file in a file, directory or Hub repository. Raises HeaprError if there is none."""
     path = Path(name_or_path)
     if path.is_file():
         return path

@@ -36,7 +36,7 @@ class ExpertTensor:
 
     @classmethod
     def parse(cls, name: str) -> ExpertTensor | None:
-        """None if `name` is not a routed expert's weight."""
+        """Parses a tensor's name; None if `name` is not a routed expert's weight."""
         if match := _EXPERT.fullmatch(name):
             return cls(match["prefix"], int(match["expert"]), _SHARD[match["projection"]])
         if match := _STACKED.fullmatch(name):
@@ -45,13 +45,13 @@ class ExpertTensor:
 
 
 def layer_index(prefix: str) -> int:
-    """Number of the decoder layer in a module name; -1 if there is none."""
+    """Finds the number of the decoder layer in a module name; -1 if there is none."""
     match = re.search(r"(?:^|\.)layers\.(\d+)\.", prefix)
     return int(match[1]) if match else -1
 
 
 def is_draft_layer(prefix: str, num_layers: int | None) -> bool:
-    """Whether a module belongs to multi-token prediction, whose experts are never pruned.
+    """Tells whether a module belongs to multi-token prediction, whose experts are never pruned.
 
     Such layers are called mtp (Qwen3-Next), or are numbered after the model's own `num_layers` (DeepSeek-V3).
     """
@@ -60,5 +60,5 @@ def is_draft_layer(prefix: str, num_layers: int | None) -> bool:
 
 
 def natural_order(name: str) -> list[int | str]:
-    """Sort key that puts layer 2 before layer 10."""
+    """Makes a sort key that puts layer 2 before layer 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -27,16 +27,17 @@ class TensorReader:
         self._stack.close()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as stored, or bfloat16 where it was stored as FP8. Raises HeaprError if a scale is missing."""
+        """Reads the tensor as stored, FP8 as bfloat16. Raises HeaprError if a scale is missing."""
         value = self._stored(name)
         if value.dtype != torch.float8_e4m3fn:
             return value
-        if name + FP8_SCALE_SUFFIX not in self.checkpoint.weight_map:
+        block = self.checkpoint.fp8_block
+        if block is None or name + FP8_SCALE_SUFFIX not in self.checkpoint.weight_map:
             raise HeaprError(
                 f"{self.checkpoint.path}: {name} is FP8 and has no {name}{FP8_SCALE_SUFFIX}; "
                 "start from the unquantized model"
             )
-        return dequantize(value, self._stored(name + FP8_SCALE_SUFFIX), self.checkpoint.fp8_block)
+        return dequantize(value, self._stored(name + FP8_SCALE_SUFFIX), block)
 
     def _stored(self, name: str) -> torch.Tensor:
         shard = self.checkpoint.weight_map[name]
@@ -46,7 +47,7 @@ class TensorReader:
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """FP8 `weight` [O, I] times one factor per block of rows and columns, rounded to bfloat16.
+    """Multiplies FP8 `weight` [O, I] by one factor per block of rows and columns, rounded to bfloat16.
 
     `scale` [ceil(O / block[0]), ceil(I / block[1])], stored as `weight_scale_inv` (DeepSeek-V3, arXiv 2412.19437,
     section 3.3.2).

@@ -32,7 +32,7 @@ def calibrate(
     overwrite: bool = False,
     processes: Processes = ALONE,
 ) -> NeuronMoments:
-    """`heapr calibrate`: writes `moments.safetensors`, `calibration.json` and the model's config and tokenizer.
+    """Does `heapr calibrate`: writes `moments.safetensors`, `calibration.json` and the model's config and tokenizer.
 
     Every `checkpoint_every` batches the sums are saved; with `resume` a killed run continues from there and ends in the
     same bytes, and a finished one is left as it is. `settings.stream` keeps one decoder layer in memory at a time and

@@ -20,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.prune.calibration.moments import NORMS, OUTPUTS, SUMS, LayerMoments, NeuronMoments
-from heapr_vllm.prune.models.experts import expert_modules
+from heapr_vllm.prune.models.experts import StackedExperts, expert_modules
 
 EXPERTS_IMPLEMENTATION = "heapr_moments"
 ROW_MULTIPLE = 64  # rows per expert are padded to it: oneDNN compiles a primitive for every new shape
@@ -123,9 +123,13 @@ class MomentCollector:
             self.model.set_experts_implementation(previous)
 
     def forward(
-        self, module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        module: StackedExperts,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """The experts' output [T, H] for `hidden_states` [T, H], `top_k_index` and `top_k_weights` [T, top_k].
+        """Computes the experts' output [T, H] for `hidden_states` [T, H], `top_k_index`, `top_k_weights` [T, top_k].
 
         Tokens and output norms are counted on the way back, like the sums: under gradient checkpointing every forward
         runs twice, every backward once.
@@ -183,8 +187,8 @@ class MomentCollector:
 
 
 @torch.no_grad()
-def _weight_norms(module: nn.Module) -> torch.Tensor:
-    """float64 [3, E, I]: Euclidean norms of gate rows, up rows and down columns, summed in float32."""
+def _weight_norms(module: StackedExperts) -> torch.Tensor:
+    """Computes float64 [3, E, I]: Euclidean norms of gate rows, up rows and down columns, summed in float32."""
     gate, up = module.gate_up_proj.norm(dim=-1, dtype=torch.float32).chunk(2, -1)
     return torch.stack([gate, up, module.down_proj.norm(dim=1, dtype=torch.float32)]).double()
 

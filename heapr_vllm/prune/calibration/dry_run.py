@@ -58,7 +58,7 @@ def streamed_plan(model: LayeredModel, num_samples: int, length: int, batch_size
 
 
 def peak_resident_bytes(process: int | str = "self") -> int:
-    """The most memory a process has had so far; 0 where the system does not say (it is Linux that does)."""
+    """Reads the most memory a process has had so far; 0 where the system does not say (it is Linux that does)."""
     status = Path(f"/proc/{process}/status")
     match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
     return int(match[1]) * 1024 if match else 0
@@ -69,7 +69,7 @@ def _weight_bytes(model: LayeredModel, name: str) -> int:
 
 
 def _activation_bytes(model: LayeredModel, layer: nn.Module, batch: int, length: int) -> int:
-    """What one layer keeps for its backward pass, and the largest temporaries of that pass."""
+    """Estimates what one layer keeps for its backward pass, and the largest temporaries of that pass."""
     size, tokens = next(layer.parameters()).dtype.itemsize, batch * length
     config = model.model.config.get_text_config()
     wide = 3 * 4 + 3 * size  # float32 copies inside norms and rotary embeddings, results in the model's dtype
@@ -85,19 +85,19 @@ def _activation_bytes(model: LayeredModel, layer: nn.Module, batch: int, length:
 
 
 def _keeps_attention(config: PretrainedConfig) -> bool:
-    """Whether attention weights [L, L] are kept: kernels that avoid it need heads of one size."""
+    """Tells whether attention weights [L, L] are kept: kernels that avoid it need heads of one size."""
     sizes = {getattr(config, "v_head_dim", None), getattr(config, "qk_head_dim", None)}
     return config._attn_implementation == "eager" or len(sizes) > 1
 
 
 def _tensor_in_flight_bytes(checkpoint: Checkpoint) -> int:
-    """The largest tensor while it is read; FP8 passes through float32, and so do its scales."""
+    """Computes the largest tensor while it is read; FP8 passes through float32, and so do its scales."""
     largest = max(checkpoint.headers, key=checkpoint.tensor_bytes)
     return checkpoint.tensor_bytes(largest) * (1 if checkpoint.fp8_block is None else 9)
 
 
 def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
-    """`--dry-run`: sizes by formula from the config and the shard headers; no large weight is loaded.
+    """Computes the sizes of `--dry-run` by formula from the config and the shard headers; no large weight is loaded.
 
     With `settings.stream` also the peak memory; the text is read for it, since it counts too.
     """

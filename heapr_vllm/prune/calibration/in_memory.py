@@ -51,7 +51,7 @@ def collect_moments(
 
 @contextmanager
 def _backward_only_to_activations(model: PreTrainedModel):
-    """No weight gradients, evaluation mode, gradient checkpointing on; everything is put back on exit."""
+    """Sets no weight gradients, evaluation mode, gradient checkpointing; everything is put back on exit."""
     training = {module: module.training for module in model.modules()}
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.eval().requires_grad_(False)
@@ -80,6 +80,7 @@ def calibrate_in_memory(
     partial: NeuronMoments | None,
     every: int,
 ) -> NeuronMoments:
+    """Does `heapr calibrate` without `--stream`, between reading the text and writing the result."""
     model = load_model(checkpoint, settings.dtype, device)
     collector = MomentCollector(model)
     check_experts(checkpoint, collector)

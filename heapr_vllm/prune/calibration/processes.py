@@ -38,7 +38,7 @@ class Processes:
         return None if self.is_first else True
 
     def device(self, device: str) -> str:
-        """The device of this process: its own GPU where `device` is "cuda". Raises HeaprError for "auto"."""
+        """Names the device of this process: its own GPU where `device` is "cuda". Raises HeaprError for "auto"."""
         if self.size > 1 and device == "auto":
             raise HeaprError("--device auto spreads one model over all GPUs; with torchrun use --device cuda")
         return f"cuda:{self.local_rank}" if self.size > 1 and device == "cuda" else device
@@ -55,7 +55,7 @@ class Processes:
             dist.barrier()
 
     def total(self, moments: NeuronMoments) -> NeuronMoments:
-        """The moments of all processes together, the same in each."""
+        """Adds up the moments of all processes, in place and the same in each."""
         if self.size > 1:
             for _, layer in sorted(moments.layers.items()):
                 for name, values in layer.tensors().items():
@@ -68,7 +68,7 @@ ALONE = Processes()
 
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
-    """The processes that `torchrun` started, connected inside the block; only this one without it."""
+    """Connects the processes that `torchrun` started; only this one without it."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE

@@ -45,11 +45,11 @@ class SavedState:
         collector.moments({**self.identity, **position}).save(self.partial, torch.float64)
 
     def load(self) -> NeuronMoments | None:
-        """What `save` wrote last, with the position in its metadata; None if there is nothing."""
+        """Reads what `save` wrote last, with the position in its metadata; None if there is nothing."""
         return self._load(self.partial)
 
     def finished(self) -> NeuronMoments | None:
-        """The result, if the run had ended; the first process's sums are the last thing it removes."""
+        """Reads the result, if the run had ended; the first process's sums are the last thing it removes."""
         return None if (self.output / PARTIAL_FILE).is_file() else self._load(self.output / MOMENTS_FILE)
 
     def remove(self) -> None:

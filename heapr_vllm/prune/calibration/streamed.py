@@ -40,7 +40,7 @@ def calibrate_streamed(
     partial: NeuronMoments | None,
     every: int,
 ) -> NeuronMoments:
-    """`heapr calibrate --stream`, between reading the text and writing the result.
+    """Does `heapr calibrate --stream`, between reading the text and writing the result.
 
     Hidden states and gradients are on disk; the sums are saved every `every` batches of the backward pass and after
     each of its layers, and come back as `partial` when the run is resumed.
@@ -82,7 +82,7 @@ def calibrate_streamed(
 
 
 def num_steps(model: LayeredModel, batches: int, position: BackwardPosition | None = None) -> int:
-    """Steps until `position`, by default of a whole run.
+    """Counts the steps until `position`, by default of a whole run.
 
     One per batch for the embedding, the head, every layer forward, and every layer backward down to the lowest with
     experts.
@@ -103,7 +103,7 @@ def collect_moments_streamed(
     save: Callable[[BackwardPosition], None] | None = None,
     after_steps: Callable[[int], None] | None = None,
 ) -> NeuronMoments:
-    """`collect_moments` for a `LayeredModel`: token `samples` int64 [N, L] to moments.
+    """Does `collect_moments` for a `LayeredModel`: token `samples` int64 [N, L] to moments.
 
     Continues from what `store` holds; once the backward pass has begun, `collector` and `position` say how far it got.
     `save(position)` is called whenever both could be saved, and `after_steps(n)` after n more steps of `num_steps`.

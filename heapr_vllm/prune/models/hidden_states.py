@@ -31,11 +31,11 @@ class ActivationStore:
         return self.path(kind, layer, batch).exists()
 
     def complete(self, kind: str, layer: int, batches: int) -> bool:
-        """Whether all of the `batches` batches are there."""
+        """Tells whether all of the `batches` batches are there."""
         return all(self.has(kind, layer, batch) for batch in range(batches))
 
     def last_complete(self, kind: str, layers: int, batches: int) -> int:
-        """The highest layer from 0 to `layers`, inclusive, that has all batches; -1 if none has."""
+        """Finds the highest layer from 0 to `layers`, inclusive, that has all batches; -1 if none has."""
         return next((layer for layer in range(layers, -1, -1) if self.complete(kind, layer, batches)), -1)
 
     def save(self, kind: str, layer: int, batch: int, tensor: torch.Tensor) -> None:

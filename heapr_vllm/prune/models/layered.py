@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
-from heapr_vllm.prune.models.experts import expert_modules
+from heapr_vllm.prune.models.experts import StackedExperts, expert_modules
 from heapr_vllm.prune.models.hidden_states import ActivationStore
 from heapr_vllm.prune.models.module_weights import ModuleWeights, empty_model
 
@@ -57,8 +57,8 @@ class LayeredModel:
         """Index of the lowest layer with routed experts."""
         return next(index for index, layer in enumerate(self.layers) if self.experts_of(layer))
 
-    def experts_of(self, layer: nn.Module) -> dict[str, nn.Module]:
-        """The part of `expert_modules` that lies inside a decoder layer."""
+    def experts_of(self, layer: nn.Module) -> dict[str, StackedExperts]:
+        """Returns the part of `expert_modules` that lies inside a decoder layer."""
         inside = set(layer.modules())
         return {prefix: module for prefix, module in self._experts.items() if module in inside}
 
@@ -77,13 +77,13 @@ class LayeredModel:
         return self.weights.resident(self.head_name)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """The first layer's input for token ids int64 [B, L]."""
+        """Computes the first layer's input for token ids int64 [B, L]."""
         inputs: list[torch.Tensor] = []
         self._record(lambda index, hidden, arguments: inputs.append(hidden), input_ids=ids.to(self.device))
         return inputs[0]
 
     def loss(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """The sum of next-token cross entropies of `ids` [B, L] and its gradient at the last layer's output `hidden`.
+        """Sums next-token cross entropies of `ids` [B, L]; also the gradient at the last layer's output `hidden`.
 
         Logits are made for a few positions at a time: the loss is a sum over them.
         """
@@ -136,7 +136,7 @@ class LayeredModel:
             return self.model(inputs_embeds=hidden, use_cache=False).logits
 
     def _layer_arguments(self, hidden: torch.Tensor) -> list[dict[str, Any]]:
-        """What the model passes to each layer beside a hidden state of this shape; the values do not matter."""
+        """Finds what the model passes to each layer beside a hidden state of this shape; the values do not matter."""
         if hidden.shape not in self._arguments:
             found: list[dict[str, Any]] = []
             self._record(lambda index, _, arguments: found.append(arguments), inputs_embeds=torch.zeros_like(hidden))

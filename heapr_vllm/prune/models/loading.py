@@ -30,7 +30,7 @@ def check_device(device: str, *, allow_auto: bool = False) -> None:
 
 
 def load_model(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedModel:
-    """The whole model on `device`, or with "auto" over all GPUs.
+    """Loads the whole model on `device`, or with "auto" over all GPUs.
 
     Raises HeaprError if transformers cannot load it or the devices are too small for it.
     """

@@ -24,7 +24,7 @@ _HALVES = {"w1": 0, "w3": 1}  # gate_proj and up_proj inside a stacked gate_up_p
 
 
 def empty_model(checkpoint: Checkpoint, dtype: str = "auto") -> PreTrainedModel:
-    """The checkpoint's causal language model in evaluation mode, all parameters on the meta device, buffers computed.
+    """Builds the checkpoint's causal language model for evaluation: parameters on the meta device, buffers computed.
 
     `dtype` is a torch dtype name; "auto" is the dtype in config.json, or that of the first weight. Raises HeaprError if
     transformers does not know the model, or without `accelerate`.
@@ -44,7 +44,7 @@ def empty_model(checkpoint: Checkpoint, dtype: str = "auto") -> PreTrainedModel:
 
 
 def load_dequantized(checkpoint: Checkpoint, dtype: str, device: torch.device | str) -> PreTrainedModel:
-    """The whole model on `device`, FP8 weights dequantised, which `from_pretrained` does on some GPUs only."""
+    """Loads the whole model on `device`, FP8 weights dequantised, which `from_pretrained` does on some GPUs only."""
     model = empty_model(checkpoint, dtype)
     ModuleWeights(checkpoint, model, device).load("")
     model.tie_weights()
@@ -52,7 +52,7 @@ def load_dequantized(checkpoint: Checkpoint, dtype: str, device: torch.device | 
 
 
 def run_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
-    """The dtype the model computes in."""
+    """Finds the dtype the model computes in."""
     text = checkpoint.config.get("text_config", checkpoint.config)
     if dtype == "auto":
         dtype = (
@@ -64,16 +64,16 @@ def run_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
 
 
 def model_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Name of a tensor in the checkpoint to the name of the parameter that it fills, or a part of which it fills.
+    """Maps tensor name in the checkpoint -> name of the parameter that it fills, or a part of which it fills.
 
     What Transformers does while it loads; like there, `model` remembers it for `save_pretrained`.
     """
     conversions, parameters = get_model_conversion_mapping(model), model.state_dict()
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
-    found = {
-        name: rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)[0] for name in names
-    }
+    found: dict[str, str] = {}
+    for name in names:
+        found[name], _ = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
     model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
     return found
 
@@ -97,7 +97,7 @@ class ModuleWeights:
 
     @contextmanager
     def resident(self, prefix: str) -> Iterator[None]:
-        """The module named `prefix` has its weights inside the block and is empty again after it."""
+        """Gives the module named `prefix` its weights, and empties it again on exit."""
         self.load(prefix)
         try:
             yield
@@ -110,12 +110,11 @@ class ModuleWeights:
     def load(self, prefix: str) -> None:
         """Gives the module named `prefix` its weights; "" is the whole model."""
         module = self.model.get_submodule(prefix)
-        tensors = {
-            name: torch.empty(tensor.shape, dtype=self._dtype(name, tensor), device=self.device)
-            for name, tensor in module.state_dict().items()
-        }
+        tensors: dict[str, torch.Tensor] = {}
         with TensorReader(self.checkpoint) as reader:
-            for name, tensor in tensors.items():
+            for name, empty in module.state_dict().items():
+                tensor = torch.empty(empty.shape, dtype=self._dtype(name, empty), device=self.device)
+                tensors[name] = tensor
                 for source, where in self._sources(f"{prefix}.{name}".lstrip(".")):
                     self._place(tensor, where).copy_(reader.tensor(source))
         module.load_state_dict(tensors, assign=True)
@@ -124,7 +123,7 @@ class ModuleWeights:
         return self.sources.get(name) or self.sources.get(self.model.all_tied_weights_keys.get(name, ""), [])
 
     def _place(self, tensor: torch.Tensor, where: ExpertTensor | None) -> torch.Tensor:
-        """The part of a module's tensor that one tensor of the checkpoint fills."""
+        """Selects the part of a module's tensor that one tensor of the checkpoint fills."""
         if where is None:
             return tensor
         place = tensor[where.expert]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from heapr_vllm.prune.models.loading import load_model
 
 @contextmanager
 def opened(checkpoint: Checkpoint, dtype: str, device: str) -> Iterator[tuple[PreTrainedModel, NeuronMasks | None]]:
-    """The model and its masks, None for an unpruned one.
+    """Yields the model and its masks, None for an unpruned one.
 
     Masks repositories become their base model with the pruned neurons switched off, compact checkpoints are expanded
     with zeros: both compute what the pruned model computes. Raises HeaprError on other quantizations and if the masks
@@ -52,8 +53,11 @@ def opened(checkpoint: Checkpoint, dtype: str, device: str) -> Iterator[tuple[Pr
         yield model, masks
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 @contextmanager
-def applied(masks: NeuronMasks, model: nn.Module) -> Iterator[nn.Module]:
+def applied(masks: NeuronMasks, model: Model) -> Iterator[Model]:
     """Runs a transformers model with the pruned neurons switched off; its weights are restored on exit.
 
     Zeroing a neuron's down_proj column removes it exactly. Works on any model with stacked experts (`down_proj`
@@ -74,7 +78,7 @@ def applied(masks: NeuronMasks, model: nn.Module) -> Iterator[nn.Module]:
 
 
 def load_compact(checkpoint: Checkpoint, masks: NeuronMasks, dtype: str) -> PreTrainedModel:
-    """A compact checkpoint as a full-size model on the CPU, pruned neurons zero."""
+    """Loads a compact checkpoint as a full-size model on the CPU, pruned neurons zero."""
     tensors: dict[str, torch.Tensor] = {}
     for shard, names in checkpoint.shards.items():
         with checkpoint.open(shard) as file:
@@ -88,7 +92,7 @@ def load_compact(checkpoint: Checkpoint, masks: NeuronMasks, dtype: str) -> PreT
 
 
 def _expand(name: str, tensor: torch.Tensor, masks: NeuronMasks) -> torch.Tensor:
-    """Inverse of the compact layout: kept rows or columns at their places, zeros elsewhere."""
+    """Inverts the compact layout: kept rows or columns at their places, zeros elsewhere."""
     where = ExpertTensor.parse(name)
     if where is None or where.prefix not in masks.keep:
         return tensor

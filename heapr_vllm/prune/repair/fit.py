@@ -168,7 +168,7 @@ def _in_memory(
     wanted: dict[str, list[int]],
     groups: list[list[str]],
 ) -> Collected:
-    """One forward pass of the whole model per group of layers in which any is wanted."""
+    """Runs one forward pass of the whole model per group of layers in which any is wanted."""
     missing = [group for group in groups if wanted.keys() & set(group)]
     modules = expert_modules(model)
     with tqdm(total=len(missing) * samples.numel(), unit="tok", unit_scale=True, desc="repairing", disable=None) as bar:
@@ -186,7 +186,7 @@ def _in_memory(
 def _streamed(
     model: LayeredModel, samples: torch.Tensor, batch_size: int, wanted: dict[str, list[int]], folder: Path
 ) -> Collected:
-    """One forward pass with one layer in memory; hidden states are in `folder` meanwhile."""
+    """Runs one forward pass with one layer in memory; hidden states are in `folder` meanwhile."""
     with (
         tqdm(total=len(model.layers) * len(samples), unit="sample", desc="repairing", disable=None) as bar,
         TemporaryDirectory(dir=folder) as store,
@@ -195,7 +195,7 @@ def _streamed(
 
 
 def layer_groups(masks: NeuronMasks, experts: dict[str, list[int]], memory: int) -> list[list[str]]:
-    """MoE module prefixes in order, cut into groups whose second moments take at most `memory` bytes.
+    """Cuts MoE module prefixes, in order, into groups whose second moments take at most `memory` bytes.
 
     Raises HeaprError if those of one layer take more.
     """
@@ -288,7 +288,7 @@ def _module_file(folder: Path, prefix: str) -> Path:
 
 
 def _load_state(folder: Path, identity: str) -> dict[str, tuple[float, float]]:
-    """Finished modules with their output errors; empty if there are none, or of another repair."""
+    """Reads finished modules with their output errors; empty if there are none, or of another repair."""
     path = folder / STATE_FILE
     state = json.loads(path.read_text()) if path.is_file() else {}
     return state["errors"] if state.get("identity") == identity else {}

@@ -34,16 +34,17 @@ Compensations = dict[str, dict[int, torch.Tensor]]  # MoE module prefix, expert:
 
 
 def repairable(masks: NeuronMasks) -> dict[str, list[int]]:
-    """MoE module prefix to the experts that lose some of their neurons, not none and not all."""
-    experts = {
-        prefix: ((widths > 0) & (widths < masks.keep[prefix].shape[1])).nonzero()[:, 0].tolist()
-        for prefix, widths in masks.widths.items()
-    }
-    return {prefix: chosen for prefix, chosen in experts.items() if chosen}
+    """Finds experts that lose some of their neurons, not none and not all; prefix -> experts."""
+    found: dict[str, list[int]] = {}
+    for prefix, widths in masks.widths.items():
+        loses_some = (widths > 0) & (widths < masks.keep[prefix].shape[1])
+        if loses_some.any():
+            found[prefix] = loses_some.nonzero()[:, 0].tolist()
+    return found
 
 
 def compensation(moment: SecondMoment, keep: torch.Tensor, prior: float = PRIOR) -> torch.Tensor:
-    """B float64 [|R|, |K|] for `keep` bool [I]. Raises HeaprError if the second moment is not finite."""
+    """Computes B float64 [|R|, |K|] for `keep` bool [I]. Raises HeaprError if the second moment is not finite."""
     keep = keep.to(moment.sums.device)
     if not moment.sums.isfinite().all():
         raise HeaprError("the activations are not finite; calibrate again with --dtype float32")
@@ -58,7 +59,7 @@ def compensation(moment: SecondMoment, keep: torch.Tensor, prior: float = PRIOR)
 
 
 def compensate(weight: torch.Tensor, keep: torch.Tensor, compensation: torch.Tensor) -> torch.Tensor:
-    """`weight` down_proj [H, I] with its kept columns refitted, in its own dtype; the removed ones stay."""
+    """Refits the kept columns of `weight`, a down_proj [H, I], in its own dtype; the removed ones stay."""
     keep, compensation = keep.to(weight.device), compensation.to(weight.device)
     refitted = weight.to(torch.float64, copy=True)
     refitted[:, keep] += refitted[:, ~keep] @ compensation.double()
@@ -68,7 +69,7 @@ def compensate(weight: torch.Tensor, keep: torch.Tensor, compensation: torch.Ten
 def output_errors(
     weight: torch.Tensor, moment: SecondMoment, keep: torch.Tensor, compensation: torch.Tensor
 ) -> tuple[float, float]:
-    """Sum over tokens of the squared error of the expert's weighted output, without and with the compensation."""
+    """Sums over tokens the squared error of the expert's weighted output, without and with the compensation."""
     keep = keep.to(weight.device)
     removed = weight[:, ~keep].double()
     error = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
@@ -79,16 +80,17 @@ def output_errors(
 
 
 def compensations(moments: SecondMoments, masks: NeuronMasks, prior: float = PRIOR) -> Compensations:
-    """B of every expert that loses some neurons."""
-    return {
-        prefix: {expert: compensation(moments[prefix][expert], masks.keep[prefix][expert], prior) for expert in experts}
-        for prefix, experts in repairable(masks).items()
-    }
+    """Computes B of every expert that loses some neurons."""
+    found: Compensations = {}
+    for prefix, experts in repairable(masks).items():
+        keep, seen = masks.keep[prefix], moments[prefix]
+        found[prefix] = {expert: compensation(seen[expert], keep[expert], prior) for expert in experts}
+    return found
 
 
 @contextmanager
 def repaired(model: PreTrainedModel, masks: NeuronMasks, found: Compensations) -> Iterator[PreTrainedModel]:
-    """Like `applied(masks, model)`, with the kept columns refitted; the model's weights are restored on exit."""
+    """Does `applied(masks, model)` with the kept columns refitted; the model's weights are restored on exit."""
     weights = {prefix: module.down_proj.data for prefix, module in expert_modules(model).items() if prefix in found}
     originals = {prefix: weight.clone() for prefix, weight in weights.items()}
     try:

@@ -13,18 +13,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import PreTrainedModel
 
 from heapr_vllm.prune.calibration.collector import ROW_MULTIPLE
-from heapr_vllm.prune.models.experts import expert_modules, expert_shapes
+from heapr_vllm.prune.models.experts import StackedExperts, expert_modules, expert_shapes
 from heapr_vllm.prune.models.hidden_states import ActivationStore
 from heapr_vllm.prune.models.layered import LayeredModel
 
 
 @dataclass
 class SecondMoment:
-    """Of one expert: `tokens` routed to it, `sums` float64 [I, I]."""
+    """What one expert has added up: `tokens` routed to it, `sums` float64 [I, I]."""
 
     tokens: int
     sums: torch.Tensor
@@ -40,14 +39,14 @@ class _AllSeen(Exception):
 class SecondMomentCollector:
     """Watches experts of a transformers model run forward, by hooks on their modules while `attached`.
 
-    `experts`: MoE module prefix to the experts of interest. Works beside any experts implementation, because it
+    `experts`: MoE module prefix -> the experts of interest. Works beside any experts implementation, because it
     computes h by itself from what the router hands to the module. `moments` lie on the device of each module.
     """
 
     def __init__(self, model: PreTrainedModel, experts: dict[str, list[int]]) -> None:
         self.modules = {module: prefix for prefix, module in expert_modules(model).items() if prefix in experts}
         self.moments: SecondMoments = {}
-        self.pending: set[nn.Module] = set()
+        self.pending: set[StackedExperts] = set()
         for module, prefix in self.modules.items():
             width = module.down_proj.shape[2]
             empty = torch.zeros(width, width, dtype=torch.float64, device=module.down_proj.device)
@@ -68,7 +67,7 @@ class SecondMomentCollector:
         with suppress(_AllSeen):
             model(input_ids=ids, use_cache=False)
 
-    def _add(self, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+    def _add(self, module: StackedExperts, arguments: tuple[torch.Tensor, ...]) -> None:
         """Adds tokens `hidden_states` [T, H], routed by `top_k_index` with weights `top_k_weights` [T, top_k]."""
         hidden_states, top_k_index, top_k_weights = arguments
         for expert, moment in self.moments[self.modules[module]].items():
@@ -120,7 +119,7 @@ def stream_second_moments(
     experts: dict[str, list[int]],
     after_batch: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[str, dict[int, SecondMoment], torch.Tensor]]:
-    """The same with one decoder layer in memory: MoE module prefix, moments and down_proj [E, H, I], layer by layer.
+    """Yields the same with one decoder layer in memory: MoE module prefix, moments, down_proj [E, H, I] per layer.
 
     Hidden states of one layer at a time are in `store`. `after_batch(n)` is called after every n more samples in a
     layer. The weights of an item are there until the next one is asked for.

@@ -137,7 +137,7 @@ def format_repair(repair: RepairRecord) -> str:
 
 
 def _choice(summary: Summary) -> list[str]:
-    """Size on disk, predicted loss and prices, as far as they are known."""
+    """Lists size on disk, predicted loss and prices, as far as they are known."""
     lines = []
     if summary.compact_bytes is not None and summary.checkpoint_bytes is not None:
         whole = format_size(summary.checkpoint_bytes)
@@ -157,7 +157,7 @@ def _choice(summary: Summary) -> list[str]:
 
 
 def _protection(metadata: dict[str, Any]) -> list[str]:
-    """One line about super experts; none for masks that `heapr prune` did not make."""
+    """Writes one line about super experts; none for masks that `heapr prune` did not make."""
     if "protected" not in metadata:
         return []
     names = metadata["protected"]

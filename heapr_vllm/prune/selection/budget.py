@@ -58,7 +58,7 @@ class Prices:
 
 
 def stored_for_size(target_bytes: int, metadata: dict[str, Any], blocks: NeuronBlocks) -> float:
-    """Fraction of neurons to remove so that all tensors of the compact checkpoint fit into `target_bytes`.
+    """Computes the fraction of neurons to remove so that all tensors of the compact checkpoint fit into `target_bytes`.
 
     `metadata` of the moments has the sizes of the base checkpoint; what is removed is rounded up to whole blocks.
     Raises HeaprError if there is no such fraction.
@@ -97,13 +97,13 @@ def format_size(num_bytes: int) -> str:
 def choose(
     saliency: torch.Tensor, frequency: torch.Tensor, max_blocks: int | None, max_cost: float | None
 ) -> tuple[torch.Tensor, Prices]:
-    """bool [B] of the blocks that stay, and the prices that say so.
+    """Chooses the blocks that stay, bool [B], and finds the prices that say so.
 
     `saliency`, `frequency`: float64 [B]. `max_blocks`: blocks that may stay, `max_cost`: sum of their frequencies; None
     is no limit. Blocks with infinite saliency fit both limits. Equal blocks are kept in their order.
     """
     if max_cost is None:
-        return _most_salient(saliency, max_blocks)
+        return _most_salient(saliency, len(saliency) if max_blocks is None else max_blocks)
     kept, prices = _most_per_flop(saliency, frequency, max_cost)
     if max_blocks is None or kept.sum() <= max_blocks:
         return kept, prices

@@ -17,7 +17,7 @@ SCOPES = ("global", "layer", "expert")
 class NeuronBlocks:
     """All B blocks of a model: layers in natural order, then experts, then blocks by falling saliency.
 
-    `order`: prefix to int64 [E, I], the neurons of every expert by falling saliency, `align` in a row being a block.
+    `order`: prefix -> int64 [E, I], the neurons of every expert by falling saliency, `align` in a row being a block.
     `saliency`: float64 [B], mean over the block, infinite where it must stay. `frequency`: float64 [B], how often the
     block's expert runs, 1 for the average expert of the model.
     """
@@ -35,10 +35,10 @@ class NeuronBlocks:
         floors: dict[str, torch.Tensor],
         tokens: dict[str, torch.Tensor] | None = None,
     ) -> NeuronBlocks:
-        """Sorts `saliency` [E, I]. At least `floors` int64 [E] neurons of every expert stay.
+        """Sorts `saliency`, prefix -> [E, I]. At least `floors`, prefix -> int64 [E], neurons of every expert stay.
 
-        `tokens`: int64 [E] tokens routed to each expert; None if no cost is asked for. Raises HeaprError if `align`
-        does not divide a width, or on NaN.
+        `tokens`: prefix -> int64 [E], tokens routed to each expert; None if no cost is asked for. Raises HeaprError if
+        `align` does not divide a width, or on NaN.
         """
         order, means, frequencies = {}, [], []
         total = 1.0 if tokens is None else sum(int(count.sum()) for count in tokens.values())
@@ -71,35 +71,36 @@ class NeuronBlocks:
         elif scope == "layer":
             lengths = [experts * blocks for experts, blocks in sizes]
         else:
-            lengths = [blocks for experts, blocks in sizes for _ in range(experts)]
+            lengths = []
+            for experts, blocks in sizes:
+                lengths += [blocks] * experts
         ends = torch.tensor(lengths).cumsum(0).tolist()
         return [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
     def totals(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
-        """float64 [B]: sums over each block of per-neuron `values` [E, I]."""
-        return torch.cat(
-            [
-                values[prefix].double().gather(1, neurons).view(-1, self.align).sum(-1)
-                for prefix, neurons in self.order.items()
-            ]
-        )
+        """Sums per-neuron `values`, prefix -> [E, I], over each block: float64 [B]."""
+        sums = []
+        for prefix, neurons in self.order.items():
+            ranked = values[prefix].double().gather(1, neurons)
+            sums.append(ranked.view(-1, self.align).sum(-1))
+        return torch.cat(sums)
 
     def masks(self, kept: torch.Tensor) -> dict[str, torch.Tensor]:
-        """bool [E, I] by prefix from bool [B]."""
-        return {
-            prefix: torch.zeros(self.order[prefix].shape, dtype=torch.bool).scatter_(
-                1, self.order[prefix], part.repeat_interleave(self.align, -1)
-            )
-            for prefix, part in self._per_layer(kept).items()
-        }
+        """Turns `kept` bool [B] into prefix -> bool [E, I]."""
+        masks: dict[str, torch.Tensor] = {}
+        for prefix, part in self._per_layer(kept).items():
+            order = self.order[prefix]
+            ranked = part.repeat_interleave(self.align, -1)
+            masks[prefix] = torch.zeros(order.shape, dtype=torch.bool).scatter_(1, order, ranked)
+        return masks
 
     def kept_per_expert(self, kept: torch.Tensor) -> torch.Tensor:
-        """int64 [sum of E]: blocks each expert keeps, from bool [B]."""
+        """Counts the blocks each expert keeps, int64 [sum of E], from `kept` bool [B]."""
         return torch.cat([part.sum(-1) for part in self._per_layer(kept).values()])
 
     def _per_layer(self, kept: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Cuts `kept` bool [B] into prefix -> bool [E, I / align]."""
         parts = kept.split([neurons.numel() // self.align for neurons in self.order.values()])
-        return {
-            prefix: part.view(len(neurons), -1)
-            for (prefix, neurons), part in zip(self.order.items(), parts, strict=True)
-        }
+        experts = [len(neurons) for neurons in self.order.values()]
+        layers = [part.view(count, -1) for part, count in zip(parts, experts, strict=True)]
+        return dict(zip(self.order, layers, strict=True))

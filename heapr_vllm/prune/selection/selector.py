@@ -94,16 +94,16 @@ class Selector:
         return self.blocks.totals(losses) / self.moments.calibration_tokens
 
     def keep(self, budget: Budget) -> tuple[torch.Tensor, list[Prices]]:
-        """bool [B] of the blocks that stay, and the prices per group of the scope. Raises HeaprError as `select`."""
+        """Chooses the blocks that stay, bool [B], and the prices per group. Raises HeaprError as `select`."""
         return keep_blocks(self.blocks, budget, self.scope)
 
     def masks(self, budget: Budget) -> NeuronMasks:
-        """The best masks within `budget`. Raises HeaprError if no choice of neurons reaches it."""
+        """Makes the best masks within `budget`. Raises HeaprError if no choice of neurons reaches it."""
         kept, prices = self.keep(budget)
         return NeuronMasks(self.blocks.masks(kept), {**self.metadata, **_record(budget, prices)})
 
     def point(self, kept: torch.Tensor) -> dict[str, float]:
-        """What keeping the blocks `kept` does: both reductions and the predicted increase of the loss per token."""
+        """Predicts what keeping the blocks `kept` does: both reductions and the increase of the loss per token."""
         frequency = self.blocks.frequency
         return {
             "stored_reduction": 1 - kept.double().mean().item(),
@@ -120,7 +120,7 @@ def select(
     criterion: str | None = None,
     **options: Any,
 ) -> NeuronMasks:
-    """Masks that remove the neurons with the lowest saliency under `criterion` (None: `default_criterion`).
+    """Makes masks that remove the neurons with the lowest saliency under `criterion` (None: `default_criterion`).
 
     `sparsity`: fraction of routed neurons removed. `flops`: fraction of executed expert FLOPs per token removed, by the
     routing of the calibration text; see `budget` for the choice, and for both together. `options` as in `Selector`.
@@ -131,7 +131,7 @@ def select(
 
 
 def default_criterion(flops: float | None) -> str:
-    """The paper's; for a FLOPs budget "fisher", a sum over tokens, which can be weighed against costs per token."""
+    """Names the paper's; for a FLOPs budget "fisher", a sum over tokens that can be weighed against costs."""
     return "heapr" if flops is None else "fisher"
 
 
@@ -144,7 +144,7 @@ def select_by_saliency(
     min_width: int = 0,
     metadata: dict | None = None,
 ) -> NeuronMasks:
-    """Masks from any `saliency`, prefix to [E, I], higher is kept.
+    """Makes masks from any `saliency`, prefix -> [E, I], higher is kept.
 
     Inside an expert neurons are sorted by saliency and cut into blocks of `align`; blocks compete by their mean
     saliency across the scope ("global": the model, "layer", "expert"), so every kept count is a multiple of `align`,
@@ -162,7 +162,7 @@ def select_by_saliency(
 
 
 def keep_blocks(blocks: NeuronBlocks, budget: Budget, scope: str) -> tuple[torch.Tensor, list[Prices]]:
-    """bool [B] of the blocks that stay when every group of the scope meets `budget`, and each group's prices.
+    """Chooses the blocks that stay, bool [B], when every group of the scope meets `budget`, and each group's prices.
 
     Raises HeaprError with the nearest reachable value if blocks that must stay leave too little.
     """
@@ -201,12 +201,12 @@ def _counts(groups: list[slice], stored: float | None) -> list[int | None]:
 
 
 def _floor(value: float) -> float:
-    """Rounded down to four digits, so that it is reachable."""
+    """Rounds down to four digits, so that it is reachable."""
     return math.floor(value * 1e4) / 1e4
 
 
 def _record(budget: Budget, prices: list[Prices]) -> dict[str, Any]:
-    """What the masks' metadata says about the budget; prices only where one pair holds for the whole model."""
+    """Records what the masks' metadata says about the budget; prices only where one pair holds for the whole model."""
     record: dict[str, Any] = {"sparsity": budget.stored, "flops": budget.executed}
     if len(prices) == 1 and math.isfinite(prices[0].per_flop) and math.isfinite(prices[0].per_neuron):
         record["prices"] = {"per_flop": prices[0].per_flop, "per_neuron": prices[0].per_neuron}

@@ -21,10 +21,11 @@ def super_experts(moments: NeuronMoments) -> dict[str, torch.Tensor]:
     """
     peaks = {prefix: layer.required(("peak_norm",), "--protect")[0] for prefix, layer in moments.layers.items()}
     overall = _median_of_routed(torch.cat(list(peaks.values())))
-    return {
-        prefix: norms > OUTLIER_FACTOR * torch.maximum(overall, _median_of_routed(norms))
-        for prefix, norms in peaks.items()
-    }
+    found: dict[str, torch.Tensor] = {}
+    for prefix, norms in peaks.items():
+        typical = torch.maximum(overall, _median_of_routed(norms))
+        found[prefix] = norms > OUTLIER_FACTOR * typical
+    return found
 
 
 def _median_of_routed(peaks: torch.Tensor) -> torch.Tensor:

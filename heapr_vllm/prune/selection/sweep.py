@@ -22,13 +22,13 @@ FRONTIER_RATIOS = tuple(percent / 100 for percent in range(5, 100, 5))
 
 
 def budgets(ratios: Iterable[float]) -> list[Budget]:
-    """A stored and an executed budget for each ratio."""
+    """Makes a stored and an executed budget for each ratio."""
     ratios = sorted(ratios)
     return [Budget(stored=ratio) for ratio in ratios] + [Budget(executed=ratio) for ratio in ratios]
 
 
 def frontier(selector: Selector, budget: Budget) -> dict[str, Any]:
-    """Reductions and predicted loss of the choice made (`chosen`), and along budgets of either kind; JSON values."""
+    """Computes reductions and predicted loss of the choice made (`chosen`) and along budgets of either kind."""
     curves: dict[str, list[dict[str, float]]] = {"stored": [], "executed": []}
     for other in budgets(FRONTIER_RATIOS):
         try:
@@ -42,7 +42,7 @@ def frontier(selector: Selector, budget: Budget) -> dict[str, Any]:
 def sweep(
     moments: NeuronMoments, criteria: Iterable[str], ratios: Iterable[float] = RATIOS, **options: Any
 ) -> list[dict[str, Any]]:
-    """One row per criterion and budget: both reductions, predicted loss increase in nats per token, dead experts.
+    """Computes per criterion and budget both reductions, predicted loss increase in nats per token, dead experts.
 
     A budget out of reach gives a row with `error` in their place. `options` as in `Selector`. Raises HeaprError if an
     option is impossible or the moments lack what a criterion needs.
@@ -63,7 +63,7 @@ def sweep(
 
 
 def format_sweep(rows: list[dict[str, Any]]) -> str:
-    """The rows as an aligned table, budgets of one kind and size together, the lowest predicted loss first."""
+    """Aligns the rows as a table, budgets of one kind and size together, the lowest predicted loss first."""
     header = ("budget", "criterion", "stored", "executed", "predicted loss", "perplexity", "dead experts")
     lines = ["{:<16} {:<16} {:>8} {:>9} {:>15} {:>11} {:>13}".format(*header)]
     ordered = sorted(
@@ -84,5 +84,5 @@ def format_sweep(rows: list[dict[str, Any]]) -> str:
 
 
 def format_perplexity(loss_increase: float) -> str:
-    """Relative change of the perplexity that goes with a change of the loss in nats per token."""
+    """Writes the relative change of the perplexity that goes with a change of the loss in nats per token."""
     return f"{math.expm1(loss_increase):+.1%}" if loss_increase < 5 else "> +14000%"

@@ -16,7 +16,7 @@ _SPEC = re.compile(r"(?P<name>[^\[\](){}]+)(\[(?P<subset>[^\]]+)\])?(\((?P<split
 
 
 def read_documents(spec: str) -> list[str]:
-    """Documents of `file.txt` (one), `file.jsonl` (field `text`), or `name[subset](split)` through `datasets`.
+    """Reads documents of `file.txt` (one), `file.jsonl` (field `text`), or `name[subset](split)` through `datasets`.
 
     Raises HeaprError if the spec names nothing readable or there is no text.
     """
@@ -77,7 +77,7 @@ def _read_hub_dataset(spec: str) -> list[str]:
 
 
 def _passages(rows: Iterable[str]) -> Iterator[str]:
-    """Consecutive rows joined by blank lines into passages: rows of WikiText are single lines, not documents."""
+    """Joins consecutive rows by blank lines into passages: rows of WikiText are single lines, not documents."""
     passage: list[str] = []
     for row in rows:
         passage.append(row)

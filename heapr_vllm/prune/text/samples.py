@@ -17,7 +17,7 @@ POOL_FACTOR = 8  # samples are drawn from a pool this many times larger, so that
 def token_samples(
     documents: list[str], tokenizer: Any, num_samples: int, max_seq_length: int, seed: int
 ) -> torch.Tensor:
-    """int64 [num_samples, max_seq_length]: a seeded sample of the documents joined by the end-of-text token.
+    """Draws int64 [num_samples, max_seq_length], seeded, from the documents joined by the end-of-text token.
 
     Documents are taken in random order until the pool is full (or they run out), then samples are drawn at random.
     Raises HeaprError if there is too little text.
@@ -43,7 +43,7 @@ def token_samples(
 def checkpoint_samples(
     checkpoint: Checkpoint, spec: str, num_samples: int, max_seq_length: int, seed: int
 ) -> torch.Tensor:
-    """`token_samples` of the dataset `spec` for a checkpoint. Raises HeaprError if it has too few positions."""
+    """Draws `token_samples` of the dataset `spec` for a checkpoint. Raises HeaprError if it has too few positions."""
     text = checkpoint.config.get("text_config", checkpoint.config)
     limit = text.get("max_position_embeddings", max_seq_length)
     if max_seq_length > limit:
@@ -56,5 +56,5 @@ def checkpoint_samples(
 
 
 def fingerprint(samples: torch.Tensor) -> str:
-    """sha256 of the token ids."""
+    """Computes sha256 of the token ids."""
     return f"sha256:{hashlib.sha256(samples.numpy().tobytes()).hexdigest()}"
