@@ -2,7 +2,7 @@
 """Perplexity and routing of a transformers model on token samples."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -26,7 +26,7 @@ def perplexity(model: PreTrainedModel, samples: torch.Tensor, batch_size: int = 
 
 
 @contextmanager
-def counted_routes(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
+def counted_routes(model: PreTrainedModel) -> Generator[dict[str, torch.Tensor]]:
     """Yields prefix -> int64 [E]: tokens routed to each expert by the forward passes inside the block."""
     modules = expert_modules(model)
     tokens = {prefix: torch.zeros(len(module.down_proj), dtype=torch.int64) for prefix, module in modules.items()}

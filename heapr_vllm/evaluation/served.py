@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -46,17 +47,23 @@ def served_perplexity(checkpoint: Checkpoint, samples: torch.Tensor, dtype: str)
 
 def main(model: str, dtype: str, text: str) -> None:
     from vllm import LLM, SamplingParams
+    from vllm.config import ModelDType
 
     samples = load_file(text)["samples"].tolist()
     load_format = "auto" if Checkpoint(Path(model)).has_weights else "heapr"
     llm = LLM(
-        model, dtype=dtype, load_format=load_format, max_model_len=len(samples[0]) + 1, enable_prefix_caching=False
+        model,
+        dtype=cast(ModelDType, dtype),
+        load_format=load_format,
+        max_model_len=len(samples[0]) + 1,
+        enable_prefix_caching=False,
     )
     outputs = llm.generate(
         [{"prompt_token_ids": ids} for ids in samples], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     )
     total = 0.0
     for ids, output in zip(samples, outputs, strict=True):
+        assert output.prompt_logprobs is not None, "asked for above"
         following = zip(ids[1:], output.prompt_logprobs[1:], strict=True)
         total += sum(logprobs[token].logprob for token, logprobs in following)
     print(MARKER + json.dumps(math.exp(-total / (len(samples) * (len(samples[0]) - 1)))))

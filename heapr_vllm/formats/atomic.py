@@ -4,7 +4,7 @@
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(path: Path, *, overwrite: bool = False) -> Generator[Path]:
     """Yields an empty folder that becomes `path` when the block ends well and vanishes when it does not.
 
     Raises HeaprError if `path` exists and `overwrite` is false, or if it is not a folder heapr wrote.

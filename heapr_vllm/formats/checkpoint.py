@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -95,7 +95,7 @@ class Checkpoint:
         return dict(sorted(shards.items()))
 
     @contextmanager
-    def open(self, shard: str) -> Iterator[Any]:
+    def open(self, shard: str) -> Generator[Any]:
         """Yields the shard as a `safetensors.safe_open` handle. Raises HeaprError if it is damaged or lacks a tensor.
 
         Shards are read, not mapped: a mapping takes address space of the whole shard, and memory of what was read.

@@ -6,7 +6,7 @@ Hooks into Transformers' experts interface, so every family that uses it works w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,7 @@ class _Tap(torch.autograd.Function):
         return h.view_as(h)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # ty: ignore[incompatible-method-override]
         (h,) = ctx.saved_tensors
         h2, g2 = h.double().square_(), grad.double().square_()
         ctx.sums += torch.stack([h2.sum(0), g2.sum(0), h2.mul_(g2).sum(0)])
@@ -112,7 +112,7 @@ class MomentCollector:
             raise HeaprError(f"{type(model).__name__} has no routed experts; HEAPr prunes MoE models")
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> Generator[None]:
         """Routes the model's experts through `forward` for the duration of the block."""
         ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, lambda module, *args: self.forward(module, *args))
         previous = self.model.get_experts_implementation()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -67,7 +67,7 @@ ALONE = Processes()
 
 
 @contextmanager
-def joined_processes() -> Iterator[Processes]:
+def joined_processes() -> Generator[Processes]:
     """Connects the processes that `torchrun` started; only this one without it."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

@@ -159,6 +159,7 @@ def _backward(
             hidden = store.load("input", layer, number, model.device).requires_grad_()
             run(hidden).backward(store.load("gradient", layer + 1, number, model.device))
             if keep_gradient:
+                assert hidden.grad is not None, "backward has run"
                 store.save("gradient", layer, number, hidden.grad)
             save(BackwardPosition(layer, number + 1))
             steps(1)

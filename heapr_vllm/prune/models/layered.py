@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -63,7 +63,7 @@ class LayeredModel:
         return {prefix: module for prefix, module in self._experts.items() if module in inside}
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    def layer(self, index: int) -> Generator[Callable[[torch.Tensor], torch.Tensor]]:
         """Yields layer `index` as a function of its input, with its weights in memory."""
         with self.weights.resident(self.layer_names[index]):
             yield lambda hidden: self.layers[index](hidden, **self._layer_arguments(hidden)[index])
@@ -95,6 +95,7 @@ class LayeredModel:
             part = hidden[:, start : start + wanted.shape[1]].detach().requires_grad_()
             loss = F.cross_entropy(self._logits(part).float().flatten(0, 1), wanted.flatten(), reduction="sum")
             loss.backward()
+            assert part.grad is not None, "backward has run"
             gradient[:, start : start + wanted.shape[1]] = part.grad
             total += loss.item()
         return total, gradient
@@ -153,7 +154,7 @@ class LayeredModel:
             self.model.get_decoder()(**inputs, use_cache=False)
 
     @contextmanager
-    def _stand_ins(self, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    def _stand_ins(self, forward: Callable[..., torch.Tensor]) -> Generator[None]:
         for index, layer in enumerate(self.layers):
             layer.forward = partial(forward, index)
         try:

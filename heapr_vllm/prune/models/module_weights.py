@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
 import torch
@@ -74,7 +74,8 @@ def model_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in names:
         found[name], _ = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
-    model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
+    used = [conversion for conversion in conversions if conversion.was_used()]
+    setattr(model, "_weight_conversions", used)  # noqa: B010 - torch types attributes of modules as tensors
     return found
 
 
@@ -96,7 +97,7 @@ class ModuleWeights:
             self._check(name, tensor)
 
     @contextmanager
-    def resident(self, prefix: str) -> Iterator[None]:
+    def resident(self, prefix: str) -> Generator[None]:
         """Gives the module named `prefix` its weights, and empties it again on exit."""
         self.load(prefix)
         try:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -22,7 +22,7 @@ from heapr_vllm.prune.models.loading import load_model
 
 
 @contextmanager
-def opened(checkpoint: Checkpoint, dtype: str, device: str) -> Iterator[tuple[PreTrainedModel, NeuronMasks | None]]:
+def opened(checkpoint: Checkpoint, dtype: str, device: str) -> Generator[tuple[PreTrainedModel, NeuronMasks | None]]:
     """Yields the model and its masks, None for an unpruned one.
 
     Masks repositories become their base model with the pruned neurons switched off, compact checkpoints are expanded
@@ -57,7 +57,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @contextmanager
-def applied(masks: NeuronMasks, model: Model) -> Iterator[Model]:
+def applied(masks: NeuronMasks, model: Model) -> Generator[Model]:
     """Runs a transformers model with the pruned neurons switched off; its weights are restored on exit.
 
     Zeroing a neuron's down_proj column removes it exactly. Works on any model with stacked experts (`down_proj`

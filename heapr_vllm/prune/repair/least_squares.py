@@ -15,7 +15,7 @@ optimal brain surgeon (Hassibi and Stork, 1993).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -89,7 +89,7 @@ def compensations(moments: SecondMoments, masks: NeuronMasks, prior: float = PRI
 
 
 @contextmanager
-def repaired(model: PreTrainedModel, masks: NeuronMasks, found: Compensations) -> Iterator[PreTrainedModel]:
+def repaired(model: PreTrainedModel, masks: NeuronMasks, found: Compensations) -> Generator[PreTrainedModel]:
     """Does `applied(masks, model)` with the kept columns refitted; the model's weights are restored on exit."""
     weights = {prefix: module.down_proj.data for prefix, module in expert_modules(model).items() if prefix in found}
     originals = {prefix: weight.clone() for prefix, weight in weights.items()}

@@ -7,7 +7,7 @@ router weight multiplies the expert's output, so an error of the output counts p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -53,7 +53,7 @@ class SecondMomentCollector:
             self.moments[prefix] = {expert: SecondMoment(0, empty.clone()) for expert in experts[prefix]}
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> Generator[None]:
         hooks = [module.register_forward_pre_hook(self._add) for module in self.modules]
         try:
             yield
