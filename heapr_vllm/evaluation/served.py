@@ -47,7 +47,7 @@ def served_perplexity(checkpoint: Checkpoint, samples: torch.Tensor, dtype: str)
 
 def main(model: str, dtype: str, text: str) -> None:
     from vllm import LLM, SamplingParams
-    from vllm.config import ModelDType
+    from vllm.config.model import ModelDType
 
     samples = load_file(text)["samples"].tolist()
     load_format = "auto" if Checkpoint(Path(model)).has_weights else "heapr"
@@ -64,8 +64,9 @@ def main(model: str, dtype: str, text: str) -> None:
     total = 0.0
     for ids, output in zip(samples, outputs, strict=True):
         assert output.prompt_logprobs is not None, "asked for above"
-        following = zip(ids[1:], output.prompt_logprobs[1:], strict=True)
-        total += sum(logprobs[token].logprob for token, logprobs in following)
+        for token, logprobs in zip(ids[1:], output.prompt_logprobs[1:], strict=True):
+            assert logprobs is not None, "only the first token has none"
+            total += logprobs[token].logprob
     print(MARKER + json.dumps(math.exp(-total / (len(samples) * (len(samples[0]) - 1)))))
 
 
