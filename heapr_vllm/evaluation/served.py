@@ -15,13 +15,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from vllm.config.model import ModelDType
 
 MARKER = "PERPLEXITY "
 
@@ -47,13 +50,12 @@ def served_perplexity(checkpoint: Checkpoint, samples: torch.Tensor, dtype: str)
 
 def main(model: str, dtype: str, text: str) -> None:
     from vllm import LLM, SamplingParams
-    from vllm.config.model import ModelDType
 
     samples = load_file(text)["samples"].tolist()
     load_format = "auto" if Checkpoint(Path(model)).has_weights else "heapr"
     llm = LLM(
         model,
-        dtype=cast(ModelDType, dtype),
+        dtype=cast("ModelDType", dtype),
         load_format=load_format,
         max_model_len=len(samples[0]) + 1,
         enable_prefix_caching=False,
