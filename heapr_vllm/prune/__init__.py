@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Offline pruning: text in, retained-neuron masks out, optionally a compact checkpoint. Never imports vLLM.
 
-moments = collect_moments(model, samples)        # one forward and one backward pass
+moments = collect_moments(model, samples)       # one forward and one backward pass
 masks = select(moments, sparsity=0.25)          # milliseconds, any budget
-with applied(masks, model): ...                  # the pruned model in transformers
+with applied(masks, model): ...                 # the pruned model in transformers
 """
 
 from heapr_vllm.formats.masks import NeuronMasks

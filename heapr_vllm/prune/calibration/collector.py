@@ -77,7 +77,7 @@ class LayerSums:
         """Copies the sums to the CPU."""
         named = dict(zip(SUMS, self.sums.unbind(1), strict=True))
         named |= dict(zip((*OUTPUTS, *NORMS), (*self.outputs, *self.norms), strict=True))
-        return LayerMoments(self.tokens.cpu(), **{name: values.cpu().clone() for name, values in named.items()})
+        return LayerMoments(self.tokens.cpu().clone(), **{name: values.cpu().clone() for name, values in named.items()})
 
     def restore(self, layer: LayerMoments) -> None:
         """Continues from `layer`. Raises HeaprError if it lacks something."""

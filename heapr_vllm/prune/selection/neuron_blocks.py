@@ -62,7 +62,7 @@ class NeuronBlocks:
         return cls(order, torch.cat(means), torch.cat(frequencies), align)
 
     def groups(self, scope: str) -> list[slice]:
-        """Blocks that compete with each other. Raises HeaprError on an unknown scope."""
+        """Groups blocks that compete with each other. Raises HeaprError on an unknown scope."""
         if scope not in SCOPES:
             raise HeaprError(f"scope {scope!r} is not one of {', '.join(SCOPES)}")
         sizes = [(len(neurons), neurons.shape[1] // self.align) for neurons in self.order.values()]
