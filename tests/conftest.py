@@ -14,6 +14,12 @@ from heapr_vllm.prune.selection.selector import select
 from tests import tiny_models
 
 BUNDLED = Path(__file__).parent.parent / "serving_examples" / "tiny_qwen3_moe"
+LONGEST = ("test_families", "test_gpu_path", "test_serving", "test_quality")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first, so that no worker is left with one alone at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(scope="session")
