@@ -73,7 +73,7 @@ def test_rows_and_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
     assert taken == [{"BLOCK_SIZE_M": 16}]
     assert "flashinfer_cutlass is left out: its output is off by" in capsys.readouterr().out
     for row in rows:
-        assert float(row["microseconds"]) > 0 and 0 < float(row["roofline"]) < 1
+        assert float(row["microseconds"]) > 0 and float(row["roofline"]) > 0
         assert row["versions"] and row["device"] and row["command"] and row["date"]
         assert 0 < float(row["experts_hit"]) <= 8 and 0 < float(row["kept_routed"]) <= 1
         if row["arm"].endswith(" pruned"):

@@ -145,7 +145,7 @@ def test_leftovers_of_another_repair_are_not_used(
     more = replace(ONE_LAYER, num_samples=8)
     export_checkpoint(masks_repository, tmp_path / "more", repair=more)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr("heapr_vllm.prune.export.shards.shards.save_file", fails_with(OSError("disk full")))
+        patch.setattr("heapr_vllm.prune.export.shards.save_file", fails_with(OSError("disk full")))
         export_checkpoint(masks_repository, tmp_path / "out", repair=ONE_LAYER)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(repair_module, "_save_state", fails_with(KeyboardInterrupt()))
