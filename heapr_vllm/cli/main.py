@@ -20,7 +20,6 @@ from heapr_vllm.errors import HeaprError, first_line
 NO_PROGRESS_BARS = {  # of other libraries, which read these when they are imported; ours look at stderr themselves
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "TQDM_DISABLE": "1",
 }
 
 

@@ -66,6 +66,7 @@ def test_repaired_checkpoint(masks_repository: Path, tmp_path: Path) -> None:
     assert_same(engine.results(engine.run(tmp_path / "compact", env=RAGGED))[0], expected)
 
 
+@pytest.mark.slow
 def test_served_perplexity_equals_that_of_transformers(
     compact: Path, masks_repository: Path, qwen3: Path, corpus: Path, tmp_path: Path
 ) -> None:
