@@ -59,6 +59,9 @@ def check(folder: Path) -> list[str]:
 
 
 def main() -> int:
+    if len(sys.argv) < 2:
+        print(__doc__, file=sys.stderr)
+        return 2
     status = 0
     for wheel in map(Path, sys.argv[1:]):
         with tempfile.TemporaryDirectory() as folder:

@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not sys.stderr.isatty():
-        os.environ.update(NO_PROGRESS_BARS)
+        for name, value in NO_PROGRESS_BARS.items():
+            os.environ.setdefault(name, value)
     try:
         args.run(args)
     except HeaprError as error:

@@ -132,5 +132,5 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 
 def _selection(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `_selection_options` as those of `Selector`."""
+    """The arguments of `options.selection` as those of `Selector`."""
     return {name: getattr(args, name) for name in ("scope", "align", "min_width", "protect", "unrouted", "seed")}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Perplexity of what vLLM serves: `heapr eval --backend vllm`.
 
-    python -m heapr_vllm.evaluation.served MODEL DTYPE BLOCKS
+    python -m heapr_vllm.evaluation.served MODEL DTYPE SAMPLES
 
 is one engine in a process of its own, so that the next model finds the device empty.
 """

@@ -28,7 +28,11 @@ from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 from heapr_vllm.model_executor.storage.shares import expert_parallel_ranks, tensor_parallel_shares
 
-OWN_ATTRIBUTES = ("weight_loader", "unpadded_hidden_size", "global_num_experts")  # of `create_weights`, not of vLLM
+OWN_ATTRIBUTES = (
+    "weight_loader",
+    "unpadded_hidden_size",
+    "global_num_experts",
+)  # from vLLM, but the parameters get their own, or need none
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers below its own name only
 
 

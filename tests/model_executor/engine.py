@@ -43,7 +43,8 @@ def run(
 ) -> subprocess.CompletedProcess:
     """Runs an engine on `model` in fp32 and returns the finished process; `results` reads its output.
 
-    The process is forked from one that has imported vLLM, which takes longer than the engine of a tiny model.
+    The process is forked from one that has imported vLLM, which takes longer than the engine of a tiny model: `env`
+    reaches what is read after the imports.
     """
     arguments = {"model": str(model), "dtype": "float32", "max_model_len": 128, "enforce_eager": True, **llm}
     environment = {**os.environ, **ENVIRONMENT, **(env or {})}
@@ -51,11 +52,13 @@ def run(
         outputs = [Path(folder, "stdout"), Path(folder, "stderr")]
         process = _forks().Process(target=_forked, args=(arguments, steps, environment, outputs))
         process.start()
-        process.join(300)
-        is_late = process.exitcode is None
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.join()
+        try:
+            process.join(300)
+            is_late = process.exitcode is None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
         assert not is_late, f"{NO_ANSWER}: {outputs[1].read_text()[-3000:]}"
         return subprocess.CompletedProcess(steps, process.exitcode, *(path.read_text() for path in outputs))
 
@@ -71,6 +74,7 @@ def _forked(
     arguments: dict[str, Any], steps: tuple[str, ...], environment: dict[str, str], outputs: list[Path]
 ) -> None:
     os.setsid()
+    os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
     for descriptor, path in zip((1, 2), outputs, strict=True):

@@ -46,17 +46,15 @@ class ExpertRows:
 
 
 class RaggedKernel(ABC):
-    """One way to run a layer. Stateless; `choice.py` asks all of them in order and takes the first that runs.
+    """One way to run a layer. Stateless; `choice.py` asks all in order and takes the first default one that runs.
 
     share_unit: neurons that a tensor-parallel rank's share of an expert is a multiple of.
     width_unit: neurons that stored widths are multiples of.
-    schemes: ways of storing experts that it reads.
     """
 
     name: ClassVar[str]
     share_unit: ClassVar[int] = 16
     width_unit: ClassVar[int] = 1
-    schemes: ClassVar[tuple[str, ...]] = ("dense",)
 
     def is_default(self) -> bool:
         """Whether it is taken unasked on this machine where nothing is in its way."""

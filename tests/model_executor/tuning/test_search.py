@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`heapr search` on a layer small enough for Triton's interpreter; its candidates for the paper's models."""
+"""`heapr tune` on a layer small enough for Triton's interpreter; its candidates for the paper's models."""
 
 import importlib.util
 import json
