@@ -33,18 +33,7 @@ def ragged_moe(
     kernels()[kernel].run(output, hidden_states, routes, ExpertRows(w13, w2, table, max_width))
 
 
-def _fake(
-    output: torch.Tensor,
-    hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    slots: torch.Tensor,
-    table: torch.Tensor,
-    max_width: int,
-    kernel: str,
-) -> None:
+def _fake(*arguments: object) -> None:
     """Stands for the op where only shapes matter: it writes in place and returns nothing."""
 
 
