@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 
+from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.storage.layout import RaggedLayout, round_up
 
 
@@ -28,14 +29,31 @@ class Routes:
 
 
 @dataclass(frozen=True)
+class Scales:
+    """Factors float32 of 8-bit experts (`formats/quantized.py`), as `RaggedKernel.pack` left them.
+
+    w13: [2 * rows, H / group_size], or [2 * rows, 1] by channel.
+    w2: [rows, H / group_size], or [num_slots, H], one per expert and output, by channel.
+    """
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+
+    def is_by_channel(self, hidden_size: int) -> bool:
+        """Returns whether `w2` has a factor per output instead of one per neuron and group."""
+        return self.w2.shape[1] == hidden_size
+
+
+@dataclass(frozen=True)
 class ExpertRows:
     """The experts of a layer that are stored here, as `RaggedKernel.pack` left them.
 
-    w13: [2 * rows, H], gate and up.
-    w2: [rows, H], down.
+    w13: [2 * rows, H], gate and up; of the model's dtype, or int8 or float8_e4m3fn codes.
+    w2: [rows, H], down, likewise.
     table: where an expert's rows lie, from `RaggedKernel.index_tables`.
     max_width: widest stored width.
     uniform_experts: number of experts if all of the model's are here, in order and at one stored width, otherwise 0.
+    scales: of codes; None for the model's dtype.
     """
 
     w13: torch.Tensor
@@ -43,6 +61,7 @@ class ExpertRows:
     table: torch.Tensor
     max_width: int
     uniform_experts: int = 0
+    scales: Scales | None = None
 
 
 class RaggedKernel(ABC):
@@ -64,8 +83,11 @@ class RaggedKernel(ABC):
         """Why it runs no layer on this machine, with the remedy; None if it does."""
         return None
 
-    def layer_obstacle(self, dtype: torch.dtype, hidden_size: int) -> str | None:
-        """Why it does not run layers of this type and size, with the remedy; None if it does."""
+    def layer_obstacle(self, dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None) -> str | None:
+        """Why it does not run layers of this type and size, with the remedy; None if it does.
+
+        `scheme`: how experts are stored; None in `dtype`.
+        """
         return None
 
     def cache_key(self) -> str:
@@ -76,7 +98,7 @@ class RaggedKernel(ABC):
         """Returns the stored width of every local expert, at least its kept width."""
         return [round_up(width, self.width_unit) for width in widths]
 
-    def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout) -> None:
+    def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scales | None = None) -> None:
         """Brings loaded parameters (`storage/layout.py` says what their rows are) into its own order, in place."""
         return
 
@@ -110,6 +132,8 @@ class RaggedKernel(ABC):
             experts.table,
             experts.max_width,
             self.name,
+            experts.scales.w13 if experts.scales else None,
+            experts.scales.w2 if experts.scales else None,
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from vllm.platforms import current_platform
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels.base import RaggedKernel
 from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import CompiledKernel
 from heapr_vllm.model_executor.kernels.cpu_native import NativeKernel
@@ -30,21 +31,21 @@ def kernels() -> dict[str, RaggedKernel]:
     return {kernel.name: kernel for kernel in (TritonKernel(), CompiledKernel(), NativeKernel(), ReferenceKernel())}
 
 
-def select_kernel(dtype: torch.dtype, hidden_size: int) -> RaggedKernel:
-    """Returns the kernel for a layer of this type and size.
+def select_kernel(dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None) -> RaggedKernel:
+    """Returns the kernel for a layer of this type and size, whose experts are stored as `scheme` says.
 
     Raises HeaprError if the forced one cannot run it, or none can.
     """
     if kernel := forced_kernel():
-        _refuse(kernel, kernel.layer_obstacle(dtype, hidden_size))
+        _refuse(kernel, kernel.layer_obstacle(dtype, hidden_size, scheme))
         return kernel
     for kernel in kernels().values():
-        is_free = kernel.is_default() and kernel.layer_obstacle(dtype, hidden_size) is None
+        is_free = kernel.is_default() and kernel.layer_obstacle(dtype, hidden_size, scheme) is None
         if is_free and kernel.machine_obstacle() is None:
             return kernel
     raise HeaprError(
         f"no kernel runs pruned experts of {dtype} and hidden size {hidden_size} here: "
-        f"{ReferenceKernel().layer_obstacle(dtype, hidden_size)}"
+        f"{ReferenceKernel().layer_obstacle(dtype, hidden_size, scheme)}"
     )
 
 

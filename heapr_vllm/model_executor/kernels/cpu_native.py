@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from vllm.platforms import current_platform
 
-from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, slots_table
+from heapr_vllm.formats.quantized import ExpertScheme
+from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, Scales, slots_table
 from heapr_vllm.model_executor.storage.layout import RaggedLayout, round_up
 
 WIDTH_UNIT = 32
@@ -36,7 +37,9 @@ class NativeKernel(RaggedKernel):
     def machine_obstacle(self) -> str | None:
         return None if current_platform.is_cpu() else "it is for CPUs; choose triton"
 
-    def layer_obstacle(self, dtype: torch.dtype, hidden_size: int) -> str | None:
+    def layer_obstacle(self, dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None) -> str | None:
+        if scheme is not None:
+            return f"vLLM's op does not decode {scheme.name} experts; choose compiled"
         if native_isa(dtype, hidden_size) is None:
             return f"vLLM's op needs x86-64 and a hidden size in multiples of {WIDTH_UNIT}; choose reference"
         return None
@@ -57,7 +60,7 @@ class NativeKernel(RaggedKernel):
         saved_seconds = saved_rows * 3 * hidden_size * element_size / BYTES_PER_SECOND
         return ragged if saved_seconds > BUCKETING_SECONDS else uniform
 
-    def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout) -> None:
+    def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scales | None = None) -> None:
         """Brings both flat parameters into the op's order, in place: an expert's packed and plain sizes are equal."""
         hidden_size = w2.shape[1]
         isa = native_isa(w2.dtype, hidden_size)

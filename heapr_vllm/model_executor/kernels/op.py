@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes
+from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes, Scales
 from heapr_vllm.model_executor.kernels.choice import kernels
 
 
@@ -27,10 +27,13 @@ def ragged_moe(
     table: torch.Tensor,
     max_width: int,
     kernel: str,
+    w13_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
 ) -> None:
     """Runs the kernel of that name: `RaggedKernel.run` with its arguments laid out flat."""
     routes = Routes(topk_weights, topk_ids, slots)
-    kernels()[kernel].run(output, hidden_states, routes, ExpertRows(w13, w2, table, max_width))
+    scales = None if w13_scale is None or w2_scale is None else Scales(w13_scale, w2_scale)
+    kernels()[kernel].run(output, hidden_states, routes, ExpertRows(w13, w2, table, max_width, scales=scales))
 
 
 def _fake(*arguments: object) -> None:

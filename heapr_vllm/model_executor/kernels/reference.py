@@ -4,6 +4,7 @@
 import torch
 import torch.nn.functional as F
 
+from heapr_vllm.formats.quantized import ExpertScheme, dequantize
 from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes
 
 
@@ -12,7 +13,7 @@ class ReferenceKernel(RaggedKernel):
 
     name = "reference"
 
-    def layer_obstacle(self, dtype: torch.dtype, hidden_size: int) -> str | None:
+    def layer_obstacle(self, dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None) -> str | None:
         if _captures_graphs():
             return "plain torch cannot be captured in CUDA graphs; add --enforce-eager"
         return None
@@ -32,11 +33,27 @@ def ragged_moe_reference(x: torch.Tensor, routes: Routes, experts: ExpertRows) -
     for slot, (start, width) in enumerate(experts.table.tolist()):
         chosen = (route_slots == slot).nonzero().flatten()
         token = chosen // routes.ids.shape[1]
-        gate, up = F.linear(x[token], experts.w13[2 * start : 2 * (start + width)]).chunk(2, -1)
+        w13, w2 = expert_weights(experts, slot, start, width)
+        gate, up = F.linear(x[token], w13.to(x.dtype)).chunk(2, -1)
         hidden = F.silu(gate.float()) * up.float()
-        down = hidden.to(x.dtype) @ experts.w2[start : start + width]
+        down = hidden.to(x.dtype) @ w2.to(x.dtype)
         output.index_add_(0, token, down.float() * weights[chosen, None].float())
     return output.to(x.dtype)
+
+
+def expert_weights(experts: ExpertRows, slot: int, start: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns gate and up [2 * width, H] and down [width, H] of the expert in a slot, codes dequantised to float32."""
+    both, neurons = slice(2 * start, 2 * (start + width)), slice(start, start + width)
+    w13, w2 = experts.w13[both], experts.w2[neurons]
+    if experts.scales is None:
+        return w13, w2
+    hidden_size = w2.shape[1]
+    w13_scale = experts.scales.w13[both]
+    w13 = dequantize(w13, w13_scale, (1, hidden_size // w13_scale.shape[1]))
+    if experts.scales.is_by_channel(hidden_size):
+        return w13, w2.float() * experts.scales.w2[slot]
+    w2_scale = experts.scales.w2[neurons]
+    return w13, dequantize(w2, w2_scale, (1, hidden_size // w2_scale.shape[1]))
 
 
 def _captures_graphs() -> bool:

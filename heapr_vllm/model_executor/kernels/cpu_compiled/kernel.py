@@ -8,7 +8,8 @@ import os
 import torch
 from vllm.platforms import current_platform
 
-from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes
+from heapr_vllm.formats.quantized import ExpertScheme
+from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, Scales
 from heapr_vllm.model_executor.kernels.cpu_compiled import build, extension
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
@@ -40,12 +41,14 @@ class CompiledKernel(RaggedKernel):
             return "it cannot be compiled, the log says why; install a C++ compiler"
         return None
 
-    def layer_obstacle(self, dtype: torch.dtype, hidden_size: int) -> str | None:
+    def layer_obstacle(self, dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None) -> str | None:
+        if scheme is not None:
+            return f"it does not decode {scheme.name} experts; choose reference"
         if hidden_size % COLUMNS:
             return f"the hidden size {hidden_size} is no multiple of {COLUMNS}; choose reference"
         return None
 
-    def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout) -> None:
+    def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scales | None = None) -> None:
         """Brings both flat parameters into panels, in place; `ragged_moe.cpp` describes them."""
         pair = 2 if w13.dtype == torch.bfloat16 else 1
         hidden = w2.shape[1]

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from vllm.platforms import current_platform
 
-from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes
+from heapr_vllm.formats.quantized import ExpertScheme
+from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, Scales
 from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
@@ -32,14 +33,16 @@ class TritonKernel(RaggedKernel):
             return "there is no GPU; set TRITON_INTERPRET=1 to have it interpreted, which is slow"
         return None
 
-    def layer_obstacle(self, dtype: torch.dtype, hidden_size: int) -> str | None:
+    def layer_obstacle(self, dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None) -> str | None:
+        if scheme is not None:
+            return f"it does not decode {scheme.name} experts; choose reference"
         if hidden_size % 16:
             return f"the hidden size {hidden_size} is no multiple of 16; choose reference"
         if dtype == torch.bfloat16 and _is_interpreted():
             return "Triton's interpreter gets bfloat16 wrong; add --dtype float32"
         return None
 
-    def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout) -> None:
+    def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scales | None = None) -> None:
         from heapr_vllm.model_executor.kernels.triton import launch
 
         launch.pack(w13, w2, layout)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts in 8 bits: codes and scales. Every scale group lies inside one neuron, so that pruning cuts none.
+
+A neuron is a row of gate_proj and up_proj [I, H] and a column of down_proj [H, I]; groups run along H. Field names,
+tensor names and shapes are those of compressed-tensors, whose `dequantize` reads them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import gcd
+from typing import Any
+
+import torch
+
+from heapr_vllm.errors import HeaprError
+
+GROUP_SIZE = 128
+MIN_GROUP_SIZE = 32  # outputs of a panel of the CPU kernel
+SCALE_SUFFIX = "_scale"  # of the tensor of scales beside `X.weight`
+CODE_DTYPES = {"int": torch.int8, "float": torch.float8_e4m3fn}
+STORED_DTYPES = {"I8": "int", "F8_E4M3": "float"}  # dtypes as safetensors calls them
+LARGEST_CODE = {"int": 127.0, "float": 448.0}
+NAN_CODE = 0x7F  # of E4M3, apart from the sign
+BITWISE = torch.uint8  # what float8 codes are moved as: torch has few float8 kernels
+
+
+@dataclass(frozen=True)
+class ExpertScheme:
+    """How the experts of a pruned model are stored: `quantization_config.experts`.
+
+    `type`: "int" (int8) or "float" (E4M3). `strategy` "group": one scale per neuron and `group_size` of H;
+    "channel": one per row of the matrix, that is per neuron in gate and up and per output in down_proj.
+    """
+
+    type: str = "int"
+    num_bits: int = 8
+    symmetric: bool = True
+    strategy: str = "group"
+    group_size: int | None = GROUP_SIZE
+
+    def __post_init__(self) -> None:
+        """Raises HeaprError for what no kernel decodes."""
+        known = self.type in CODE_DTYPES and self.strategy in ("group", "channel")
+        if not known or self.num_bits != 8 or not self.symmetric or (self.strategy == "group") != bool(self.group_size):
+            raise HeaprError(
+                f"experts stored as {asdict(self)} are not supported; supported are symmetric 8-bit int and float in "
+                "groups along the hidden size or by channel: `heapr export --quantize int8` (or fp8) writes them"
+            )
+
+    @classmethod
+    def for_hidden_size(cls, name: str, hidden_size: int) -> ExpertScheme:
+        """Returns what `--quantize int8` or `fp8` means for a model.
+
+        Raises HeaprError if no group size divides `hidden_size`.
+        """
+        group_size = gcd(hidden_size, GROUP_SIZE)
+        scheme = cls(type={"int8": "int", "fp8": "float"}[name], group_size=group_size)
+        scheme.check(hidden_size)
+        return scheme
+
+    def check(self, hidden_size: int) -> None:
+        """Raises HeaprError if groups do not divide `hidden_size`, or are too small for the kernels."""
+        if self.group_size and (hidden_size % self.group_size or self.group_size % MIN_GROUP_SIZE):
+            raise HeaprError(
+                f"8-bit experts need groups in multiples of {MIN_GROUP_SIZE} that divide the hidden size, not "
+                f"{self.group_size} for {hidden_size}; use --quantize none"
+            )
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return CODE_DTYPES[self.type]
+
+    @property
+    def name(self) -> str:
+        """Returns "int8" or "fp8"."""
+        return {"int": "int8", "float": "fp8"}[self.type]
+
+    def block(self, shard: str, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Returns how many rows and columns of an expert matrix [O, I] share a scale."""
+        if self.group_size is None:
+            return 1, shape[1]
+        return (self.group_size, 1) if shard == "w2" else (1, self.group_size)
+
+    def scale_shape(self, shard: str, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Returns the shape of the scales of an expert matrix [O, I]."""
+        rows, columns = self.block(shard, shape)
+        return -(-shape[0] // rows), -(-shape[1] // max(columns, 1))
+
+    def bits_per_weight(self) -> float:
+        """Returns the size of a weight and its part of a float32 scale; scales by channel count as nothing."""
+        return self.num_bits + (32 / self.group_size if self.group_size else 0)
+
+    def quantize(self, weight: torch.Tensor, shard: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rounds an expert matrix [O, I] to codes [O, I] and float32 scales of `scale_shape`."""
+        rows, columns = self.block(shard, tuple(weight.shape))
+        if rows > 1:
+            codes, scale = quantize_rows(weight.T, rows, self.type)
+            return codes.view(BITWISE).T.contiguous().view(codes.dtype), scale.T.contiguous()
+        return quantize_rows(weight, columns, self.type)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, block: dict[str, Any]) -> ExpertScheme:
+        """Parses `quantization_config.experts`; unknown keys are ignored. Raises HeaprError if it is not supported."""
+        known = {key: value for key, value in block.items() if key in cls.__dataclass_fields__}
+        if known.get("strategy") == "channel":
+            known.setdefault("group_size", None)
+        return cls(**known)
+
+
+def quantize_rows(rows: torch.Tensor, group_size: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds [n, C] to codes [n, C], and one float32 scale per row and `group_size` columns, [n, C / group_size].
+
+    The largest value of a group gets the largest code, 127 or 448; a group of zeros gets scale 1.
+    """
+    groups = rows.float().unflatten(1, (-1, group_size)) if rows.shape[1] else rows.float()[..., None]
+    scale = groups.abs().amax(-1, keepdim=True) / LARGEST_CODE[kind]
+    scale = torch.where(scale == 0, 1.0, scale)
+    codes = groups / scale
+    if kind == "int":
+        codes = codes.round()
+    codes = codes.clamp(-LARGEST_CODE[kind], LARGEST_CODE[kind]).to(CODE_DTYPES[kind])
+    return codes.view(BITWISE).view(rows.shape).view(CODE_DTYPES[kind]), scale[..., 0]
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """Multiplies codes [O, I] by one factor per block of rows and columns, in float32.
+
+    `scale`: [ceil(O / block[0]), ceil(I / block[1])]; the last blocks may be cut short.
+    """
+    rows, columns = codes.shape
+    factors = scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+    return codes.float().mul_(factors)
+
+
+def check_codes(codes: torch.Tensor, name: str) -> None:
+    """Raises HeaprError if codes are no numbers."""
+    if codes.dtype == torch.float8_e4m3fn and bool(((codes.view(BITWISE) & NAN_CODE) == NAN_CODE).any()):
+        raise HeaprError(f"{name} is damaged: it holds codes that are not numbers; download or export it again")
+
+
+def check_scale(scale: torch.Tensor, shape: tuple[int, int], name: str) -> None:
+    """Raises HeaprError if scales have another shape, or are no finite numbers."""
+    if tuple(scale.shape) != shape:
+        raise HeaprError(
+            f"{name} is {list(scale.shape)} instead of {list(shape)}: scales and weights do not belong together; "
+            "download or export the checkpoint again"
+        )
+    if not bool(scale.isfinite().all()):
+        raise HeaprError(f"{name} is damaged: it holds scales that are not finite; download or export it again")
