@@ -31,6 +31,12 @@ def add_export(commands: options.Commands) -> None:
         metavar="{compact,zeroed}",
         help="compact: kept neurons only; zeroed: full size, pruned neurons zeroed, for any engine",
     )
+    command.add_argument(
+        "--quantize",
+        choices=("keep", "int8", "fp8", "none"),
+        help="what experts are stored as: keep the codes of a quantized base model (default there), 8-bit integers or "
+        "floats with one scale per neuron and 128 of the hidden size, or none, the model's dtype",
+    )
     command.add_argument("--no-verify", action="store_true", help="skip the fingerprint check, for fine-tunes")
     command.add_argument(
         "--repair",
@@ -76,6 +82,7 @@ def run_export(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         verify=not args.no_verify,
         repair=repair,
+        quantize=args.quantize,
     )
     if refitted := load_report(args.output).repair:
         print(f"repair: {format_repair(refitted)}")

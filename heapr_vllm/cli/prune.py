@@ -43,11 +43,18 @@ def add_prune(commands: options.Commands) -> None:
         help="heapr (the paper's, default), fisher (default with --flops), heapr-frequency, energy, "
         "magnitude, random, reap (whole experts)",
     )
+    command.add_argument(
+        "--quantize",
+        choices=("int8", "fp8"),
+        help="store experts in 8 bits: while loading where the masks are served, and by `heapr export`",
+    )
     options.selection(command)
     options.output(command, "MASKS")
 
 
 def run_prune(args: argparse.Namespace) -> None:
+    from heapr_vllm.formats.checkpoint import Checkpoint
+    from heapr_vllm.formats.quantized import ExpertScheme
     from heapr_vllm.prune.calibration.moments import NeuronMoments
     from heapr_vllm.prune.export.masks_repository import write_masks_repository
     from heapr_vllm.prune.report.summary import format_report, load_report, speed_note
@@ -57,13 +64,18 @@ def run_prune(args: argparse.Namespace) -> None:
 
     moments = NeuronMoments.from_pretrained(args.calibration)
     selector = Selector(moments, args.criterion or default_criterion(args.flops), **_selection(args))
+    scheme = None
+    if args.quantize:
+        scheme = ExpertScheme.for_hidden_size(args.quantize, Checkpoint.resolve(args.calibration).hidden_size)
     stored = args.sparsity
     if args.target_size is not None:
-        stored = stored_for_size(args.target_size, moments.metadata, selector.blocks)
+        stored = stored_for_size(args.target_size, moments.metadata, selector.blocks, scheme)
     budget = Budget(stored=stored, executed=args.flops)
     masks = selector.masks(budget)
     curves = frontier(selector, budget)
-    write_masks_repository(masks, args.calibration, args.output, overwrite=args.overwrite, frontier=curves)
+    write_masks_repository(
+        masks, args.calibration, args.output, overwrite=args.overwrite, frontier=curves, scheme=scheme
+    )
     summary = load_report(args.output)
     print(format_report(summary))
     if note := speed_note(summary):

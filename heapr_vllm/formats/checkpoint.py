@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -18,9 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from heapr_vllm.errors import HeaprError, first_line
+from heapr_vllm.formats.base_quantization import BaseQuantization
+from heapr_vllm.formats.config import QUANT_METHOD, PruningConfig
 from heapr_vllm.formats.names import ExpertTensor, is_draft_layer, natural_order
+from heapr_vllm.formats.quantized import SCALE_SUFFIX, STORED_DTYPES, ExpertScheme
 
-FP8_SCALE_SUFFIX = "_scale_inv"  # of the tensor of scales beside an FP8 weight
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 TOKENIZER_FILES = (
@@ -35,7 +38,9 @@ TOKENIZER_FILES = (
 )
 SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", "preprocessor_config.json")
 
-_ROUTER = re.compile(r".+\.(gate|router)\.weight")
+_ROUTER = re.compile(r"(?P<module>.+)\.(gate|router)\.weight")
+FINGERPRINT = "routers:"  # fingerprints start with what they are taken of
+FORMER_FINGERPRINT = "sha256:"  # of all tensors
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class Checkpoint:
         widths: dict[str, int] = {}
         for name, (_, shape) in self.headers.items():
             tensor = ExpertTensor.parse(name)
-            if tensor is None or self._is_draft(tensor.prefix):
+            if tensor is None or self.is_draft(tensor.prefix):
                 continue
             if tensor.shard == "w2":
                 widths[tensor.prefix] = shape[-1]
@@ -148,7 +153,8 @@ class Checkpoint:
             shapes[prefix] = (num_experts, widths[prefix])
         return shapes
 
-    def _is_draft(self, prefix: str) -> bool:
+    def is_draft(self, prefix: str) -> bool:
+        """Tells whether an MoE module belongs to multi-token prediction, which is never pruned."""
         return is_draft_layer(prefix, self.config.get("text_config", self.config).get("num_hidden_layers"))
 
     def check_readable(self) -> None:
@@ -167,23 +173,59 @@ class Checkpoint:
 
     def tensor_bytes(self, name: str) -> int:
         dtype, shape = self.headers[name]
-        return torch.Size(shape).numel() * _ITEM_SIZE[dtype]
+        return math.prod(shape) * _ITEM_SIZE[dtype]
+
+    def is_pruned_expert(self, name: str) -> bool:
+        """Tells whether a tensor is a weight that pruning cuts."""
+        where = ExpertTensor.parse(name)
+        return where is not None and not self.is_draft(where.prefix)
 
     def export_bytes(self, *, routed_only: bool = False) -> int:
         """Adds up all weights, or those that can be pruned, as `heapr export` would write them unpruned."""
         total = 0
-        for name, (dtype, _) in self.headers.items():
-            where = ExpertTensor.parse(name)
-            is_pruned = where is not None and not self._is_draft(where.prefix)
-            if not self.is_scale(name) and (is_pruned or not routed_only):
-                total += self.tensor_bytes(name) * (2 if dtype == "F8_E4M3" else 1)
+        for name in self.headers:
+            owner = self.weight_of(name) or name
+            if not routed_only or self.is_pruned_expert(owner):
+                total += self._exported_bytes(name, owner)
         return total
 
-    def fingerprint(self) -> str:
-        """Computes sha256 over all tensor names, dtypes and shapes and over the router weights.
+    def _exported_bytes(self, name: str, owner: str) -> int:
+        """Size of a tensor once exported: scales of experts have every group inside one neuron then."""
+        where = ExpertTensor.parse(owner)
+        if name == owner or where is None or self.base_quantization is None or not self.is_pruned_expert(owner):
+            return self.tensor_bytes(name)
+        shape = self.headers[owner][1]
+        rows, columns = self.base_quantization.scheme(self.hidden_size).scale_shape(where.shard, shape)
+        return rows * columns * _ITEM_SIZE[self.headers[name][0]]
 
-        Masks are valid for exactly the routers they were calibrated with, and routers are small to read.
+    def routed_weights(self) -> int:
+        """Counts the weights that can be pruned."""
+        return sum(math.prod(shape) for name, (_, shape) in self.headers.items() if self.is_pruned_expert(name))
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.get("text_config", self.config)["hidden_size"]
+
+    def fingerprint(self) -> str:
+        """Computes sha256 over shapes of the routed experts and over the router weights.
+
+        Masks are valid for exactly the routers they were calibrated with, and routers are small to read. They are the
+        same in a model and its quantized siblings, which share masks.
         """
+        digest = hashlib.sha256()
+        modules = set()
+        for prefix, shape in self.expert_shapes().items():
+            digest.update(f"{prefix} {shape}\n".encode())
+            modules.add(prefix.rpartition(".")[0])
+        for name in sorted(self.weight_map):
+            router = _ROUTER.fullmatch(name)
+            if router and router["module"] in modules:
+                with self.open(self.weight_map[name]) as file:
+                    digest.update(file.get_tensor(name).float().numpy().tobytes())
+        return f"{FINGERPRINT}{digest.hexdigest()}"
+
+    def former_fingerprint(self) -> str:
+        """Computes the fingerprint of earlier versions, over names, dtypes and shapes of all tensors too."""
         digest = hashlib.sha256()
         for name, header in sorted(self.headers.items()):
             digest.update(f"{name} {header}\n".encode())
@@ -191,26 +233,66 @@ class Checkpoint:
             with self.open(shard) as file:
                 for name in filter(_ROUTER.fullmatch, names):
                     digest.update(file.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
-        return f"sha256:{digest.hexdigest()}"
+        return f"{FORMER_FINGERPRINT}{digest.hexdigest()}"
+
+    def matches(self, fingerprint: str | None) -> bool:
+        """Tells whether the checkpoint, or its sibling in another dtype, has this fingerprint; None matches all."""
+        if fingerprint is None:
+            return True
+        is_former = fingerprint.startswith(FORMER_FINGERPRINT)
+        return fingerprint == (self.former_fingerprint() if is_former else self.fingerprint())
 
     @property
-    def fp8_block(self) -> tuple[int, int] | None:
-        """Rows and columns that share a scale in a checkpoint stored as FP8 (as DeepSeek-V3 is), None in others."""
-        block = self.config.get("quantization_config", {})
-        if block.get("quant_method") != "fp8" or not block.get("weight_block_size"):
+    def quantization(self) -> dict[str, Any] | None:
+        """`quantization_config` as config.json has it; of a pruned model that of the plugin."""
+        text = self.config.get("text_config") or {}
+        for config, key in ((self.config, "quantization_config"), (text, "quantization_config")):
+            if config.get(key):
+                return config[key]
+        return self.config.get("compression_config")
+
+    @cached_property
+    def pruning(self) -> PruningConfig | None:
+        """How the plugin serves the model; None if it is not pruned. Raises HeaprError on a newer format."""
+        block = self.quantization
+        is_pruned = block is not None and block.get("quant_method") == QUANT_METHOD
+        return PruningConfig.from_dict(block) if block and is_pruned else None
+
+    @cached_property
+    def base_quantization(self) -> BaseQuantization | None:
+        """Format of 8-bit weights, of a pruned model those that are not pruned; None if there are none.
+
+        Raises HeaprError if it is not supported.
+        """
+        block = self.pruning.inner if self.pruning else self.quantization
+        return BaseQuantization.from_config(block, str(self.path)) if block else None
+
+    @property
+    def expert_scheme(self) -> ExpertScheme | None:
+        """How the pruned experts of a compact checkpoint are stored; None in the model's dtype."""
+        return self.pruning.expert_scheme if self.pruning and self.pruning.layout == "compact" else None
+
+    def scale_name(self, name: str) -> str | None:
+        """Returns the name of the scales of a weight; None if it is not stored as codes."""
+        if self.headers[name][0] not in STORED_DTYPES:
             return None
-        rows, columns = block["weight_block_size"]
-        return rows, columns
+        if self.expert_scheme and self.is_pruned_expert(name):
+            return name + SCALE_SUFFIX
+        return name + self.base_quantization.scale_suffix if self.base_quantization else None
 
-    def is_scale(self, name: str) -> bool:
-        """Tells whether a tensor holds the scales of an FP8 weight."""
-        return self.fp8_block is not None and name.endswith(FP8_SCALE_SUFFIX)
+    def weight_of(self, name: str) -> str | None:
+        """Returns the name of the weight whose scales `name` holds; None if it holds none."""
+        for suffix in {SCALE_SUFFIX, self.base_quantization.scale_suffix if self.base_quantization else SCALE_SUFFIX}:
+            weight = name.removesuffix(suffix)
+            if weight != name and weight in self.weight_map and self.scale_name(weight) == name:
+                return weight
+        return None
 
-    def check_unquantized(self, *, allow_fp8: bool = False) -> None:
-        """Raises HeaprError if the checkpoint carries its own quantization; block-scaled FP8 may be allowed."""
-        method = self.config.get("quantization_config", {}).get("quant_method")
-        if method and not (allow_fp8 and self.fp8_block):
-            raise HeaprError(f"{self.path} is quantized or pruned ({method}); start from the unquantized base model")
+    def check_unpruned(self) -> None:
+        """Raises HeaprError if the checkpoint is pruned already, or quantized in a way that cannot be read."""
+        if self.pruning:
+            raise HeaprError(f"{self.path} is pruned already ({self.pruning.layout}); start from the base model")
+        _ = self.base_quantization
 
 
 _ITEM_SIZE = {

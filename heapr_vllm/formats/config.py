@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.formats.tensorfile import FORMAT_VERSION
+from heapr_vllm.formats.quantized import ExpertScheme
+
+FORMAT_VERSION = 2  # 2 adds `inner` and `experts`
 
 QUANT_METHOD = "heapr"
 MASKS_FILE = "heapr/masks.safetensors"
@@ -28,7 +30,9 @@ class PruningConfig:
     `layout`: "compact" if the weights in the repository have the kept widths, "masks" if full-size weights (of
     `base_model`, or in the repository itself) are sliced while loading. `masks`: path inside the repository, or a local
     path or repository id given by the user. `repair`: method by which the kept weights were refitted, if they were.
-    `inner` is reserved for the base model's own quantization.
+    `inner`: `quantization_config` of the base model, for all that is not a pruned expert; None if it has none.
+    `experts`: how pruned experts are stored, the fields of `ExpertScheme`; None for the model's dtype in compact
+    checkpoints, and as the base model stores them under masks.
     """
 
     masks: str = MASKS_FILE
@@ -40,8 +44,14 @@ class PruningConfig:
     repair: str | None = None
     base_model: BaseModel = field(default_factory=BaseModel)
     inner: dict[str, Any] | None = None
+    experts: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
     quant_method: str = QUANT_METHOD
+
+    @property
+    def expert_scheme(self) -> ExpertScheme | None:
+        """Raises HeaprError if no kernel decodes it."""
+        return ExpertScheme.from_dict(self.experts) if self.experts else None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,7 +60,7 @@ class PruningConfig:
     def from_dict(cls, block: dict[str, Any]) -> "PruningConfig":
         """Parses the block; unknown keys are ignored, so that later versions may add some.
 
-        Raises HeaprError on a newer format version, an unknown layout, or a quantized base model.
+        Raises HeaprError on a newer format version, an unknown layout, or experts stored in an unknown way.
         """
         known = {f.name for f in fields(cls)}
         values = {key: value for key, value in block.items() if key in known}
@@ -64,9 +74,5 @@ class PruningConfig:
             )
         if config.layout not in LAYOUTS:
             raise HeaprError(f"quantization_config.layout is {config.layout!r}, expected one of {', '.join(LAYOUTS)}")
-        if config.inner is not None:
-            raise HeaprError(
-                "quantized experts (quantization_config.inner) are not supported yet; "
-                "prune and serve the unquantized base model"
-            )
+        _ = config.expert_scheme
         return config

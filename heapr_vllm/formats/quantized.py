@@ -83,7 +83,7 @@ class ExpertScheme:
         return (self.group_size, 1) if shard == "w2" else (1, self.group_size)
 
     def scale_shape(self, shard: str, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Returns the shape of the scales of an expert matrix [O, I]."""
+        """Returns the shape of the scales of an expert matrix [O, I] "w1", "w3" or "w2"."""
         rows, columns = self.block(shard, shape)
         return -(-shape[0] // rows), -(-shape[1] // max(columns, 1))
 
@@ -116,14 +116,16 @@ def quantize_rows(rows: torch.Tensor, group_size: int, kind: str) -> tuple[torch
 
     The largest value of a group gets the largest code, 127 or 448; a group of zeros gets scale 1.
     """
-    groups = rows.float().unflatten(1, (-1, group_size)) if rows.shape[1] else rows.float()[..., None]
+    if not rows.shape[1]:
+        return rows.to(CODE_DTYPES[kind]), torch.ones(len(rows), 1)
+    groups = rows.float().unflatten(1, (rows.shape[1] // group_size, group_size))
     scale = groups.abs().amax(-1, keepdim=True) / LARGEST_CODE[kind]
     scale = torch.where(scale == 0, 1.0, scale)
     codes = groups / scale
     if kind == "int":
         codes = codes.round()
-    codes = codes.clamp(-LARGEST_CODE[kind], LARGEST_CODE[kind]).to(CODE_DTYPES[kind])
-    return codes.view(BITWISE).view(rows.shape).view(CODE_DTYPES[kind]), scale[..., 0]
+    codes = codes.clamp(-LARGEST_CODE[kind], LARGEST_CODE[kind]).view(rows.shape)
+    return codes.to(CODE_DTYPES[kind]), scale[..., 0]
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

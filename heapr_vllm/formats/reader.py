@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of a checkpoint by name, in whatever shard they are, block-scaled FP8 dequantised."""
+"""Tensors of a checkpoint by name, in whatever shard they are, 8-bit weights dequantised."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from typing import Any
 import torch
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.formats.checkpoint import FP8_SCALE_SUFFIX, Checkpoint
+from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.formats.names import ExpertTensor
+from heapr_vllm.formats.quantized import CODE_DTYPES, check_codes, check_scale, dequantize
 
 
 class TensorReader:
     """A context manager: shards are opened when needed and closed at its end."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> None:
+        """`dtype`: of dequantised weights."""
         self.checkpoint = checkpoint
+        self.dtype = dtype
         self._files: dict[str, Any] = {}
         self._stack = ExitStack()
 
@@ -27,31 +31,36 @@ class TensorReader:
         self._stack.close()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Reads the tensor as stored, FP8 as bfloat16. Raises HeaprError if a scale is missing."""
-        value = self._stored(name)
-        if value.dtype != torch.float8_e4m3fn:
+        """Reads the tensor, codes dequantised. Raises HeaprError if scales are missing, or either is damaged."""
+        value = self.stored(name)
+        if value.dtype not in CODE_DTYPES.values():
             return value
-        block = self.checkpoint.fp8_block
-        if block is None or name + FP8_SCALE_SUFFIX not in self.checkpoint.weight_map:
+        scale_name = self.checkpoint.scale_name(name)
+        if scale_name is None or scale_name not in self.checkpoint.weight_map:
             raise HeaprError(
-                f"{self.checkpoint.path}: {name} is FP8 and has no {name}{FP8_SCALE_SUFFIX}; "
-                "start from the unquantized model"
+                f"{self.checkpoint.path}: {name} is {value.dtype} and has no scales {scale_name or name + '_scale'}; "
+                "download the checkpoint again, or start from the unquantized model"
             )
-        return dequantize(value, self._stored(name + FP8_SCALE_SUFFIX), block)
+        return self._dequantized(name, value, scale_name).to(self.dtype)
 
-    def _stored(self, name: str) -> torch.Tensor:
+    def _dequantized(self, name: str, codes: torch.Tensor, scale_name: str) -> torch.Tensor:
+        scale = self.stored(scale_name)
+        shape = tuple(codes.shape)
+        where = ExpertTensor.parse(name)
+        scheme = self.checkpoint.expert_scheme
+        if scheme and where and self.checkpoint.is_pruned_expert(name):
+            block, wanted = scheme.block(where.shard, shape), scheme.scale_shape(where.shard, shape)
+        else:
+            base = self.checkpoint.base_quantization
+            assert base is not None, "a scale name comes from one of both"
+            block, wanted = base.block(shape), base.scale_shape(shape)
+        check_codes(codes, name)
+        check_scale(scale, wanted, scale_name)
+        return dequantize(codes, scale, block)
+
+    def stored(self, name: str) -> torch.Tensor:
+        """Reads the tensor as it is stored."""
         shard = self.checkpoint.weight_map[name]
         if shard not in self._files:
             self._files[shard] = self._stack.enter_context(self.checkpoint.open(shard))
         return self._files[shard].get_tensor(name)
-
-
-def dequantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Multiplies FP8 `weight` [O, I] by one factor per block of rows and columns, rounded to bfloat16.
-
-    `scale` [ceil(O / block[0]), ceil(I / block[1])], stored as `weight_scale_inv` (DeepSeek-V3, arXiv 2412.19437,
-    section 3.3.2).
-    """
-    rows, columns = weight.shape
-    factors = scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-    return weight.float().mul_(factors).bfloat16()

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
-from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes
+from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, Scales
 from heapr_vllm.model_executor.pruned_layer import PrunedLayer
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
@@ -24,9 +26,12 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
         layer: PrunedLayer,
         layout: RaggedLayout,
         kernel: RaggedKernel,
+        scales: Callable[[PrunedLayer], Scales | None],
     ) -> None:
+        """`scales`: finds the factors of 8-bit experts on the layer, where reloading replaces them."""
         super().__init__(moe_config, quant_config)
         self.layer = layer
+        self.scales = scales
         self.kernel = kernel
         self.num_local_experts = len(layout.widths)
         self.max_width = layout.max_width
@@ -104,5 +109,6 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
         if apply_router_weight_on_input:
             topk_weights = torch.ones_like(topk_weights)
         routes = Routes(topk_weights, topk_ids, self.layer.heapr_slots)
-        experts = ExpertRows(w1, w2, self.layer.heapr_table, self.max_width, self.uniform_experts)
+        table, scales = self.layer.heapr_table, self.scales(self.layer)
+        experts = ExpertRows(w1, w2, table, self.max_width, self.uniform_experts, scales)
         self.kernel.run_in_graph(output, hidden_states, routes, experts)

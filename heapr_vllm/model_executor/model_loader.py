@@ -18,12 +18,13 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.base_quantization import FP8_SCALE_SUFFIX
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.config import PruningConfig
 from heapr_vllm.formats.names import ExpertTensor
-from heapr_vllm.model_executor.quantization import HeaprConfig, check_base
-
-BASE_MODEL_KEY = "base_model"
+from heapr_vllm.formats.quantized import SCALE_SUFFIX
+from heapr_vllm.model_executor.base_model import BASE_MODEL_KEY, base_checkpoint, check_base
+from heapr_vllm.model_executor.quantization import HeaprConfig
 
 
 class HeaprModelLoader(DefaultModelLoader):
@@ -48,15 +49,7 @@ class HeaprModelLoader(DefaultModelLoader):
             raise HeaprError(f"{model_config.model} is not a masks repository; serve it without --load-format heapr")
         if Path(model_config.model).is_dir() and Checkpoint(Path(model_config.model)).has_weights:
             return model_config
-        base = PruningConfig.from_dict(block).base_model
-        name = self.base_override or base.name_or_path
-        try:
-            folder = Checkpoint.resolve(name, None if self.base_override else base.revision)
-        except HeaprError as error:
-            raise HeaprError(
-                f"the base model of {model_config.model} cannot be read: {error}. Say where it is with "
-                '--model-loader-extra-config \'{"base_model": "PATH"}\''
-            ) from error
+        folder = base_checkpoint(model_config.model, PruningConfig.from_dict(block), self.base_override)
         source = copy.copy(model_config)
         source.model, source.revision = str(folder.path), None
         return source
@@ -67,7 +60,9 @@ class HeaprModelLoader(DefaultModelLoader):
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Generator[tuple[str, torch.Tensor]]:
         source = self.base_model_config(model_config)
         configs = (getattr(module, "quant_config", None) for module in model.modules())
-        check_base(Checkpoint.resolve(source.model), next(c for c in configs if isinstance(c, HeaprConfig)))
+        config = next(c for c in configs if isinstance(c, HeaprConfig))
+        check_base(Checkpoint.resolve(source.model), config.masks, config.pruning)
         for name, tensor in super().get_all_weights(source, model):
             # vLLM holds on to a tensor of the attention until the next layer's: a copy lets go of the mapped shard
-            yield name, tensor if ExpertTensor.parse(name) else tensor.clone()
+            is_expert = ExpertTensor.parse(name.removesuffix(FP8_SCALE_SUFFIX).removesuffix(SCALE_SUFFIX))
+            yield name, tensor if is_expert else tensor.clone()

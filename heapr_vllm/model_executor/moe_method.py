@@ -16,7 +16,9 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.base_quantization import BaseQuantization
 from heapr_vllm.formats.names import layer_index
+from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor import compat
 from heapr_vllm.model_executor.experts import HeaprExperts
 from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel
@@ -26,6 +28,7 @@ from heapr_vllm.model_executor.pruned_layer import PrunedLayer, as_pruned
 from heapr_vllm.model_executor.storage.dense import DenseStorage
 from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
+from heapr_vllm.model_executor.storage.quantized import QuantizedStorage
 from heapr_vllm.model_executor.storage.shares import expert_parallel_ranks, tensor_parallel_shares
 
 OWN_ATTRIBUTES = (
@@ -47,9 +50,14 @@ class HeaprMoEMethod(FusedMoEMethodBase):
     storage: DenseStorage
     experts: HeaprExperts
 
-    def __init__(self, moe: FusedMoEConfig, masks: LayerMasks) -> None:
+    def __init__(
+        self, moe: FusedMoEConfig, masks: LayerMasks, scheme: ExpertScheme | None, base: BaseQuantization | None
+    ) -> None:
+        """`scheme`: how experts are stored, None in the model's dtype; `base`: format of codes that masks slice."""
         super().__init__(moe)
         self.masks = masks
+        self.scheme = scheme
+        self.base = base
         self.router = compat.cpu_router()
         self.needs_weights = True
 
@@ -62,7 +70,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs,
     ) -> None:
-        """Registers `w13_weight` and `w2_weight`, of the sizes that this rank's kept neurons need.
+        """Registers `w13_weight` and `w2_weight`, of the sizes that this rank's kept neurons need, and their scales.
 
         Raises HeaprError if the model's experts do not have the shape of the masks, or no kernel runs them here.
         """
@@ -82,7 +90,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         config = get_current_vllm_config()
         self.needs_weights = config.load_config.load_format != "dummy"
         self.max_tokens = config.scheduler_config.max_num_batched_tokens * config.parallel_config.data_parallel_size
-        self.kernel = select_kernel(params_dtype, hidden_size)
+        self.kernel = select_kernel(params_dtype, hidden_size, self.scheme)
         self.storage = self._plan_storage(layer, hidden_size, params_dtype)
         attributes = {key: value for key, value in extra_weight_attrs.items() if key not in OWN_ATTRIBUTES}
         self.storage.create(layer, hidden_size, params_dtype, self.weight_loader, attributes)
@@ -95,7 +103,10 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         widths = [stop - start for start, stop in shares]
         stored = self.kernel.stored_widths(widths, self.moe.experts_per_token, hidden_size, dtype.itemsize)
         local_ids = {expert: local for local, expert in enumerate(experts)}
-        return DenseStorage(self.masks, local_ids, shares, RaggedLayout.build(widths, stored))
+        layout = RaggedLayout.build(widths, stored)
+        if self.scheme is None:
+            return DenseStorage(self.masks, local_ids, shares, layout)
+        return QuantizedStorage(self.masks, local_ids, shares, layout, self.scheme, self.base)
 
     def _local_experts(self, layer: PrunedLayer) -> list[int]:
         """Global ids of this rank's experts, by local id.
@@ -136,11 +147,11 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         if self.needs_weights:
             self.storage.check_complete()
         self.needs_weights = True  # dummy weights are for the start only
-        w13, w2 = layer.w13_weight.data, layer.w2_weight.data
-        self.storage.zero_padding(w13, w2)
-        self.kernel.pack(w13, w2, self.storage.layout)
+        self.storage.zero_padding(layer)
+        w13, w2, scales = layer.w13_weight.data, layer.w2_weight.data, self.storage.scales(layer)
+        self.kernel.pack(w13, w2, self.storage.layout, scales)
         self._register_tables(layer)
-        rows = ExpertRows(w13, w2, layer.heapr_table, self.storage.layout.max_width)
+        rows = ExpertRows(w13, w2, layer.heapr_table, self.storage.layout.max_width, scales=scales)
         self.kernel.warm_up(layer.heapr_slots, rows, self.moe.experts_per_token, self.max_tokens)
         if self.moe_kernel is None:
             self._build_kernel(layer)
@@ -157,10 +168,11 @@ class HeaprMoEMethod(FusedMoEMethodBase):
     def _log(self) -> None:
         layout = self.storage.layout
         logger.info(
-            "%s: %d of %d neurons, kernel %s, stored widths %s",
+            "%s: %d of %d neurons%s, kernel %s, stored widths %s",
             self.masks.prefix,
             sum(layout.widths),
             len(layout.widths) * self.masks.keep.shape[1],
+            f" in {self.scheme.name}" if self.scheme else "",
             self.kernel.name,
             " ".join(f"{bucket.num_slots}x{bucket.width}" for bucket in layout.buckets),
         )
@@ -178,7 +190,8 @@ class HeaprMoEMethod(FusedMoEMethodBase):
                 "pruned experts need an all-to-all backend with the standard activation format; choose "
                 "another with --all2all-backend"
             )
-        self.experts = HeaprExperts(self.moe, self.moe_quant_config, layer, self.storage.layout, self.kernel)
+        storage = self.storage
+        self.experts = HeaprExperts(self.moe, self.moe_quant_config, layer, storage.layout, self.kernel, storage.scales)
         self.moe_kernel = mk.FusedMoEKernel(prepare_finalize, self.experts)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:

@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.base_quantization import BaseQuantization
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.config import MASKS_FILE, QUANT_METHOD, PruningConfig
 from heapr_vllm.formats.masks import NeuronMasks, check_masks_sha256, file_sha256, find_masks
 from heapr_vllm.formats.names import is_draft_layer, layer_index
+from heapr_vllm.formats.quantized import ExpertScheme
+from heapr_vllm.model_executor.base_model import BASE_MODEL_KEY, base_checkpoint, check_base
+from heapr_vllm.model_executor.inner_quantization import InnerQuantization
 from heapr_vllm.model_executor.kernels.choice import kernel_choice
 from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
 
@@ -28,9 +33,15 @@ class HeaprConfig(QuantizationConfig):
         self.model_name = ""
         self.revision: str | None = None
         self.num_layers: int | None = None
+        self.hidden_size: int | None = None
+        self.inner = InnerQuantization()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "masks"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("masks", "base", "inner")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.inner = InnerQuantization()
 
     @classmethod
     def get_name(cls) -> str:  # ty: ignore[incompatible-method-override]  # vLLM lists the names it ships
@@ -61,6 +72,7 @@ class HeaprConfig(QuantizationConfig):
         self.model_name, self.revision = model_name, revision
         text_config = getattr(hf_config, "text_config", None) or hf_config
         self.num_layers = getattr(text_config, "num_hidden_layers", None)
+        self.hidden_size = getattr(text_config, "hidden_size", None)
         for prefix in self.masks.keep:
             if self.num_layers is not None and layer_index(prefix) >= self.num_layers:
                 raise HeaprError(
@@ -77,7 +89,60 @@ class HeaprConfig(QuantizationConfig):
             if weights.has_weights:
                 weights.check_readable()
                 if self.pruning.layout == "masks":
-                    check_base(weights, self)
+                    check_base(weights, self.masks, self.pruning)
+
+    @cached_property
+    def base(self) -> Checkpoint | None:
+        """The model whose weights masks slice; None for compact checkpoints, and if nobody has it here.
+
+        To be asked for while a model is built: only then is it known where the user says that it is. Dummy weights need
+        none.
+        """
+        if self.pruning.layout == "compact":
+            return None
+        config = get_current_vllm_config_or_none()
+        load_config = config.load_config if config else None
+        extra = load_config.model_loader_extra_config if load_config else {}
+        try:
+            return base_checkpoint(self.model_name, self.pruning, extra.get(BASE_MODEL_KEY))
+        except HeaprError:
+            if load_config is None or load_config.load_format == "dummy":
+                return None
+            raise
+
+    @property
+    def inner_block(self) -> dict[str, Any] | None:
+        """`quantization_config` of the weights that are not pruned experts."""
+        return self.pruning.inner if self.base is None else self.base.quantization
+
+    def storage_formats(self) -> tuple[ExpertScheme | None, BaseQuantization | None]:
+        """Returns how experts are stored in memory, and the format of the codes that masks slice, if they do.
+
+        Raises HeaprError if the base model's experts are codes and other ones are asked for.
+        """
+        wanted = self.pruning.expert_scheme
+        base = self._base_codes()
+        if base is None:
+            return wanted, None
+        assert self.hidden_size is not None
+        kept = base.scheme(self.hidden_size)
+        if wanted not in (None, kept):
+            raise HeaprError(
+                f"experts of {self.model_name} cannot be stored as {wanted.name} while loading: the base model has "
+                f"{kept.name} codes, which are served as they are; write a checkpoint with `heapr export --quantize "
+                f"{wanted.name}`, or prune without --quantize"
+            )
+        return kept, base
+
+    def _base_codes(self) -> BaseQuantization | None:
+        """Format of the base model's experts; None if they are in the model's dtype, as its attention need not be."""
+        if self.pruning.layout == "compact":
+            return None
+        if self.base is not None:
+            names = filter(self.base.is_pruned_expert, self.base.weight_map)
+            return self.base.base_quantization if any(map(self.base.scale_name, names)) else None
+        block = self.pruning.inner
+        return BaseQuantization.from_config(block, self.model_name) if block else None
 
     @property
     def masks_path(self) -> Path:
@@ -96,21 +161,36 @@ class HeaprConfig(QuantizationConfig):
         return NeuronMasks.load(self.masks_path)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The ragged method for a pruned MoE layer, unquantized methods for everything else."""
+        """The ragged method for a pruned MoE layer, the base model's for everything else."""
         from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
-        if isinstance(layer, LinearBase):
-            return UnquantizedLinearMethod()
         if not isinstance(layer, RoutedExperts) or self.is_draft_layer(prefix):
-            return None
+            self.inner.build(self.inner_block)
+            method = self.inner.method(layer, prefix, self.packed_modules_mapping)
+            return UnquantizedLinearMethod() if method is None and isinstance(layer, LinearBase) else method
         from heapr_vllm.model_executor.moe_method import HeaprMoEMethod
         from heapr_vllm.model_executor.pruned_layer import as_pruned
         from heapr_vllm.model_executor.unsupported import refuse_unsupported
 
         pruned = as_pruned(layer)
         refuse_unsupported(pruned, self)
-        return HeaprMoEMethod(pruned.moe_config, self.layer_masks(prefix))
+        return HeaprMoEMethod(pruned.moe_config, self.layer_masks(prefix), *self.storage_formats())
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Hands on how vLLM renames modules, which the base model's block names."""
+        self.inner.apply_vllm_mapper(hf_to_vllm_mapper)
+
+    def get_cache_scale_mapper(self) -> Any:  # vLLM calls it on the instance
+        return (self.inner.config or super()).get_cache_scale_mapper()
+
+    @property
+    def weight_block_size(self) -> list[int] | None:
+        """vLLM asks whether a config has it, and switches its own quantization of activations by the answer."""
+        block = self.pruning.inner or {}
+        if "weight_block_size" not in block:
+            raise AttributeError("weight_block_size")
+        return block["weight_block_size"]
 
     def layer_masks(self, prefix: str) -> LayerMasks:
         """Returns the masks of the layer that vLLM calls `prefix`. Raises HeaprError if there are none."""
@@ -135,16 +215,3 @@ class HeaprConfig(QuantizationConfig):
     def is_draft_layer(self, prefix: str) -> bool:
         """Whether `prefix` belongs to a multi-token-prediction module, whose experts are never pruned."""
         return is_draft_layer(prefix, self.num_layers)
-
-
-def check_base(base: Checkpoint, config: HeaprConfig) -> None:
-    """Raises HeaprError unless `base` is the model the masks were calibrated on."""
-    base.check_unquantized()
-    config.masks.check_fits(base.expert_shapes(), str(base.path))
-    expected = (config.masks.metadata.get("base_model") or {}).get("fingerprint")
-    if config.pruning.base_model.fingerprint != "any" and expected not in (None, base.fingerprint()):
-        raise HeaprError(
-            f"masks do not belong to {base.path}: its fingerprint differs from that of the calibrated "
-            "model; serve the right base model, or, for a fine-tune of it, pass --hf-overrides "
-            '\'{"quantization_config": {"base_model": {"fingerprint": "any"}}}\''
-        )

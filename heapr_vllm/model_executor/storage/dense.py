@@ -11,6 +11,8 @@ from torch import nn
 from vllm.model_executor.utils import set_weight_attrs
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.model_executor.kernels.base import Scales
+from heapr_vllm.model_executor.pruned_layer import PrunedLayer
 from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
@@ -36,7 +38,7 @@ class DenseStorage:
 
     def create(
         self,
-        layer: nn.Module,
+        layer: PrunedLayer,
         hidden_size: int,
         dtype: torch.dtype,
         loader: Callable[..., bool | None],
@@ -59,31 +61,44 @@ class DenseStorage:
         `tensor`: gate ("w1") or up ("w3") [width, H], or down ("w2") [H, width] of the global `expert`; the width is
         the kept one in compact checkpoints and moe_intermediate_size otherwise. Raises HeaprError if it is not.
         """
-        local = self.local_ids.get(expert)
-        if local is None:
+        if expert not in self.local_ids:
             return False
         if not tensor.is_floating_point() or tensor.itemsize < 2:
-            raise HeaprError(f"{name} is quantized ({tensor.dtype}); pruned experts need the unquantized base model")
-        rows = tensor.T if shard == "w2" else tensor
-        kept = self.masks.keep[expert].nonzero().flatten()
-        width = len(kept) if self.masks.is_compact else self.masks.keep.shape[1]
-        if rows.shape[0] != width:
             raise HeaprError(
-                f"{name} ({shard} of {self.masks.prefix}.{expert}) has {rows.shape[0]} neurons "
-                f"instead of {width}: weights and masks do not belong together; export again"
+                f"{name} ({shard} of {self.masks.prefix}.{expert}) is {tensor.dtype} although config.json names no "
+                "quantization; download or export the checkpoint again"
             )
+        return self._copy(param.data, tensor, name, shard, expert, shard)
+
+    def _copy(self, rows: torch.Tensor, tensor: torch.Tensor, name: str, shard: str, expert: int, part: str) -> bool:
+        """Copies this rank's share of a tensor with neurons into the rows of a parameter, and notes that `part` came.
+
+        `tensor` and the rest as in `load`; of a local expert.
+        """
+        by_neuron = tensor.T if shard == "w2" else tensor
+        if by_neuron.shape[0] != self.neurons(expert):
+            raise HeaprError(
+                f"{name} ({shard} of {self.masks.prefix}.{expert}) has {by_neuron.shape[0]} neurons "
+                f"instead of {self.neurons(expert)}: weights and masks do not belong together; export again"
+            )
+        local = self.local_ids[expert]
         start, stop = self.shares[local]
         if start < stop:
-            chosen = rows[start:stop] if self.masks.is_compact else rows[kept[start:stop]]
-            self._destination(param, local, shard).copy_(chosen)
-        self.loaded.add((local, shard))
+            kept = self.masks.keep[expert].nonzero().flatten()
+            chosen = by_neuron[start:stop] if self.masks.is_compact else by_neuron[kept[start:stop]]
+            self._destination(rows, local, shard).copy_(chosen)
+        self.loaded.add((local, part))
         return True
 
-    def _destination(self, param: torch.Tensor, local: int, shard: str) -> torch.Tensor:
-        """Rows of `param` that hold the kept neurons of a local expert's gate, up or down."""
+    def neurons(self, expert: int) -> int:
+        """Returns how many neurons of a global expert the checkpoint has."""
+        return int(self.masks.keep[expert].sum()) if self.masks.is_compact else self.masks.keep.shape[1]
+
+    def _destination(self, rows: torch.Tensor, local: int, shard: str) -> torch.Tensor:
+        """Those `rows` of a parameter that hold the kept neurons of a local expert's gate, up or down."""
         row, stored = self.layout.place(local)
         first = {"w1": 2 * row, "w3": 2 * row + stored, "w2": row}[shard]
-        return param.data[first : first + self.layout.widths[local]]
+        return rows[first : first + self.layout.widths[local]]
 
     def check_complete(self) -> None:
         """Raises HeaprError if an expert tensor was not loaded; the next load starts anew."""
@@ -104,8 +119,13 @@ class DenseStorage:
                 wanted.update((local, shard) for shard in SHARDS)
         return wanted
 
-    def zero_padding(self, w13: torch.Tensor, w2: torch.Tensor) -> None:
+    def scales(self, layer: PrunedLayer) -> Scales | None:
+        """Returns the factors that codes are multiplied by; None for weights in the model's dtype."""
+        return None
+
+    def zero_padding(self, layer: PrunedLayer) -> None:
         """Zeroes the stored rows beyond every expert's kept neurons, before the kernel packs them."""
+        w13, w2 = layer.w13_weight.data, layer.w2_weight.data
         for local, width in enumerate(self.layout.widths):
             if self.layout.slots[local] < self.layout.num_slots:
                 row, stored = self.layout.place(local)

@@ -44,7 +44,7 @@ def calibrate(
     device = processes.device(device)
     check_device(device, allow_auto=True)
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
-    checkpoint.check_unquantized(allow_fp8=True)
+    checkpoint.check_unpruned()
     checkpoint.expert_shapes()
     samples = calibration_samples(settings, checkpoint)
     mine = processes.share(samples)
@@ -55,6 +55,7 @@ def calibrate(
         base_fingerprint=checkpoint.fingerprint(),
         checkpoint_bytes=checkpoint.export_bytes(),
         routed_bytes=checkpoint.export_bytes(routed_only=True),
+        routed_weights=checkpoint.routed_weights(),
     )
     state = SavedState(output, asdict(identity), processes)
     if resume and (finished := state.finished()):

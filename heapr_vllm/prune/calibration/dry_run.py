@@ -91,9 +91,9 @@ def _keeps_attention(config: PretrainedConfig) -> bool:
 
 
 def _tensor_in_flight_bytes(checkpoint: Checkpoint) -> int:
-    """Computes the largest tensor while it is read; FP8 passes through float32, and so do its scales."""
+    """Computes the largest tensor while it is read; codes pass through float32, and so do their scales."""
     largest = max(checkpoint.headers, key=checkpoint.tensor_bytes)
-    return checkpoint.tensor_bytes(largest) * (1 if checkpoint.fp8_block is None else 9)
+    return checkpoint.tensor_bytes(largest) * (1 if checkpoint.base_quantization is None else 9)
 
 
 def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
@@ -103,13 +103,13 @@ def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
     """
     check_device(device, allow_auto=True)
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
-    checkpoint.check_unquantized(allow_fp8=True)
+    checkpoint.check_unpruned()
     shapes = checkpoint.expert_shapes()
     neurons = sum(experts * width for experts, width in shapes.values())
     text = checkpoint.config.get("text_config", checkpoint.config)
     tokens = settings.batch_size * settings.max_seq_length
     scale = 2 if settings.dtype == "float32" and text.get("dtype", text.get("torch_dtype")) == "bfloat16" else 1
-    scale *= 2 if checkpoint.fp8_block else 1
+    scale *= 2 if checkpoint.base_quantization else 1
     sizes = {
         "moe_layers": len(shapes),
         "experts": sum(experts for experts, _ in shapes.values()),

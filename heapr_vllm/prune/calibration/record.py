@@ -10,6 +10,7 @@ from typing import Any
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.atomic import atomic_file
+from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.prune.calibration.settings import CalibrationSettings
 
 CALIBRATION_FILE = "calibration.json"
@@ -20,7 +21,8 @@ class CalibrationIdentity(CalibrationSettings):
     """The settings and what they meant at the time: all that the moments depend on.
 
     `revision` is the commit of a Hub snapshot. `checkpoint_bytes`, `routed_bytes`: sizes of all weights and of those
-    that can be pruned, as `heapr export` writes them; None in files of old versions.
+    that can be pruned, as `heapr export` writes them unless told otherwise; `routed_weights`: number of the latter.
+    None in files of old versions.
     """
 
     processes: int = 1
@@ -28,6 +30,19 @@ class CalibrationIdentity(CalibrationSettings):
     base_fingerprint: str = ""
     checkpoint_bytes: int | None = None
     routed_bytes: int | None = None
+    routed_weights: int | None = None
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, Any]) -> CalibrationIdentity:
+        """Parses the metadata of moments; unknown keys are ignored, so that later versions may add some."""
+        known = {each.name for each in fields(CalibrationIdentity)}
+        return CalibrationIdentity(**{name: value for name, value in metadata.items() if name in known})
+
+    def routed_bytes_as(self, scheme: ExpertScheme | None) -> int | None:
+        """Returns the size of all that can be pruned when it is stored as `scheme` says; None if it is not known."""
+        if scheme is None:
+            return self.routed_bytes
+        return self.routed_weights and int(self.routed_weights * scheme.bits_per_weight() / 8)
 
 
 @dataclass(frozen=True, kw_only=True)

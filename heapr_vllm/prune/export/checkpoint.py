@@ -11,10 +11,11 @@ from typing import Protocol
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.atomic import atomic_directory, check_output
 from heapr_vllm.formats.checkpoint import SIDE_FILES, Checkpoint
-from heapr_vllm.formats.config import PruningConfig
+from heapr_vllm.formats.config import FORMAT_VERSION, PruningConfig
 from heapr_vllm.formats.masks import NeuronMasks, check_masks_sha256, find_masks
 from heapr_vllm.formats.repair_record import REPAIR_FILE, RepairRecord
 from heapr_vllm.prune.calibration.record import CalibrationRecord
+from heapr_vllm.prune.export.expert_storage import ExpertStorage
 from heapr_vllm.prune.export.layouts import LAYOUTS, current_name
 from heapr_vllm.prune.export.masks_repository import read_pruning_config, write_config
 from heapr_vllm.prune.export.shards import Stage, write_shards
@@ -62,9 +63,9 @@ class ExportInputs:
         masks = NeuronMasks.load(masks_file)
         recorded = pruning.base_model
         base = Checkpoint.resolve(model or recorded.name_or_path, recorded.revision if not model else None)
-        base.check_unquantized(allow_fp8=True)
+        base.check_unpruned()
         masks.check_fits(base.expert_shapes(), str(base.path))
-        if verify and recorded.fingerprint not in (None, base.fingerprint()):
+        if verify and not base.matches(recorded.fingerprint):
             raise HeaprError(
                 f"masks do not belong to {base.path}: its fingerprint differs from that of the calibrated "
                 "model; pass the right --model, or --no-verify for a fine-tune of it"
@@ -82,34 +83,41 @@ def export_checkpoint(
     overwrite: bool = False,
     verify: bool = True,
     repair: Repair | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Writes a checkpoint from a masks repository and its base model, shard by shard.
 
     `layout` "compact": every expert tensor has its kept width under its standard name, neurons in their original order.
     "zeroed": full-size tensors with the pruned neurons zeroed and no `quantization_config`, which any engine loads.
-    FP8 weights are written as bfloat16. `repair` refits kept weights; killed on the way, the same call continues with
-    what waits in a hidden folder beside `output`. Raises HeaprError if the masks belong to another model (`verify`
-    false skips the fingerprint only), if a shard is damaged, if `output` exists, or if the repair cannot be done.
+    `quantize`: how weights are stored, as in `expert_storage.py`; None as the masks wish, otherwise the codes of a
+    quantized base model in a compact checkpoint. `repair` refits kept weights before that; killed on the way, the same
+    call continues with what waits in a hidden folder beside `output`. Raises HeaprError if the masks belong to another
+    model (`verify` false skips the fingerprint only), if a shard is damaged, if `output` exists, or if the repair or
+    `quantize` cannot be done.
     """
     layout = current_name(layout)
     inputs = ExportInputs.read(masks_dir, model=model, verify=verify)
     if output.resolve() in (inputs.base.path.resolve(), masks_dir.resolve()):
         raise HeaprError(f"{output} is the input of this export; choose another --output")
     check_output(output, overwrite=overwrite)
+    wish = inputs.pruning.expert_scheme
+    storage = ExpertStorage.choose(inputs.base, quantize, layout=layout, wish=wish, repaired=repair is not None)
     fitted = None
-    stages: list[Stage] = [LAYOUTS[layout](inputs.masks)]
+    stages: list[Stage] = [*storage.before_layout(layout), LAYOUTS[layout](inputs.masks), *storage.after_layout()]
     if repair is not None:
         folder = output.with_name(f".{output.name}.repair")
         fitted = repair.fit(inputs.base, inputs.masks, inputs.calibration, folder)
         stages.insert(0, fitted)
     with atomic_directory(output, overwrite=overwrite) as folder:
-        write_shards(inputs.base, stages, folder)
-        _write_side_files(inputs, layout, fitted.record if fitted else None, folder)
+        write_shards(inputs.base, stages, folder, storage.is_verbatim)
+        _write_side_files(inputs, layout, storage, fitted.record if fitted else None, folder)
     if fitted is not None:
         fitted.discard()
 
 
-def _write_side_files(inputs: ExportInputs, layout: str, repair: RepairRecord | None, folder: Path) -> None:
+def _write_side_files(
+    inputs: ExportInputs, layout: str, storage: ExpertStorage, repair: RepairRecord | None, folder: Path
+) -> None:
     """Writes all that is not weights: tokenizer, masks, records, card and config.json."""
     for name in SIDE_FILES:
         if (inputs.base.path / name).is_file():
@@ -120,6 +128,14 @@ def _write_side_files(inputs: ExportInputs, layout: str, repair: RepairRecord | 
         repair.write(folder)
     pruning = None
     if layout == "compact":
-        pruning = replace(inputs.pruning, layout="compact", repair=repair.method if repair else None)
+        pruning = replace(
+            inputs.pruning,
+            layout="compact",
+            repair=repair.method if repair else None,
+            inner=storage.inner,
+            experts=storage.scheme.to_dict() if storage.scheme else None,
+            format_version=FORMAT_VERSION,
+        )
     (folder / "README.md").write_text(model_card(inputs.masks, pruning, inputs.calibration, repair))
-    write_config(folder, inputs.base.config, pruning)
+    block = pruning.to_dict() if pruning else storage.inner
+    write_config(folder, inputs.base.config, block)

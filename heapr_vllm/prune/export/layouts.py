@@ -13,6 +13,7 @@ import torch
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.names import ExpertTensor
+from heapr_vllm.formats.quantized import BITWISE, SCALE_SUFFIX
 
 PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
@@ -32,7 +33,7 @@ class Compact(Layout):
     """Every expert has its kept width; a stacked tensor becomes one tensor per expert and projection."""
 
     def tensors(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        where = ExpertTensor.parse(name)
+        where = ExpertTensor.parse(name.removesuffix(SCALE_SUFFIX))
         if where is None:
             return {name: tensor}
         return {part_name: self._kept(part, place) for part_name, part, place in _per_expert(name, tensor, where)}
@@ -41,7 +42,11 @@ class Compact(Layout):
         if where.prefix not in self.masks.keep:
             return tensor
         keep = self.masks.keep[where.prefix][where.expert]
-        return (tensor[:, keep] if where.shard == "w2" else tensor[keep]).contiguous()
+        axis = 1 if where.shard == "w2" else 0
+        if tensor.shape[axis] != len(keep):
+            return tensor  # scales of down_proj by channel: one per output, whatever neurons there are
+        bits = tensor.view(BITWISE) if tensor.itemsize == 1 else tensor
+        return bits.index_select(axis, keep.nonzero().flatten()).view(tensor.dtype)
 
 
 class Zeroed(Layout):
@@ -56,7 +61,9 @@ class Zeroed(Layout):
             keep = keep[where.expert]
         if where.shard == "w13":
             keep = torch.cat([keep, keep], -1)
-        return {name: tensor * (keep[..., None, :] if where.shard == "w2" else keep[..., None])}
+        bits = tensor.view(BITWISE) if tensor.itemsize == 1 else tensor
+        zeroed = bits * (keep[..., None, :] if where.shard == "w2" else keep[..., None])
+        return {name: zeroed.view(tensor.dtype)}
 
 
 LAYOUTS: dict[str, type[Layout]] = {"compact": Compact, "zeroed": Zeroed}

@@ -10,9 +10,10 @@ from typing import Any
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.atomic import atomic_directory
-from heapr_vllm.formats.checkpoint import TOKENIZER_FILES
+from heapr_vllm.formats.checkpoint import TOKENIZER_FILES, Checkpoint
 from heapr_vllm.formats.config import MASKS_FILE, BaseModel, PruningConfig
 from heapr_vllm.formats.masks import NeuronMasks, file_sha256
+from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationRecord
 from heapr_vllm.prune.report.card import model_card
 from heapr_vllm.prune.report.summary import FRONTIER_FILE
@@ -25,13 +26,16 @@ def write_masks_repository(
     *,
     overwrite: bool = False,
     frontier: dict[str, Any] | None = None,
+    scheme: ExpertScheme | None = None,
 ) -> None:
     """Writes masks with the base model's config and tokenizer: under 1 MiB, and vLLM serves it like an adapter.
 
     `calibration` is the folder `heapr calibrate` wrote, `frontier` what `sweep.frontier` returned for these masks.
-    Raises HeaprError if `calibration` is no such folder or `output` may not be written.
+    `scheme`: how experts are to be stored when they are served or exported; None as the base model stores them. Raises
+    HeaprError if `calibration` is no such folder or `output` may not be written.
     """
     record = CalibrationRecord.read(calibration, "`heapr calibrate` writes it")
+    base = Checkpoint(calibration)  # its config.json
     with atomic_directory(output, overwrite=overwrite) as folder:
         masks.save_pretrained(folder)
         for name in TOKENIZER_FILES:
@@ -46,8 +50,10 @@ def write_masks_repository(
             scope=masks.metadata["scope"],
             align=masks.metadata["align"],
             base_model=BaseModel(**masks.metadata["base_model"]),
+            inner=base.quantization,
+            experts=scheme.to_dict() if scheme else None,
         )
-        write_config(folder, json.loads((calibration / "config.json").read_text()), pruning)
+        write_config(folder, base.config, pruning.to_dict())
         (folder / "README.md").write_text(model_card(masks, pruning, record))
 
 
@@ -61,9 +67,9 @@ def read_pruning_config(masks_dir: Path) -> PruningConfig:
     return PruningConfig.from_dict(pruning)
 
 
-def write_config(folder: Path, config: dict[str, Any], pruning: PruningConfig | None) -> None:
-    """Writes config.json with `pruning` in the place of any quantization that `config` names."""
-    config = {key: value for key, value in config.items() if key != "quantization_config"}
-    if pruning is not None:
-        config["quantization_config"] = pruning.to_dict()
+def write_config(folder: Path, config: dict[str, Any], quantization: dict[str, Any] | None) -> None:
+    """Writes config.json with `quantization` in the place of any that `config` names."""
+    config = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+    if quantization is not None:
+        config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

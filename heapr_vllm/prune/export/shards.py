@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -44,17 +44,23 @@ class ShardWriter:
         (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_shards(base: Checkpoint, stages: Sequence[Stage], folder: Path) -> None:
+def write_shards(
+    base: Checkpoint, stages: Sequence[Stage], folder: Path, is_verbatim: Callable[[str], bool] = lambda name: False
+) -> None:
     """Writes the tensors of `base` into `folder`, after they went through `stages`, in as many shards, and the index.
 
-    FP8 weights come in as bfloat16. Raises HeaprError if a shard is damaged.
+    8-bit weights come in as bfloat16, or, where `is_verbatim` says so of their name, as codes, and their scales too.
+    Raises HeaprError if a shard is damaged.
     """
     writer = ShardWriter(folder)
     for shard, names in tqdm(base.shards.items(), unit="shard", desc="exporting", disable=None):
         tensors: dict[str, torch.Tensor] = {}
         with TensorReader(base) as reader:
             for name in names:
-                if not base.is_scale(name):
+                weight = base.weight_of(name) or name
+                if is_verbatim(weight):
+                    tensors |= through(stages, name, reader.stored(name))
+                elif weight == name:
                     tensors |= through(stages, name, reader.tensor(name))
         writer.add(shard, tensors)
     writer.write_index()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint as a transformers model: on one device or over all GPUs, FP8 weights dequantised."""
+"""A checkpoint as a transformers model: on one device or over all GPUs, 8-bit weights dequantised."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def load_model(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedMod
     Raises HeaprError if transformers cannot load it or the devices are too small for it.
     """
     register_deepseek_model()
-    if checkpoint.fp8_block:
+    if checkpoint.base_quantization:
         if device == "auto":
-            raise HeaprError("--device auto does not take FP8 checkpoints; use --device cuda or --stream")
+            raise HeaprError("--device auto does not take quantized checkpoints; use --device cuda or --stream")
         return load_dequantized(checkpoint, dtype, device)
     try:
         if device != "auto":

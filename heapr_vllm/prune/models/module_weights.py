@@ -112,7 +112,7 @@ class ModuleWeights:
         """Gives the module named `prefix` its weights; "" is the whole model."""
         module = self.model.get_submodule(prefix)
         tensors: dict[str, torch.Tensor] = {}
-        with TensorReader(self.checkpoint) as reader:
+        with TensorReader(self.checkpoint, torch.float32) as reader:
             for name, empty in module.state_dict().items():
                 tensor = torch.empty(empty.shape, dtype=self._dtype(name, empty), device=self.device)
                 tensors[name] = tensor

@@ -13,12 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
-from heapr_vllm.formats.config import PruningConfig
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.names import ExpertTensor
+from heapr_vllm.formats.quantized import ExpertScheme, dequantize
+from heapr_vllm.formats.reader import TensorReader
 from heapr_vllm.prune.models.deepseek import register_deepseek_model
 from heapr_vllm.prune.models.experts import expert_modules, expert_shapes
 from heapr_vllm.prune.models.loading import load_model
+from heapr_vllm.prune.models.module_weights import run_dtype
 
 
 @contextmanager
@@ -29,12 +31,10 @@ def opened(checkpoint: Checkpoint, dtype: str, device: str) -> Generator[tuple[P
     with zeros: both compute what the pruned model computes. Raises HeaprError on other quantizations and if the masks
     belong to another base model.
     """
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization is None or quantization.get("quant_method") != "heapr":
-        checkpoint.check_unquantized(allow_fp8=True)
+    pruning = checkpoint.pruning
+    if pruning is None:
         yield load_model(checkpoint, dtype, device), None
         return
-    pruning = PruningConfig.from_dict(quantization)
     masks = NeuronMasks.from_pretrained(checkpoint.path)
     if pruning.layout == "compact":
         yield load_compact(checkpoint, masks, dtype).to(device), masks
@@ -44,12 +44,15 @@ def opened(checkpoint: Checkpoint, dtype: str, device: str) -> Generator[tuple[P
         if checkpoint.has_weights
         else Checkpoint.resolve(pruning.base_model.name_or_path, pruning.base_model.revision)
     )
-    if pruning.base_model.fingerprint not in (None, base.fingerprint()):
+    if not base.matches(pruning.base_model.fingerprint):
         raise HeaprError(
             f"{checkpoint.path} does not belong to {base.path}: its fingerprint differs from that of the "
             "calibrated model; restore the base model or export the masks with --no-verify"
         )
-    with applied(masks, load_model(base, dtype, device)) as model:
+    model = load_model(base, dtype, device)
+    if pruning.expert_scheme:
+        round_experts(model, pruning.expert_scheme)
+    with applied(masks, model):
         yield model, masks
 
 
@@ -77,12 +80,22 @@ def applied(masks: NeuronMasks, model: Model) -> Generator[Model]:
             weight[pruned] = values
 
 
+def round_experts(model: nn.Module, scheme: ExpertScheme) -> None:
+    """Gives routed experts the values that they have once stored as `scheme` says, in place."""
+    for module in expert_modules(model).values():
+        for shard, stack in (("w13", module.gate_up_proj.data), ("w2", module.down_proj.data)):
+            for weight in stack:
+                codes, scale = scheme.quantize(weight, shard)
+                weight.copy_(dequantize(codes, scale, scheme.block(shard, tuple(weight.shape))))
+
+
 def load_compact(checkpoint: Checkpoint, masks: NeuronMasks, dtype: str) -> PreTrainedModel:
     """Loads a compact checkpoint as a full-size model on the CPU, pruned neurons zero."""
     tensors: dict[str, torch.Tensor] = {}
-    for shard, names in checkpoint.shards.items():
-        with checkpoint.open(shard) as file:
-            tensors |= {name: _expand(name, file.get_tensor(name), masks) for name in names}
+    with TensorReader(checkpoint, run_dtype(checkpoint, dtype)) as reader:
+        for name in checkpoint.weight_map:
+            if checkpoint.weight_of(name) is None:
+                tensors[name] = _expand(name, reader.tensor(name), masks)
     register_deepseek_model()
     config = AutoConfig.from_pretrained(checkpoint.path)
     del config.quantization_config

@@ -17,6 +17,7 @@ _SERVE = {
     "masks": "vllm serve <this repository> --load-format heapr   # streams the base model's weights and slices them",
     "compact": "vllm serve <this repository>",
 }
+_GRANULARITY = {"group": "one scale per neuron and group of the hidden size", "channel": "one scale per row"}
 _TEMPLATE = """---
 base_model: {base}
 base_model_relation: {relation}
@@ -35,7 +36,7 @@ tags: [moe, pruning, heapr]
 | routed neurons kept | {kept:,} of {total:,} |
 | stored routed parameters | -{stored:.1%} |
 | executed routed FLOPs per token (calibration routing) | -{executed:.1%} |
-{repair}| calibration | {samples} x {length} tokens of {dataset}, seed {seed} |
+{experts}{repair}| calibration | {samples} x {length} tokens of {dataset}, seed {seed} |
 | dead experts (width 0) | {dead} |
 
     {install}
@@ -52,7 +53,8 @@ def model_card(
     repair: RepairRecord | None = None,
 ) -> str:
     """Writes the text of the card. `pruning` None means full-size weights with zeroed neurons."""
-    summary = summarize(masks, calibration)
+    scheme = pruning.expert_scheme if pruning else None
+    summary = summarize(masks, calibration, scheme)
     layout = pruning.layout if pruning else "zeroed"
     return _TEMPLATE.format(
         base=calibration.model,
@@ -72,6 +74,7 @@ def model_card(
         dataset=calibration.dataset,
         seed=calibration.seed,
         dead=len(summary.dead_experts),
+        experts=f"| experts stored as | {scheme.name}, {_GRANULARITY[scheme.strategy]} |\n" if scheme else "",
         repair=f"| repair | {format_repair(repair)} |\n" if repair else "",
         install=install_command("vllm"),
         serve=_SERVE.get(layout, "vllm serve <this repository>"),

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.names import natural_order
+from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.formats.repair_record import RepairRecord
 from heapr_vllm.prune.calibration.record import CalibrationRecord
 from heapr_vllm.prune.selection.budget import format_size
@@ -27,8 +29,9 @@ class Summary:
 
     `full_width`: MoE module prefix -> neurons of an unpruned expert. `widths`: prefix -> kept neurons of every expert.
     `dead_experts`, `unrouted_experts`: names of experts without neurons and without calibration tokens.
-    `compact_bytes`, `checkpoint_bytes`: all weights with and without the pruned neurons, None if the calibration did
-    not record them. `metadata`: of the masks. `frontier`: what `sweep.frontier` returned for them.
+    `compact_bytes`, `checkpoint_bytes`: all weights of the compact and of the base checkpoint, None if the calibration
+    did not record them. `experts`: what the compact one stores experts as, None for the base model's way. `metadata`:
+    of the masks. `frontier`: what `sweep.frontier` returned for them.
     """
 
     base_model: str
@@ -38,6 +41,7 @@ class Summary:
     executed_reduction: float
     compact_bytes: int | None = None
     checkpoint_bytes: int | None = None
+    experts: str | None = None
     full_width: dict[str, int]
     dead_experts: list[str]
     unrouted_experts: list[str]
@@ -56,23 +60,29 @@ def load_report(directory: Path) -> Summary:
     masks = NeuronMasks.from_pretrained(directory)
     calibration = CalibrationRecord.read(directory / "heapr", "run `heapr prune` again")
     frontier = directory / "heapr" / FRONTIER_FILE
+    checkpoint = Checkpoint(directory)
+    pruning = checkpoint.pruning if (directory / "config.json").is_file() else None
+    summary = summarize(masks, calibration, pruning.expert_scheme if pruning else None)
+    if checkpoint.has_weights:
+        summary = replace(summary, compact_bytes=checkpoint.num_bytes())
     return replace(
-        summarize(masks, calibration),
+        summary,
         repair=RepairRecord.read(directory),
         frontier=json.loads(frontier.read_text()) if frontier.is_file() else None,
     )
 
 
-def summarize(masks: NeuronMasks, calibration: CalibrationRecord) -> Summary:
-    """Counts what masks keep and remove, by the routing of the calibration."""
+def summarize(masks: NeuronMasks, calibration: CalibrationRecord, scheme: ExpertScheme | None = None) -> Summary:
+    """Counts what masks keep and remove, by the routing of the calibration, with experts stored as `scheme` says."""
     prefixes = sorted(masks.keep, key=natural_order)
     widths = {prefix: masks.widths[prefix].tolist() for prefix in prefixes}
     tokens = {prefix: torch.tensor(count) for prefix, count in calibration.tokens.items()}
     compact_bytes = checkpoint_bytes = None
-    if calibration.checkpoint_bytes is not None and calibration.routed_bytes is not None:
-        saved = calibration.routed_bytes * (masks.num_neurons - masks.num_kept) // masks.num_neurons
+    routed = calibration.routed_bytes_as(scheme)
+    if calibration.checkpoint_bytes is not None and calibration.routed_bytes is not None and routed is not None:
+        saved = routed * (masks.num_neurons - masks.num_kept) // masks.num_neurons
         checkpoint_bytes = calibration.checkpoint_bytes
-        compact_bytes = checkpoint_bytes - saved
+        compact_bytes = checkpoint_bytes - calibration.routed_bytes + routed - saved
     return Summary(
         base_model=calibration.model,
         neurons=masks.num_neurons,
@@ -81,6 +91,7 @@ def summarize(masks: NeuronMasks, calibration: CalibrationRecord) -> Summary:
         executed_reduction=masks.executed_reduction(tokens),
         compact_bytes=compact_bytes,
         checkpoint_bytes=checkpoint_bytes,
+        experts=scheme.name if scheme else None,
         full_width={prefix: masks.keep[prefix].shape[1] for prefix in prefixes},
         dead_experts=_experts_with_none(widths),
         unrouted_experts=_experts_with_none({prefix: calibration.tokens[prefix] for prefix in prefixes}),
@@ -141,7 +152,8 @@ def _choice(summary: Summary) -> list[str]:
     lines = []
     if summary.compact_bytes is not None and summary.checkpoint_bytes is not None:
         whole = format_size(summary.checkpoint_bytes)
-        lines.append(f"compact checkpoint: {format_size(summary.compact_bytes)} of {whole}")
+        experts = f", experts in {summary.experts}" if summary.experts else ""
+        lines.append(f"compact checkpoint: {format_size(summary.compact_bytes)} of {whole}{experts}")
     if summary.frontier is not None:
         loss = summary.frontier["chosen"]["loss_increase"]
         lines.append(

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.quantized import ExpertScheme
+from heapr_vllm.prune.calibration.record import CalibrationIdentity
 from heapr_vllm.prune.selection.neuron_blocks import NeuronBlocks
 
 BISECTIONS = 60
@@ -57,18 +59,22 @@ class Prices:
     per_neuron: float
 
 
-def stored_for_size(target_bytes: int, metadata: dict[str, Any], blocks: NeuronBlocks) -> float:
+def stored_for_size(
+    target_bytes: int, metadata: dict[str, Any], blocks: NeuronBlocks, scheme: ExpertScheme | None = None
+) -> float:
     """Computes the fraction of neurons to remove so that all tensors of the compact checkpoint fit into `target_bytes`.
 
-    `metadata` of the moments has the sizes of the base checkpoint; what is removed is rounded up to whole blocks.
-    Raises HeaprError if there is no such fraction.
+    `metadata` of the moments has the sizes of the base checkpoint, `scheme` is how experts will be stored; what is
+    removed is rounded up to whole blocks. Raises HeaprError if there is no such fraction.
     """
-    if "routed_bytes" not in metadata:
+    sizes = CalibrationIdentity.from_metadata(metadata)
+    whole, unquantized, routed = sizes.checkpoint_bytes, sizes.routed_bytes, sizes.routed_bytes_as(scheme)
+    if whole is None or unquantized is None or routed is None:
         raise HeaprError(
             "--target-size needs the checkpoint's size, which these moments of an older heapr-vllm lack; "
             "calibrate again, or pass --sparsity"
         )
-    whole, routed = metadata["checkpoint_bytes"], metadata["routed_bytes"]
+    whole += routed - unquantized
     if target_bytes >= whole:
         raise HeaprError(
             f"--target-size {format_size(target_bytes)} is no smaller than the checkpoint, "
