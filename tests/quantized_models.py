@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from heapr_vllm.formats.base_quantization import BaseQuantization
-from heapr_vllm.formats.quantized import BITWISE, LARGEST_CODE, dequantize
+from heapr_vllm.formats.names import ExpertTensor, is_draft_layer
+from heapr_vllm.formats.quantized import BITWISE, LARGEST_CODE, ExpertScheme, dequantize
 
 BLOCK = 32  # 128 in released models, where a tiny model's matrices would be one block
-EXPERTS = r"(?!.*mtp)(?!.*layers\.3\.).*\.experts\.\d+\.\w+\.weight"  # without draft layers
+EXPERTS = r".*\.experts\.\d+\.\w+\.weight"
+LINEARS = r".*_proj\.weight"  # attention too
 FORMATS: dict[str, dict[str, Any]] = {
     "fp8-block": {
         "quant_method": "fp8",
@@ -24,6 +26,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     },
     "fp8-channel": {"type": "float", "strategy": "channel"},
     "int8-channel": {"type": "int", "strategy": "channel"},
+    "int8-linears": {"type": "int", "strategy": "channel"},
 }
 
 
@@ -47,34 +50,34 @@ def block(name: str, ignore: list[str]) -> dict[str, Any]:
     }
 
 
-def quantized(plain: Path, folder: Path, name: str, pattern: str = EXPERTS, dtype: torch.dtype = torch.float32) -> Path:
-    """Writes the sibling of a tiny model whose weights called as `pattern` are codes; the rest gets `dtype`."""
+def quantized(plain: Path, folder: Path, name: str) -> Path:
+    """Writes the sibling of a tiny model whose experts, or all linear layers, are codes of a format of FORMATS."""
     shutil.copytree(plain, folder)
     tensors, ignored = {}, []
     for key, tensor in load_file(plain / "model.safetensors").items():
-        if re.fullmatch(pattern, key) is None or tensor.dim() != 2:
+        if re.fullmatch(LINEARS if name.endswith("linears") else EXPERTS, key) is None:
             ignored.append(key.removesuffix(".weight"))
-            tensors[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            tensors[key] = tensor
             continue
         scheme = BaseQuantization.from_config(block(name, []), name)
         codes, scale = _round(tensor, scheme)
         tensors[key], tensors[key + scheme.scale_suffix] = codes, scale
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((plain / "config.json").read_text())
-    config |= {"quantization_config": block(name, ignored), "dtype": str(dtype).removeprefix("torch.")}
+    config |= {"quantization_config": block(name, ignored)}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-def dequantized(sibling: Path, folder: Path, pattern: str = EXPERTS) -> Path:
-    """Writes the model with the weights called as `pattern` in float32, exactly as their codes and scales say."""
+def dequantized(sibling: Path, folder: Path) -> Path:
+    """Writes the model with its experts in float32, exactly as their codes and scales say."""
     shutil.copytree(sibling, folder)
     config = json.loads((sibling / "config.json").read_text())
     stored = config.pop("quantization_config")
     scheme = BaseQuantization.from_config(stored, str(sibling))
     tensors = load_file(sibling / "model.safetensors")
     ignored = []
-    for key in [key for key in tensors if re.fullmatch(pattern, key) and key + scheme.scale_suffix in tensors]:
+    for key in [key for key in tensors if re.fullmatch(EXPERTS, key) and key + scheme.scale_suffix in tensors]:
         scale = tensors.pop(key + scheme.scale_suffix)
         tensors[key] = dequantize(tensors[key], scale, scheme.block(tuple(tensors[key].shape)))
         ignored.append(key.removesuffix(".weight"))
@@ -83,6 +86,19 @@ def dequantized(sibling: Path, folder: Path, pattern: str = EXPERTS) -> Path:
         config["quantization_config"] = stored
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def rounded(plain: Path, folder: Path, scheme: ExpertScheme) -> Path:
+    """Writes the model with the values that its experts have once they are stored as `scheme` says."""
+    shutil.copytree(plain, folder)
+    tensors = load_file(plain / "model.safetensors")
+    for key in filter(re.compile(EXPERTS).fullmatch, tensors):
+        where = ExpertTensor.parse(key)
+        if not is_draft_layer(where.prefix, json.loads((plain / "config.json").read_text())["num_hidden_layers"]):
+            codes, scale = scheme.quantize(tensors[key], where.shard)
+            tensors[key] = dequantize(codes, scale, scheme.block(where.shard, tuple(codes.shape)))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 import torch
 
 from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.prune import CalibrationSettings, NeuronMoments, export_checkpoint, write_masks_repository
 from heapr_vllm.prune.calibration.calibrate import calibrate
 from heapr_vllm.prune.models.loading import load_model
-from tests import tiny_models
+from tests import quantized_models, tiny_models
 from tests.conftest import awkward
 from tests.model_executor import engine
 
@@ -37,6 +38,15 @@ NOT_SERVED_HERE = ("qwen3_5_moe", "qwen3_5_moe_vl")  # vLLM imports torchvision,
 CUSTOM_OPS = {"custom_ops": ["-rotary_embedding"]}
 # the second: no other type for the state of linear attention on CPUs runs in vLLM 0.26
 ARGUMENTS: dict[str, Any] = {"compilation_config": CUSTOM_OPS, "mamba_ssm_cache_dtype": "float32"}
+QUANTIZED = (
+    "qwen3_moe+fp8-block",
+    "deepseek_v3+fp8-block",
+    "qwen3_moe+fp8-channel",
+    "qwen3_moe+int8-channel",
+    "qwen3_moe+int8-linears",
+    "qwen3_moe+int8",
+    "deepseek_v3+fp8",
+)  # family, and the format of its base model, or that of its experts alone: written by the export, or while loading
 TOLERANCE = 1e-4  # of prompt logprobs in fp32
 TOLERANCES = {"qwen3_next_linear": 1 / 16}  # bf16: the step between logits from 8 to 16, after one other rounding
 
@@ -71,22 +81,39 @@ MODES = {
 }
 
 
-def prepare(family: str, folder: Path, corpus: Path, edit_base: Callable[[Path], None] = lambda base: None) -> Path:
-    """Base model, calibration, masks with widths 0, 1, odd and full, and both checkpoints of `family`, if not there."""
-    work = folder / family
+def prepare(name: str, folder: Path, corpus: Path, edit_base: Callable[[Path], None] = lambda base: None) -> Path:
+    """Base model, calibration, masks with widths 0, 1, odd and full, and both checkpoints of a family, if not there.
+
+    `name` may be one of QUANTIZED.
+    """
+    work = folder / name
     if (work / "zeroed").is_dir():
         return work
     shutil.rmtree(work, ignore_errors=True)  # what a killed run left
-    base = tiny_models.save(family, work / "base")
+    family, _, stored = name.partition("+")
+    base = tiny_models.save(family, work / "plain")
     edit_base(base)
+    if stored in quantized_models.FORMATS:
+        base = quantized_models.quantized(base, work / "base", stored)
     calibrate(
         CalibrationSettings(model=str(base), dataset=str(corpus), num_calibration_samples=4, max_seq_length=64),
         work / "calib",
     )
-    write_masks_repository(awkward(NeuronMoments.from_pretrained(work / "calib")), work / "calib", work / "masks")
+    masks = awkward(NeuronMoments.from_pretrained(work / "calib"))
+    scheme = ExpertScheme.for_hidden_size(stored, Checkpoint(base).hidden_size) if stored in ("int8", "fp8") else None
+    write_masks_repository(masks, work / "calib", work / "masks", scheme=scheme)
     export_checkpoint(work / "masks", work / "compact")
-    export_checkpoint(work / "masks", work / "zeroed", layout="zeroed")
+    if scheme is not None:
+        base = quantized_models.rounded(base, work / "rounded", scheme)
+    elif stored:
+        base = quantized_models.dequantized(base, work / "dequantized")
+    export_checkpoint(work / "masks", work / "zeroed", layout="zeroed", model=str(base), quantize=_full_size(base))
     return work
+
+
+def _full_size(base: Path) -> str:
+    """How the oracle stores what is not an expert: as the base does."""
+    return "keep" if Checkpoint(base).base_quantization else "none"
 
 
 def serve(folders: list[Path], mode: Mode) -> Iterator[tuple[str, Output]]:
@@ -200,12 +227,13 @@ def table(families: list[str], modes: list[str], outputs: dict[str, dict[str, Ou
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.families")
-    parser.add_argument("families", nargs="*", default=list(tiny_models.OWN), help="by default all")
+    parser.add_argument("families", nargs="*", default=[*tiny_models.OWN, *QUANTIZED], help="by default all")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--work", type=Path, help="folder that keeps models and outputs, by default a temporary one")
     arguments = parser.parse_args()
-    if unknown := set(arguments.families) - tiny_models.OWN.keys():
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(tiny_models.OWN)}")
+    known = [*tiny_models.OWN, *QUANTIZED]
+    if unknown := set(arguments.families) - set(known):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)

@@ -192,10 +192,10 @@ class Checkpoint:
     def _exported_bytes(self, name: str, owner: str) -> int:
         """Size of a tensor once exported: scales of experts have every group inside one neuron then."""
         where = ExpertTensor.parse(owner)
-        if name == owner or where is None or self.base_quantization is None or not self.is_pruned_expert(owner):
+        if name == owner or where is None or self.expert_quantization is None or not self.is_pruned_expert(owner):
             return self.tensor_bytes(name)
         shape = self.headers[owner][1]
-        rows, columns = self.base_quantization.scheme(self.hidden_size).scale_shape(where.shard, shape)
+        rows, columns = self.expert_quantization.scheme(self.hidden_size).scale_shape(where.shard, shape)
         return rows * columns * _ITEM_SIZE[self.headers[name][0]]
 
     def routed_weights(self) -> int:
@@ -266,6 +266,12 @@ class Checkpoint:
         """
         block = self.pruning.inner if self.pruning else self.quantization
         return BaseQuantization.from_config(block, str(self.path)) if block else None
+
+    @cached_property
+    def expert_quantization(self) -> BaseQuantization | None:
+        """Format of the experts of an unpruned model; None if they are in the model's dtype, whatever the rest is."""
+        weights = filter(self.is_pruned_expert, self.weight_map)
+        return self.base_quantization if any(map(self.scale_name, weights)) else None
 
     @property
     def expert_scheme(self) -> ExpertScheme | None:

@@ -84,8 +84,10 @@ class ExpertScheme:
 
     def scale_shape(self, shard: str, shape: tuple[int, ...]) -> tuple[int, int]:
         """Returns the shape of the scales of an expert matrix [O, I] "w1", "w3" or "w2"."""
+        if self.group_size is None:
+            return shape[0], 1
         rows, columns = self.block(shard, shape)
-        return -(-shape[0] // rows), -(-shape[1] // max(columns, 1))
+        return -(-shape[0] // rows), -(-shape[1] // columns)
 
     def bits_per_weight(self) -> float:
         """Returns the size of a weight and its part of a float32 scale; scales by channel count as nothing."""

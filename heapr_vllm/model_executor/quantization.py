@@ -139,8 +139,7 @@ class HeaprConfig(QuantizationConfig):
         if self.pruning.layout == "compact":
             return None
         if self.base is not None:
-            names = filter(self.base.is_pruned_expert, self.base.weight_map)
-            return self.base.base_quantization if any(map(self.base.scale_name, names)) else None
+            return self.base.expert_quantization
         block = self.pruning.inner
         return BaseQuantization.from_config(block, self.model_name) if block else None
 

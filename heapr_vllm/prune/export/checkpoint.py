@@ -103,7 +103,7 @@ def export_checkpoint(
     wish = inputs.pruning.expert_scheme
     storage = ExpertStorage.choose(inputs.base, quantize, layout=layout, wish=wish, repaired=repair is not None)
     fitted = None
-    stages: list[Stage] = [*storage.before_layout(layout), LAYOUTS[layout](inputs.masks), *storage.after_layout()]
+    stages: list[Stage] = [*storage.before_layout(layout), LAYOUTS[layout](inputs.masks), *storage.after_layout(layout)]
     if repair is not None:
         folder = output.with_name(f".{output.name}.repair")
         fitted = repair.fit(inputs.base, inputs.masks, inputs.calibration, folder)

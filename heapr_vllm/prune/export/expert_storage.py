@@ -62,8 +62,7 @@ class ExpertStorage:
         if choice == "none":
             return None
         if choice == "keep":
-            assert base.base_quantization is not None
-            return base.base_quantization.scheme(base.hidden_size)
+            return base.expert_quantization and base.expert_quantization.scheme(base.hidden_size)
         return ExpertScheme.for_hidden_size(choice, base.hidden_size)
 
     @property
@@ -80,14 +79,14 @@ class ExpertStorage:
 
     def before_layout(self, layout: str) -> list[Stage]:
         """Returns the stages before neurons are cut."""
-        base_format = self.base.base_quantization
+        base_format = self.base.expert_quantization
         if layout == "zeroed" or self.choice != "keep" or base_format is None:
             return []
         return [NeuronScales(self.base, base_format)]
 
-    def after_layout(self) -> list[Stage]:
+    def after_layout(self, layout: str) -> list[Stage]:
         """Returns the stages after neurons were cut."""
-        return [Quantize(self.base, self.scheme)] if self.scheme else []
+        return [Quantize(self.base, self.scheme)] if self.scheme and layout == "compact" else []
 
 
 @dataclass(frozen=True)

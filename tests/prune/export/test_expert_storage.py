@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`heapr export --quantize`: kept codes are the base model's, and every choice has the size and values it promises."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.formats.names import ExpertTensor
+from heapr_vllm.formats.quantized import ExpertScheme
+from heapr_vllm.formats.reader import TensorReader
+from heapr_vllm.prune import export_checkpoint, write_masks_repository
+from heapr_vllm.prune.export.masks_repository import read_pruning_config
+from heapr_vllm.prune.models.loading import load_model
+from heapr_vllm.prune.models.pruned import applied, opened
+from heapr_vllm.prune.repair.fit import RepairSettings
+from heapr_vllm.prune.report.summary import load_report
+from tests import quantized_models
+
+LAYER = "model.layers.1.mlp.experts"
+
+
+@pytest.fixture(scope="module", params=quantized_models.FORMATS)
+def sibling(request: pytest.FixtureRequest, qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`qwen3` in a format of base models."""
+    return quantized_models.quantized(qwen3, tmp_path_factory.mktemp(request.param) / "base", request.param)
+
+
+def kept(masks: NeuronMasks, where: ExpertTensor, tensor: torch.Tensor) -> torch.Tensor:
+    keep = masks.keep[where.prefix][where.expert]
+    return tensor[:, keep] if where.shard == "w2" else tensor[keep]
+
+
+def values(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All weights in float32, codes dequantised."""
+    opened_checkpoint = Checkpoint(checkpoint)
+    with TensorReader(opened_checkpoint, torch.float32) as reader:
+        names = [name for name in opened_checkpoint.weight_map if opened_checkpoint.weight_of(name) is None]
+        return {name: reader.tensor(name) for name in names}
+
+
+def test_kept_codes_are_the_bases(sibling: Path, masks_repository: Path, tmp_path: Path) -> None:
+    """Codes bit by bit, values bit by bit, and all that is not an expert as it was."""
+    export_checkpoint(masks_repository, tmp_path / "compact", model=str(sibling))
+    masks = NeuronMasks.from_pretrained(masks_repository)
+    base, found = load_file(sibling / "model.safetensors"), load_file(tmp_path / "compact" / "model.safetensors")
+    base_values, found_values = values(sibling), values(tmp_path / "compact")
+    experts = 0
+    for name, tensor in base.items():
+        where = ExpertTensor.parse(name)
+        if where is not None:
+            codes = kept(masks, where, tensor.view(torch.uint8)).view(tensor.dtype)
+            assert quantized_models.same_bits(found[name], codes)
+            assert torch.equal(found_values[name], kept(masks, where, base_values[name]))
+            experts += 1
+        elif ".experts." not in name:
+            assert found[name].dtype == tensor.dtype and found[name].view(torch.uint8).equal(tensor.view(torch.uint8))
+    assert experts == 3 * 3 * 8
+    pruning = read_pruning_config(tmp_path / "compact")
+    assert pruning.inner == Checkpoint(sibling).quantization
+    assert pruning.expert_scheme == Checkpoint(sibling).expert_quantization.scheme(64)
+
+
+def test_none_writes_the_values(sibling: Path, masks_repository: Path, tmp_path: Path) -> None:
+    masks = NeuronMasks.from_pretrained(masks_repository)
+    for layout in ("compact", "zeroed"):
+        output = tmp_path / layout
+        export_checkpoint(masks_repository, output, model=str(sibling), layout=layout, quantize="none")
+        assert Checkpoint(output).base_quantization is None
+        found, wanted = load_file(output / "model.safetensors"), values(sibling)
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            where = ExpertTensor.parse(name)
+            expected = kept(masks, where, tensor) if where else tensor
+            actual = kept(masks, where, found[name]) if where and layout == "zeroed" else found[name]
+            is_rounded = Checkpoint(sibling).scale_name(name) is not None
+            assert torch.equal(actual.float(), expected.bfloat16().float() if is_rounded else expected)
+
+
+def test_zeroed_codes_are_a_model_of_the_bases_format(sibling: Path, masks_repository: Path, tmp_path: Path) -> None:
+    export_checkpoint(masks_repository, tmp_path / "zeroed", model=str(sibling), layout="zeroed", quantize="keep")
+    zeroed = Checkpoint(tmp_path / "zeroed")
+    assert zeroed.quantization == Checkpoint(sibling).quantization
+    masks = NeuronMasks.from_pretrained(masks_repository)
+    found, wanted = values(zeroed.path), values(sibling)
+    for name, tensor in wanted.items():
+        where = ExpertTensor.parse(name)
+        if where is not None:
+            removed = replace(masks, keep={prefix: ~keep for prefix, keep in masks.keep.items()})
+            assert torch.equal(kept(masks, where, found[name]), kept(masks, where, tensor))
+            assert not kept(removed, where, found[name]).any()
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_experts_are_rounded(name: str, sibling: Path, masks_repository: Path, tmp_path: Path) -> None:
+    """Of an unquantized model and of one in another format; the rest stays as it is there."""
+    masks = NeuronMasks.from_pretrained(masks_repository)
+    scheme = ExpertScheme.for_hidden_size(name, 64)
+    export_checkpoint(masks_repository, tmp_path / "compact", model=str(sibling), quantize=name)
+    found = load_file(tmp_path / "compact" / "model.safetensors")
+    with TensorReader(Checkpoint(sibling)) as reader:
+        for tensor_name in filter(ExpertTensor.parse, reader.checkpoint.weight_map):
+            where = ExpertTensor.parse(tensor_name)
+            codes, scale = scheme.quantize(kept(masks, where, reader.tensor(tensor_name)), where.shard)
+            assert quantized_models.same_bits(found[tensor_name], codes)
+            assert torch.equal(found[f"{tensor_name}_scale"], scale)
+    assert read_pruning_config(tmp_path / "compact").inner == Checkpoint(sibling).quantization
+
+
+@pytest.mark.filterwarnings("ignore:.*experts to repair see fewer tokens")
+def test_repaired_weights_are_rounded_last(masks_repository: Path, qwen3: Path, tmp_path: Path) -> None:
+    base = quantized_models.quantized(qwen3, tmp_path / "base", "fp8-channel")
+    outputs = {}
+    for quantize in ("keep", "none"):
+        outputs[quantize] = tmp_path / quantize
+        export_checkpoint(
+            masks_repository, outputs[quantize], model=str(base), repair=RepairSettings(), quantize=quantize
+        )
+    stored = load_file(base / "model.safetensors")
+    codes = load_file(outputs["keep"] / "model.safetensors")
+    refitted, rounded = values(outputs["none"]), values(outputs["keep"])
+    masks = NeuronMasks.from_pretrained(masks_repository)
+    scheme = ExpertScheme(type="float", strategy="channel", group_size=None)
+    for name in filter(ExpertTensor.parse, stored):
+        where = ExpertTensor.parse(name)
+        if where.shard == "w2":
+            expected = scheme.quantize(refitted[name], "w2")[0]
+            assert quantized_models.same_bits(codes[name], expected)
+            torch.testing.assert_close(rounded[name], refitted[name].float(), rtol=1 / 15, atol=2e-3)
+        else:
+            wanted = kept(masks, where, stored[name].view(torch.uint8)).view(stored[name].dtype)
+            assert quantized_models.same_bits(codes[name], wanted)
+
+
+def test_sizes(calibration: Path, awkward_masks: NeuronMasks, qwen3: Path, tmp_path: Path) -> None:
+    """What is said before the export is what is written."""
+    for name in ("int8", "fp8"):
+        scheme = ExpertScheme.for_hidden_size(name, 64)
+        write_masks_repository(awkward_masks, calibration, tmp_path / name, scheme=scheme)
+        predicted = load_report(tmp_path / name)
+        export_checkpoint(tmp_path / name, tmp_path / f"{name}-compact")
+        written = load_report(tmp_path / f"{name}-compact")
+        assert predicted.experts == written.experts == name
+        assert predicted.compact_bytes == written.compact_bytes
+        assert written.compact_bytes == Checkpoint(tmp_path / f"{name}-compact").num_bytes()
+        assert name in (tmp_path / f"{name}-compact" / "README.md").read_text()
+
+
+def test_masks_and_checkpoint_are_evaluated_alike(
+    calibration: Path, awkward_masks: NeuronMasks, qwen3: Path, tmp_path: Path
+) -> None:
+    """Masks with `experts` compute in transformers what the exported checkpoint computes."""
+    scheme = ExpertScheme.for_hidden_size("int8", 64)
+    write_masks_repository(awkward_masks, calibration, tmp_path / "masks", scheme=scheme)
+    export_checkpoint(tmp_path / "masks", tmp_path / "compact")
+    tokens = torch.arange(20)[None]
+    logits = []
+    for name in ("masks", "compact"):
+        with opened(Checkpoint(tmp_path / name), "float32", "cpu") as (model, _), torch.no_grad():
+            logits.append(model(tokens).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    with applied(awkward_masks, load_model(Checkpoint(qwen3), "float32", "cpu")) as model, torch.no_grad():
+        assert (model(tokens).logits - logits[1]).abs().max() > 1e-3, "it does round"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"quantize": "keep"}, "has no codes to keep"),
+        ({"quantize": "int4"}, "not one of none, keep, int8, fp8"),
+        ({"quantize": "int8", "layout": "zeroed"}, "--layout compact, or --quantize none"),
+    ],
+)
+def test_refused(arguments: dict, message: str, masks_repository: Path, tmp_path: Path) -> None:
+    with pytest.raises(HeaprError, match=message):
+        export_checkpoint(masks_repository, tmp_path / "output", **arguments)
+    assert not (tmp_path / "output").exists()

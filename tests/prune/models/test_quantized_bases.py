@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Base models in 8 bits are calibrated as the values of their codes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.formats.quantized import dequantize
+from heapr_vllm.formats.reader import TensorReader
+from heapr_vllm.prune import CalibrationSettings
+from heapr_vllm.prune.calibration.calibrate import calibrate
+from heapr_vllm.prune.calibration.moments import SUMS
+from tests import quantized_models, tiny_models
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.save("deepseek_v3", tmp_path_factory.mktemp("plain") / "base")
+
+
+@pytest.fixture(scope="module", params=quantized_models.FORMATS)
+def pair(request: pytest.FixtureRequest, plain: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny DeepSeek-V3 in a format, and the same values in float32, dequantised entry by entry."""
+    folder = tmp_path_factory.mktemp(request.param)
+    sibling = quantized_models.quantized(plain, folder / "sibling", request.param)
+    checkpoint = Checkpoint(sibling)
+    tensors = load_file(sibling / "model.safetensors")
+    for name in [name for name in tensors if checkpoint.scale_name(name)]:
+        codes, scale = tensors[name], tensors.pop(checkpoint.scale_name(name))
+        height, width = checkpoint.base_quantization.block(tuple(codes.shape))
+        rows, columns = torch.arange(len(codes)) // height, torch.arange(codes.shape[1]) // width
+        tensors[name] = codes.float() * scale[rows][:, columns]
+    shutil.copytree(plain, folder / "values")
+    save_file(tensors, folder / "values" / "model.safetensors", metadata={"format": "pt"})
+    return sibling, folder / "values"
+
+
+def settings(model: Path, corpus: Path, stream: bool = False) -> CalibrationSettings:
+    return CalibrationSettings(
+        model=str(model),
+        dataset=str(corpus),
+        num_calibration_samples=2,
+        max_seq_length=32,
+        dtype="float32",
+        stream=stream,
+    )
+
+
+def test_moments_are_those_of_the_values(pair: tuple[Path, Path], corpus: Path, tmp_path: Path) -> None:
+    sibling, values = pair
+    wanted = calibrate(settings(values, corpus), tmp_path / "values")
+    for stream in (False, True):
+        moments = calibrate(settings(sibling, corpus, stream), tmp_path / f"sibling-{stream}")
+        for prefix, tokens in wanted.tokens.items():
+            assert torch.equal(moments.tokens[prefix], tokens)
+            for name in SUMS:
+                sums = getattr(moments[prefix], name)
+                torch.testing.assert_close(sums, getattr(wanted[prefix], name), rtol=1e-6, atol=0)
+
+
+def test_siblings_have_one_fingerprint(pair: tuple[Path, Path], plain: Path) -> None:
+    sibling, base = (Checkpoint(path) for path in (pair[0], plain))
+    assert sibling.matches(base.fingerprint()) and base.matches(sibling.fingerprint())
+    assert base.matches(base.former_fingerprint()) and not sibling.matches(base.former_fingerprint())
+
+
+def test_blocks_at_the_edge_are_cut() -> None:
+    weight = torch.ones(3, 5).to(torch.float8_e4m3fn)
+    values = dequantize(weight, torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), (2, 2))
+    assert values.tolist() == [[1, 1, 2, 2, 3], [1, 1, 2, 2, 3], [4, 4, 5, 5, 6]]
+
+
+def test_refused(plain: Path, tmp_path: Path) -> None:
+    sibling = quantized_models.quantized(plain, tmp_path / "base", "fp8-block")
+    tensors = load_file(sibling / "model.safetensors")
+    name = "model.layers.1.mlp.experts.0.up_proj.weight"
+    del tensors[f"{name}_scale_inv"]
+    save_file(tensors, sibling / "model.safetensors", metadata={"format": "pt"})
+    with TensorReader(Checkpoint.resolve(sibling)) as reader, pytest.raises(HeaprError, match="has no scales"):
+        reader.tensor(name)
+    config = json.loads((sibling / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = None
+    (sibling / "config.json").write_text(json.dumps(config))
+    with pytest.raises(HeaprError, match="one scale per tensor"):
+        Checkpoint.resolve(sibling).check_unpruned()
