@@ -11,9 +11,10 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
-from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, Scales
+from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes
 from heapr_vllm.model_executor.pruned_layer import PrunedLayer
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
+from heapr_vllm.model_executor.storage.scales import Scales
 
 
 class HeaprExperts(mk.FusedMoEExpertsModular):

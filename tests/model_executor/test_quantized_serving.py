@@ -69,7 +69,7 @@ def test_reload(name: str, folders: dict[str, Path], stock: dict[str, families.O
         for found in engine.results(process):
             assert_same(name, found, stock)
     process = engine.run(
-        folders[name] / "compact", **EAGER, load_format="dummy", steps=("reload", "generate"), env=families.ENVIRONMENT
+        folders[name] / "compact", **EAGER, load_format="dummy", steps=("load for real", "generate"), env=families.ENVIRONMENT
     )
     assert_same(name, engine.results(process)[-1], stock)
 

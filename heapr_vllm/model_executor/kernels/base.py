@@ -12,6 +12,7 @@ import torch
 
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.storage.layout import RaggedLayout, round_up
+from heapr_vllm.model_executor.storage.scales import Scales
 
 
 @dataclass(frozen=True)
@@ -26,22 +27,6 @@ class Routes:
     weights: torch.Tensor
     ids: torch.Tensor
     slots: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Scales:
-    """Factors float32 of 8-bit experts (`formats/quantized.py`), as `RaggedKernel.pack` left them.
-
-    w13: [2 * rows, H / group_size], or [2 * rows, 1] by channel.
-    w2: [rows, H / group_size], or [num_slots, H], one per expert and output, by channel.
-    """
-
-    w13: torch.Tensor
-    w2: torch.Tensor
-
-    def is_by_channel(self, hidden_size: int) -> bool:
-        """Returns whether `w2` has a factor per output instead of one per neuron and group."""
-        return self.w2.shape[1] == hidden_size
 
 
 @dataclass(frozen=True)

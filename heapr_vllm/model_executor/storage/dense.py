@@ -11,10 +11,10 @@ from torch import nn
 from vllm.model_executor.utils import set_weight_attrs
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.model_executor.kernels.base import Scales
 from heapr_vllm.model_executor.pruned_layer import PrunedLayer
 from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
+from heapr_vllm.model_executor.storage.scales import Scales
 
 SHARDS = ("w1", "w2", "w3")  # gate, down, up, as vLLM calls them
 

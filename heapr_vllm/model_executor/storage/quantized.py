@@ -13,11 +13,11 @@ from vllm.model_executor.utils import set_weight_attrs
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.base_quantization import BaseQuantization
 from heapr_vllm.formats.quantized import BITWISE, SCALE_SUFFIX, ExpertScheme, check_codes, check_scale
-from heapr_vllm.model_executor.kernels.base import Scales
 from heapr_vllm.model_executor.pruned_layer import PrunedLayer
 from heapr_vllm.model_executor.storage.dense import DenseStorage
 from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
+from heapr_vllm.model_executor.storage.scales import Scales
 
 SCALED = ("w13", "w2")
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,30 @@ from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.prune.calibration.settings import CalibrationSettings
 
 CALIBRATION_FILE = "calibration.json"
+
+
+@dataclass(frozen=True)
+class CheckpointSizes:
+    """Bytes of all weights of a compact checkpoint that removes nothing, and of those that can be pruned."""
+
+    whole: int
+    routed: int
+    routed_weights: int | None
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, Any]) -> CheckpointSizes | None:
+        """Reads what calibration recorded of its base model; None if an old version did not."""
+        whole, routed = metadata.get("checkpoint_bytes"), metadata.get("routed_bytes")
+        return None if whole is None or routed is None else cls(whole, routed, metadata.get("routed_weights"))
+
+    def stored_as(self, scheme: ExpertScheme | None) -> CheckpointSizes | None:
+        """Returns the sizes with experts as `scheme` says; None if an old version did not count their weights."""
+        if scheme is None:
+            return self
+        if self.routed_weights is None:
+            return None
+        routed = int(self.routed_weights * scheme.bits_per_weight() / 8)
+        return replace(self, whole=self.whole - self.routed + routed, routed=routed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +56,9 @@ class CalibrationIdentity(CalibrationSettings):
     routed_bytes: int | None = None
     routed_weights: int | None = None
 
-    @classmethod
-    def from_metadata(cls, metadata: dict[str, Any]) -> CalibrationIdentity:
-        """Parses the metadata of moments; unknown keys are ignored, so that later versions may add some."""
-        known = {each.name for each in fields(CalibrationIdentity)}
-        return CalibrationIdentity(**{name: value for name, value in metadata.items() if name in known})
-
-    def routed_bytes_as(self, scheme: ExpertScheme | None) -> int | None:
-        """Returns the size of all that can be pruned when it is stored as `scheme` says; None if it is not known."""
-        if scheme is None:
-            return self.routed_bytes
-        return self.routed_weights and int(self.routed_weights * scheme.bits_per_weight() / 8)
+    @property
+    def sizes(self) -> CheckpointSizes | None:
+        return CheckpointSizes.from_metadata(asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,8 @@ class ExpertStorage:
         if choice == "none":
             return None
         if choice == "keep":
-            return base.expert_quantization and base.expert_quantization.scheme(base.hidden_size)
+            kept = base.expert_quantization
+            return kept.scheme(base.hidden_size) if kept else None
         return ExpertScheme.for_hidden_size(choice, base.hidden_size)
 
     @property

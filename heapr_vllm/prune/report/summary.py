@@ -77,12 +77,10 @@ def summarize(masks: NeuronMasks, calibration: CalibrationRecord, scheme: Expert
     prefixes = sorted(masks.keep, key=natural_order)
     widths = {prefix: masks.widths[prefix].tolist() for prefix in prefixes}
     tokens = {prefix: torch.tensor(count) for prefix, count in calibration.tokens.items()}
-    compact_bytes = checkpoint_bytes = None
-    routed = calibration.routed_bytes_as(scheme)
-    if calibration.checkpoint_bytes is not None and calibration.routed_bytes is not None and routed is not None:
-        saved = routed * (masks.num_neurons - masks.num_kept) // masks.num_neurons
-        checkpoint_bytes = calibration.checkpoint_bytes
-        compact_bytes = checkpoint_bytes - calibration.routed_bytes + routed - saved
+    compact_bytes = None
+    sizes = calibration.sizes.stored_as(scheme) if calibration.sizes else None
+    if sizes is not None:
+        compact_bytes = sizes.whole - sizes.routed * (masks.num_neurons - masks.num_kept) // masks.num_neurons
     return Summary(
         base_model=calibration.model,
         neurons=masks.num_neurons,
@@ -90,7 +88,7 @@ def summarize(masks: NeuronMasks, calibration: CalibrationRecord, scheme: Expert
         stored_reduction=masks.sparsity,
         executed_reduction=masks.executed_reduction(tokens),
         compact_bytes=compact_bytes,
-        checkpoint_bytes=checkpoint_bytes,
+        checkpoint_bytes=calibration.checkpoint_bytes,
         experts=scheme.name if scheme else None,
         full_width={prefix: masks.keep[prefix].shape[1] for prefix in prefixes},
         dead_experts=_experts_with_none(widths),

@@ -21,7 +21,7 @@ import torch
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.quantized import ExpertScheme
-from heapr_vllm.prune.calibration.record import CalibrationIdentity
+from heapr_vllm.prune.calibration.record import CheckpointSizes
 from heapr_vllm.prune.selection.neuron_blocks import NeuronBlocks
 
 BISECTIONS = 60
@@ -67,14 +67,14 @@ def stored_for_size(
     `metadata` of the moments has the sizes of the base checkpoint, `scheme` is how experts will be stored; what is
     removed is rounded up to whole blocks. Raises HeaprError if there is no such fraction.
     """
-    sizes = CalibrationIdentity.from_metadata(metadata)
-    whole, unquantized, routed = sizes.checkpoint_bytes, sizes.routed_bytes, sizes.routed_bytes_as(scheme)
-    if whole is None or unquantized is None or routed is None:
+    recorded = CheckpointSizes.from_metadata(metadata)
+    sizes = recorded.stored_as(scheme) if recorded else None
+    if sizes is None:
         raise HeaprError(
             "--target-size needs the checkpoint's size, which these moments of an older heapr-vllm lack; "
             "calibrate again, or pass --sparsity"
         )
-    whole += routed - unquantized
+    whole, routed = sizes.whole, sizes.routed
     if target_bytes >= whole:
         raise HeaprError(
             f"--target-size {format_size(target_bytes)} is no smaller than the checkpoint, "

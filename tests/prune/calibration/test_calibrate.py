@@ -105,8 +105,9 @@ def test_partial_state_of_an_older_version_is_not_continued(model) -> None:
 def test_provenance_is_recorded(calibration: Path) -> None:
     record = json.loads((calibration / CALIBRATION_FILE).read_text())
     assert record["calibration_tokens"] == 6 * 64 and record["seed"] == 0
-    assert record["dataset_fingerprint"].startswith("sha256:") and record["base_fingerprint"].startswith("sha256:")
-    assert record["checkpoint_bytes"] > record["routed_bytes"] == 3 * 8 * 64 * 3 * 64 * 4
+    assert record["dataset_fingerprint"].startswith("sha256:") and record["base_fingerprint"].startswith("routers:")
+    assert record["checkpoint_bytes"] > record["routed_bytes"] == 4 * record["routed_weights"]
+    assert record["routed_weights"] == 3 * 8 * 64 * 3 * 64
     assert record["versions"]["torch"] and record["wall_time_seconds"] >= 0
     moments = NeuronMoments.from_pretrained(calibration)
     assert record["tokens"] == {prefix: count.tolist() for prefix, count in moments.tokens.items()}

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the codes of 8-bit experts are multiplied by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Factors float32 of 8-bit experts (`formats/quantized.py`), as `RaggedKernel.pack` left them.
+
+    w13: [2 * rows, H / group_size], or [2 * rows, 1] by channel.
+    w2: [rows, H / group_size], or [num_slots, H], one per expert and output, by channel.
+    """
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+
+    def is_by_channel(self, hidden_size: int) -> bool:
+        """Returns whether `w2` has a factor per output instead of one per neuron and group."""
+        return self.w2.shape[1] == hidden_size
