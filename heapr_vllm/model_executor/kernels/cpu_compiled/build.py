@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles `ragged_moe.cpp` for this machine. Needs no vLLM, so that a wheel can be built with the result."""
+"""Compiles `ragged_moe.cpp` and what it includes for this machine. Needs no vLLM, so that a wheel can be built with the result."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).parent / "ragged_moe.cpp"
+HEADERS = (SOURCE.with_name("panels.h"),)
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 AVX512_BF16 = (*AVX512, "-mavx512bf16")
@@ -32,6 +33,12 @@ def isa() -> str:
     return capability if capability in ISA_FLAGS else "default"
 
 
+def has_vbmi() -> bool:
+    """Whether tables of 128 bytes in registers may decode weights."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch before 2.11 has none
+    return isa().startswith("avx512") and capabilities.get("avx512_vbmi", False)
+
+
 def flags() -> list[str]:
     """Compiler flags; HEAPR_CPU_CFLAGS adds to them."""
     capability = isa().split("_")[0].upper()
@@ -42,13 +49,15 @@ def flags() -> list[str]:
         f"-DCPU_CAPABILITY={capability}",
         f"-DCPU_CAPABILITY_{capability}",
         *ISA_FLAGS[isa()],
+        *(["-mavx512vbmi"] if has_vbmi() else []),
         *os.environ.get("HEAPR_CPU_CFLAGS", "").split(),
     ]
 
 
 def library_name() -> str:
-    """File name that says what the library was built from: instruction set, and a hash of source, PyTorch and flags."""
-    key = hashlib.sha256("\n".join((SOURCE.read_text(), torch.__version__, *flags())).encode()).hexdigest()[:16]
+    """File name that says what the library was built from: instruction set, and a hash of sources, PyTorch and flags."""
+    sources = [path.read_text() for path in (SOURCE, *HEADERS)]
+    key = hashlib.sha256("\n".join((*sources, torch.__version__, *flags())).encode()).hexdigest()[:16]
     return f"cpu_ragged_moe-{isa()}-{key}.so"
 
 

@@ -8,7 +8,7 @@ import os
 import torch
 from vllm.platforms import current_platform
 
-from heapr_vllm.formats.quantized import ExpertScheme
+from heapr_vllm.formats.quantized import BITWISE, ExpertScheme
 from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, Scales
 from heapr_vllm.model_executor.kernels.cpu_compiled import build, extension
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
@@ -42,26 +42,33 @@ class CompiledKernel(RaggedKernel):
         return None
 
     def layer_obstacle(self, dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None) -> str | None:
-        if scheme is not None:
-            return f"it does not decode {scheme.name} experts; choose reference"
         if hidden_size % COLUMNS:
             return f"the hidden size {hidden_size} is no multiple of {COLUMNS}; choose reference"
         return None
 
     def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scales | None = None) -> None:
-        """Brings both flat parameters into panels, in place; `ragged_moe.cpp` describes them."""
-        pair = 2 if w13.dtype == torch.bfloat16 else 1
-        hidden = w2.shape[1]
+        """Brings flat parameters, of 8 bits too, and scales into panels, in place; `ragged_moe.cpp` describes them."""
+        pack_panels = _pack_dense if scales is None else _pack_codes
         for row, width in layout.expert_table():
-            gate_up, down = w13[2 * row : 2 * (row + width)], w2[row : row + width]
-            panels = gate_up.view(2, width // WIDTH_UNIT, WIDTH_UNIT, hidden // pair, pair).permute(1, 3, 0, 2, 4)
-            gate_up.copy_(panels.clone(memory_format=torch.contiguous_format).view(gate_up.shape))
-            panels = down.view(width // pair, pair, hidden // COLUMNS, COLUMNS).permute(2, 0, 3, 1)
-            down.copy_(panels.clone(memory_format=torch.contiguous_format).view(down.shape))
+            both, neurons = slice(2 * row, 2 * (row + width)), slice(row, row + width)
+            pack_panels(w13[both], w2[neurons])
+            if scales:
+                _reorder(scales.w13[both], (2, -1, WIDTH_UNIT, scales.w13.shape[1]), (1, 3, 0, 2))
+            if scales and not scales.is_by_channel(w2.shape[1]):
+                _reorder(scales.w2[neurons], (width, -1), (1, 0))
 
     def run(self, output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows) -> None:
         torch.ops.heapr.cpu_ragged_moe(
-            output, x, experts.w13, experts.w2, routes.weights, routes.ids, routes.slots, experts.table
+            output,
+            x,
+            experts.w13,
+            experts.w2,
+            routes.weights,
+            routes.ids,
+            routes.slots,
+            experts.table,
+            experts.scales.w13 if experts.scales else None,
+            experts.scales.w2 if experts.scales else None,
         )
 
     def run_in_graph(self, output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows) -> None:
@@ -74,3 +81,31 @@ def can_run() -> bool:
     if build.isa() == "avx512_amx":
         torch.cpu._init_amx()  # asks the kernel for the tile registers
     return extension.load()
+
+
+def _reorder(part: torch.Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> None:
+    """Rewrites a contiguous part of a parameter as its view of `shape` with the axes in `order`."""
+    part.copy_(part.view(shape).permute(order).contiguous().view(part.shape))
+
+
+def _pack_dense(gate_up: torch.Tensor, down: torch.Tensor) -> None:
+    """An expert's [2 * width, H] and [width, H]."""
+    pair = 2 if gate_up.dtype == torch.bfloat16 else 1
+    width, hidden = down.shape
+    _reorder(gate_up, (2, -1, WIDTH_UNIT, hidden // pair, pair), (1, 3, 0, 2, 4))
+    _reorder(down, (width // pair, pair, -1, COLUMNS), (2, 0, 3, 1))
+
+
+def _pack_codes(gate_up: torch.Tensor, down: torch.Tensor) -> None:
+    """An expert's codes; `panels.h` says why its 16 neurons and its two times 16 outputs are split into fours."""
+    width, hidden = down.shape
+    if down.dtype == torch.int8:
+        _to_sign_and_magnitude(gate_up)
+        _to_sign_and_magnitude(down)
+    _reorder(gate_up.view(BITWISE), (2, -1, 4, 4, hidden // 2, 2), (1, 4, 2, 0, 3, 5))
+    _reorder(down.view(BITWISE), (width // 2, 2, -1, 2, 4, 4), (2, 0, 4, 3, 5, 1))
+
+
+def _to_sign_and_magnitude(codes: torch.Tensor) -> None:
+    """int8 in place: -n becomes 128 + n, and -128 becomes -0."""
+    codes.copy_(torch.where(codes < 0, -codes | -128, codes))

@@ -5,6 +5,11 @@
 // kernel.py). P neighbours along K lie together: 2 in bfloat16, where one instruction multiplies pairs, else 1.
 //   gate/up of an expert [width / 16][hidden / P][gate, up][16 neurons][P]
 //   down of an expert    [hidden / 32][width / P][32 outputs][P]
+// Experts in 8 bits have panels of the same shape, P = 2; panels.h says in which order bytes lie. Their scales:
+//   gate/up of an expert [width / 16][groups][gate, up][16 neurons]
+//   down of an expert    [groups][width], for hidden / groups outputs each; by channel [slots][hidden] instead
+// Those of gate and up multiply sums over a group of the hidden size; those of down multiply silu(gate) * up before a
+// task's outputs, all of one group, are computed, or by channel the outputs.
 // Per chunk of tokens there are two parallel loops. The first takes tasks (expert, rows, 16-neuron panels) and leaves
 // silu(gate) * up; the second takes tasks of output columns, runs over all experts in slot order and sums in fp32. No
 // sum crosses a task, so results do not depend on the number of threads nor on who takes which task.
@@ -12,175 +17,26 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
-#include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
-#include <cstring>
+#include <optional>
+#include <type_traits>
 #include <vector>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+
+#include "panels.h"
 
 namespace {
 
-constexpr int64_t kLanes = 16;  // neurons of a panel
-constexpr int64_t kPanel = 2 * kLanes;
-#ifdef __AVX512F__
-constexpr int64_t kWidth = 16;         // columns of one vector register
-constexpr int64_t kAccumulators = 24;  // of the 32 registers
-constexpr int64_t kRows = 12;          // rows of the micro-kernel: 12 x 2 accumulators
-constexpr int64_t kHeld = 2;           // vectors of weights in registers at a time
-#else
-constexpr int64_t kWidth = 8;
-constexpr int64_t kAccumulators = 12;  // of the 16 registers
-constexpr int64_t kRows = 6;           // 6 x 2 accumulators and two passes over a panel, or 3 x 4 and one
-constexpr int64_t kHeld = 1;
-#endif
-constexpr int64_t kRowBlock = 96;    // rows of a gate/up task: its activations stay in the L2 cache
-constexpr int64_t kAmxRows = 32;     // rows of a product on AMX tiles, two by two of them
-constexpr int64_t kAmxUnit = 16;     // rows of a tile; what is missing is computed and thrown away
-constexpr int64_t kFewRows = 5;      // with fewer rows reading weights dominates; not timed on AMX
-constexpr int64_t kChunk = 1024;     // tokens sorted and computed together; bounds the scratch
-constexpr int64_t kPrefetch = 8192;  // bytes ahead in the stream of weights; 2048 and 32768 were slower
+constexpr int64_t kChunk = 1024;    // tokens sorted and computed together; bounds the scratch
+constexpr int64_t kDownPanels = 2;  // at most, of a task of outputs
 
-typedef float Vec __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
-
-// One step along K: P values of a row times P values of each of kWidth columns, which `load` reads. `Row` is the type
-// that activations have here: float where they would be converted at every use.
-template <typename T>
-struct Step;
-
-template <>
-struct Step<float> {
-  using Row = float;
-  using Columns = Vec;
-  static constexpr int64_t kPairs = 1;
-  static Columns load(const float* b) { return *reinterpret_cast<const Vec*>(b); }
-  static void fma(Vec& acc, const Row* a, Columns b) { acc += *a * b; }
-};
-
-template <>
-struct Step<at::Half> {
-  using Row = float;
-  using Columns = Vec;
-  static constexpr int64_t kPairs = 1;
-  static Columns load(const at::Half* b) {
-#if defined(__AVX512F__)
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
-#elif defined(__F16C__)
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
-#else
-    Vec wide;
-    for (int i = 0; i < kWidth; ++i) wide[i] = static_cast<float>(b[i]);
-    return wide;
-#endif
-  }
-  static void fma(Vec& acc, const Row* a, Columns b) { acc += *a * b; }
-};
-
-template <>
-struct Step<at::BFloat16> {
-  static constexpr int64_t kPairs = 2;
-#ifdef __AVX512BF16__
-  using Row = at::BFloat16;
-  using Columns = __m512bh;
-  static Columns load(const at::BFloat16* b) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)); }
-  static void fma(Vec& acc, const Row* a, Columns b) {
-    int32_t pair;
-    std::memcpy(&pair, a, sizeof(pair));
-    acc = _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)), b);
-  }
-#else
-  using Row = float;
-  struct Columns {
-    Vec even, odd;
-  };
-  static Columns load(const at::BFloat16* b) {
-    const Bits bits = *reinterpret_cast<const Bits*>(b);
-    return {reinterpret_cast<Vec>(bits << 16), reinterpret_cast<Vec>(bits & 0xffff0000u)};
-  }
-  static void fma(Vec& acc, const Row* a, Columns b) {
-    acc += a[0] * b.even;
-    acc += a[1] * b.odd;
-  }
-#endif
-};
-
-// out[r][32] = rows[r][0 : depth] times a panel, for `Rows` rows; in two passes if there are accumulators for half of it.
-template <typename T, int Rows>
-void multiply(const typename Step<T>::Row* const* rows, int64_t depth, const T* panel, float* out) {
-  constexpr int64_t pairs = Step<T>::kPairs;
-  constexpr int64_t vectors = kPanel / kWidth * Rows <= kAccumulators ? kPanel / kWidth : kLanes / kWidth;
-  for (int64_t column = 0; column < kPanel; column += vectors * kWidth) {
-    Vec acc[Rows][vectors] = {};
-    const T* b = panel + column * pairs;
-    for (int64_t k = 0; k < depth; k += pairs, b += kPanel * pairs) {
-#pragma GCC unroll 4
-      for (int first = 0; first < vectors; first += kHeld) {
-        const T* part = b + first * kWidth * pairs;
-        typename Step<T>::Columns columns[kHeld];
-#pragma GCC unroll 2
-        for (int v = 0; v < kHeld; ++v) {
-          if ((first + v) * kWidth % kLanes == 0)
-            __builtin_prefetch(reinterpret_cast<const char*>(part + v * kWidth * pairs) + kPrefetch);
-          columns[v] = Step<T>::load(part + v * kWidth * pairs);
-        }
-#pragma GCC unroll 12
-        for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 2
-          for (int v = 0; v < kHeld; ++v) Step<T>::fma(acc[r][first + v], rows[r] + k, columns[v]);
-      }
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v)
-        *reinterpret_cast<Vec*>(out + r * kPanel + column + v * kWidth) = acc[r][v];
-  }
-}
-
-template <typename T, int Rows = kRows>
-void multiply(int64_t count, const typename Step<T>::Row* const* rows, int64_t depth, const T* panel, float* out) {
-  if constexpr (Rows > 0) {
-    if (count == Rows) return multiply<T, Rows>(rows, depth, panel, out);
-    multiply<T, Rows - 1>(count, rows, depth, panel, out);
-  }
-}
-
-// Whether `count` rows go to AMX tiles, through PyTorch's brgemm, which reads the same panels. HEAPR_AMX is defined
-// where the CPU has them; elsewhere brgemm gives the same bits as `multiply`, for tests.
-template <typename T>
-bool on_tiles(int64_t count) {
-#ifdef HEAPR_AMX
-  return std::is_same_v<T, at::BFloat16> && count >= kFewRows;
-#else
-  return false;
-#endif
-}
-
-// out[r][32] = rows[r][0 : depth] times a panel. With `tiled` the rows lie one after the other, and so many more can be
-// read that kAmxUnit divides their number: brgemm compiles a kernel per shape and thread, so two per depth.
-template <typename T>
-void multiply(int64_t count, const typename Step<T>::Row* const* rows, int64_t depth, bool tiled, const T* panel,
-              float* out) {
-  if constexpr (std::is_same_v<typename Step<T>::Row, at::BFloat16>)
-    if (tiled)
-      return at::native::cpublas::brgemm(at::divup(count, kAmxUnit) * kAmxUnit, kPanel, depth, depth, kPanel, kPanel,
-                                         false, rows[0], panel, out);
-  multiply<T>(count, rows, depth, panel, out);
-}
-
-// Calls f(first, count) for runs of rows that cover [begin, end): whole tiles, or at most kRows, even to one row.
-template <typename F>
-void for_runs(int64_t begin, int64_t end, bool tiled, const F& f) {
-  for (int64_t runs = at::divup(end - begin, tiled ? kAmxRows : kRows); runs > 0; --runs) {
-    const int64_t count = tiled ? std::min(kAmxRows, end - begin) : at::divup(end - begin, runs);
-    f(begin, count);
-    begin += count;
-  }
+constexpr std::array<float, kPanel> filled(float value) {
+  std::array<float, kPanel> values{};
+  for (float& each : values) each = value;
+  return values;
 }
 
 // h[i] = silu(gate[i]) * up[i] for 16 neurons.
@@ -208,18 +64,29 @@ void for_tasks(int64_t tasks, const F& make_worker) {
   });
 }
 
-// Routes of one expert: [begin, end) of the sorted list; `row` and `width` say where its weights lie; `h` where the
-// rows of its hidden activations start.
+// Routes of one expert: [begin, end) of the sorted list; `slot`, `row` and `width` say where its weights lie; `h` where
+// the rows of its hidden activations start.
 struct Expert {
-  int64_t row, width, begin, end, h;
+  int64_t slot, row, width, begin, end, h;
 };
 
-template <typename T>
+// Factors of codes; `groups` of the hidden size have their own. By channel it is one group, and outputs have factors.
+struct Scales {
+  const float* w13 = nullptr;
+  const float* w2 = nullptr;
+  int64_t groups = 1;
+  bool by_channel = false;
+};
+
+template <typename T, typename W>
 struct Layer {
+  static constexpr bool kCodes = !std::is_same_v<T, W>;
   using Row = typename Step<T>::Row;
+  using Hidden = std::conditional_t<kCodes, float, Row>;  // of silu(gate) * up, where factors are still to come
   const Row* x;
-  const T* w13;
-  const T* w2;
+  const W* w13;
+  const W* w2;
+  Scales scales;
   const float* weights;
   const int32_t* ids;
   const int32_t* slots;
@@ -231,7 +98,7 @@ struct Layer {
   void run(int64_t begin, int64_t end) const {
     static thread_local std::vector<int32_t> routes;
     static thread_local std::vector<Expert> experts;
-    static thread_local std::vector<Row> h;  // kept from call to call, like the others
+    static thread_local std::vector<Hidden> h;  // kept from call to call, like the others
     h.resize(std::max<size_t>(h.size(), sort(begin, end, routes, experts)));
     gate_up(routes.data(), experts, h.data());
     down(begin, end, routes.data(), experts, h.data());
@@ -252,7 +119,7 @@ struct Layer {
     for (int64_t slot = 0; slot < num_slots; ++slot) {
       const int64_t count = next[slot], row = table[2 * slot], width = table[2 * slot + 1];
       next[slot] = first;
-      if (count && width) experts.push_back({row, width, first, first + count, elements});
+      if (count && width) experts.push_back({slot, row, width, first, first + count, elements});
       first += count;
       elements += count * width;
       widest = std::max(widest, width);
@@ -265,7 +132,7 @@ struct Layer {
     return elements + kAmxUnit * widest;  // tiles read beyond the last row
   }
 
-  void gate_up(const int32_t* routes, const std::vector<Expert>& experts, Row* h) const {
+  void gate_up(const int32_t* routes, const std::vector<Expert>& experts, Hidden* h) const {
     struct Task {
       const Expert* expert;
       int64_t begin, end, first, last;  // routes, panels
@@ -286,13 +153,14 @@ struct Layer {
         static thread_local std::vector<Row> block;
         const Task& task = all[number];
         const Expert& e = *task.expert;
+        const int64_t count = task.end - task.begin;
         const Row* rows[kRowBlock];
-        float out[kAmxRows * kPanel];
-        for (int64_t i = task.begin; i < task.end; ++i) rows[i - task.begin] = x + routes[i] / top_k * hidden;
-        const bool tiled = on_tiles<T>(task.end - task.begin);
+        float out[kRowBlock * kPanel];
+        for (int64_t i = 0; i < count; ++i) rows[i] = x + routes[task.begin + i] / top_k * hidden;
+        const bool tiled = on_tiles<T>(count);
         if (tiled) {
           block.resize(kRowBlock * hidden);
-          for (int64_t i = 0; i < task.end - task.begin; ++i) {
+          for (int64_t i = 0; i < count; ++i) {
             Row* row = block.data() + i * hidden;
             if (gathered != task.begin) std::copy_n(rows[i], hidden, row);
             rows[i] = row;
@@ -300,84 +168,162 @@ struct Layer {
           gathered = task.begin;
         }
         for (int64_t panel = task.first; panel < task.last; ++panel) {
-          const T* weight = w13 + 2 * (e.row + panel * kLanes) * hidden;
-          for_runs(task.begin, task.end, tiled, [&](int64_t first, int64_t count) {
-            multiply<T>(count, rows + first - task.begin, hidden, tiled, weight, out);
-            for (int64_t r = 0; r < count; ++r)
-              silu_and_mul(out + r * kPanel, h + e.h + (first - e.begin + r) * e.width + panel * kLanes);
-          });
+          const int64_t row = 2 * (e.row + panel * kLanes);
+          product<T>({rows, count, hidden, tiled}, hidden, w13 + row * hidden, w13_scales(row), out);
+          for (int64_t r = 0; r < count; ++r)
+            silu_and_mul(out + r * kPanel, h + e.h + (task.begin - e.begin + r) * e.width + panel * kLanes);
         }
       };
     });
   }
 
+  // Of the panel of gate and up that starts at this row of w13.
+  PanelScales w13_scales(int64_t row) const {
+    if constexpr (!kCodes) return {};
+    return {scales.w13 + row * scales.groups, hidden / scales.groups};
+  }
+
+  // Of a panel of down: none but by channel.
+  PanelScales w2_scales(const Expert& e, int64_t panel) const {
+    static constexpr std::array<float, kPanel> ones = filled(1.f);
+    return {scales.by_channel ? scales.w2 + e.slot * hidden + panel * kPanel : ones.data(), e.width};
+  }
+
   void down(int64_t begin, int64_t end, const int32_t* routes, const std::vector<Expert>& experts,
-            const Row* h) const {
+            const Hidden* h) const {
     const int64_t panels = hidden / kPanel;
-    const int64_t group = std::clamp<int64_t>(panels / (8 * at::get_num_threads()), 1, 2);
+    const int64_t same = kCodes && !scales.by_channel ? panels / scales.groups : panels;  // with the same scales
+    const int64_t group = std::clamp<int64_t>(panels / (8 * at::get_num_threads()), 1, std::min(same, kDownPanels));
+    const int64_t parts = at::divup(same, group);
     const auto work = [&](int64_t task) {
       static thread_local std::vector<float> sums;
-      const int64_t first_panel = task * group, last_panel = std::min(first_panel + group, panels);
+      const int64_t first_panel = task / parts * same + task % parts * group;
+      const int64_t last_panel = std::min(first_panel + group, (task / parts + 1) * same);
       const int64_t columns = (last_panel - first_panel) * kPanel;
       sums.assign((end - begin) * columns, 0.f);
-      const Row* rows[kAmxRows];
-      float out[kAmxRows * kPanel];
-      for (const Expert& e : experts) {
-        const bool tiled = on_tiles<T>(e.end - e.begin);
-        for_runs(e.begin, e.end, tiled, [&](int64_t first, int64_t count) {
-          for (int64_t r = 0; r < count; ++r) rows[r] = h + e.h + (first - e.begin + r) * e.width;
+      float out[kRowBlock * kPanel];
+      for (const Expert& e : experts)
+        for (int64_t first = e.begin; first < e.end; first += kRowBlock) {
+          const int64_t count = std::min(kRowBlock, e.end - first);
+          const Row* rows[kRowBlock];
+          rows[0] = scaled(h + e.h + (first - e.begin) * e.width, count, e, task / parts);
+          for (int64_t r = 1; r < count; ++r) rows[r] = rows[r - 1] + e.width;
+          const Block<Row> block{rows, count, e.width, on_tiles<T>(e.end - e.begin)};
           for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-            multiply<T>(count, rows, e.width, tiled, w2 + e.row * hidden + panel * kPanel * e.width, out);
+            product<T>(block, e.width, w2 + e.row * hidden + panel * kPanel * e.width, w2_scales(e, panel), out);
             for (int64_t r = 0; r < count; ++r) {
               const int64_t route = routes[first + r];
               float* sum = sums.data() + (route / top_k - begin) * columns + (panel - first_panel) * kPanel;
               for (int64_t i = 0; i < kPanel; ++i) sum[i] += weights[route] * out[r * kPanel + i];
             }
           }
-        });
-      }
+        }
       for (int64_t token = begin; token < end; ++token)
         for (int64_t i = 0; i < columns; ++i)
           output[token * hidden + first_panel * kPanel + i] = static_cast<T>(sums[(token - begin) * columns + i]);
     };
-    for_tasks(at::divup(panels, group), [&] { return work; });
+    for_tasks(panels / same * parts, [&] { return work; });
+  }
+
+  // Rows of hidden activations of an expert, times its factors for a group of outputs, as this thread keeps them until
+  // the next call. Tiles may read beyond them.
+  const Row* scaled(const Hidden* h, int64_t count, const Expert& e, int64_t group) const {
+    if constexpr (!kCodes) {
+      return h;
+    } else {
+      static thread_local std::vector<Row> result;
+      result.resize(std::max<size_t>(result.size(), kRowBlock * e.width));
+      const float* scale = scales.by_channel ? nullptr : scales.w2 + e.row * scales.groups + group * e.width;
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t i = 0; i < e.width; i += kWidth) {
+          const Vec& values = vector_at(h + r * e.width + i);
+          store(scale ? values * vector_at(scale + i) : values, result.data() + r * e.width + i);
+        }
+      return result.data();
+    }
   }
 };
 
-template <typename T>
-void run(at::Tensor& output, const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
-         const at::Tensor& weights, const at::Tensor& ids, const at::Tensor& slots, const at::Tensor& table) {
-  const int64_t tokens = x.size(0);
-  const at::Tensor rows = x.contiguous().to(c10::CppTypeToScalarType<typename Step<T>::Row>::value);
-  const Layer<T> layer{rows.const_data_ptr<typename Step<T>::Row>(), w13.const_data_ptr<T>(), w2.const_data_ptr<T>(),
-                       weights.const_data_ptr<float>(), ids.const_data_ptr<int32_t>(),
-                       slots.const_data_ptr<int32_t>(), table.const_data_ptr<int32_t>(),
-                       output.mutable_data_ptr<T>(), x.size(1), ids.size(1), slots.size(0) - 1, table.size(0)};
+struct Arguments {
+  at::Tensor& output;
+  const at::Tensor &x, &w13, &w2, &weights, &ids, &slots, &table;
+  Scales scales;
+};
+
+template <typename T, typename W>
+void run(const Arguments& a) {
+  const int64_t tokens = a.x.size(0);
+  const at::Tensor rows = a.x.contiguous().to(c10::CppTypeToScalarType<typename Step<T>::Row>::value);
+  const Layer<T, W> layer{rows.const_data_ptr<typename Step<T>::Row>(),
+                          a.w13.const_data_ptr<W>(),
+                          a.w2.const_data_ptr<W>(),
+                          a.scales,
+                          a.weights.const_data_ptr<float>(),
+                          a.ids.const_data_ptr<int32_t>(),
+                          a.slots.const_data_ptr<int32_t>(),
+                          a.table.const_data_ptr<int32_t>(),
+                          a.output.mutable_data_ptr<T>(),
+                          a.x.size(1),
+                          a.ids.size(1),
+                          a.slots.size(0) - 1,
+                          a.table.size(0)};
   const int64_t chunks = at::divup(tokens, kChunk);
   for (int64_t chunk = 0; chunk < chunks; ++chunk)
     layer.run(tokens * chunk / chunks, tokens * (chunk + 1) / chunks);
 }
 
-// Writes the MoE output [T, H]. x [T, H]; w13 [2 * rows, H] and w2 [rows, H] packed as above; weights float32 and ids
-// int32 [T, k]; slots int32 [num_experts + 1]; table int32 [num_slots, 2], first row and width, a multiple of 16.
+template <typename T>
+void run(const Arguments& a) {
+  switch (a.w13.scalar_type()) {
+    case at::kChar: return run<T, int8_t>(a);
+    case at::kFloat8_e4m3fn: return run<T, at::Float8_e4m3fn>(a);
+    default: return run<T, T>(a);
+  }
+}
+
+// Checks the scales of codes and says what they are.
+Scales scales_of(const at::Tensor& w13, const at::Tensor& w2, const std::optional<at::Tensor>& w13_scale,
+                 const std::optional<at::Tensor>& w2_scale, int64_t num_slots) {
+  TORCH_CHECK(w13_scale && w2_scale, "cpu_ragged_moe: codes need scales");
+  for (const at::Tensor& scale : {*w13_scale, *w2_scale})
+    TORCH_CHECK(scale.dim() == 2 && scale.is_contiguous() && scale.scalar_type() == at::kFloat,
+                "cpu_ragged_moe: scales are matrices of float32, contiguous");
+  const int64_t hidden = w2.size(1), groups = w13_scale->size(1), rows = w2.size(0);
+  const bool by_channel = w2_scale->size(1) == hidden;
+  TORCH_CHECK(groups > 0 && hidden % (groups * kPanel) == 0 && w13_scale->size(0) == w13.size(0) &&
+                  w2_scale->size(0) == (by_channel ? num_slots : rows) &&
+                  (by_channel ? groups == 1 : w2_scale->size(1) == groups),
+              "cpu_ragged_moe: scales [rows, groups] of multiples of ", kPanel,
+              " along the hidden size, or by channel [rows, 1] for w13 and [slots, hidden size] for w2");
+  return {w13_scale->const_data_ptr<float>(), w2_scale->const_data_ptr<float>(), groups, by_channel};
+}
+
+// Writes the MoE output [T, H]. x [T, H]; w13 [2 * rows, H] and w2 [rows, H] packed as above, of x's dtype, or int8 or
+// float8_e4m3fn with float32 scales, for w13 [2 * rows, groups] and for w2 [rows, groups], or by channel [2 * rows, 1]
+// and [num_slots, H]; weights float32 and ids int32 [T, k]; slots int32 [num_experts + 1]; table int32 [num_slots, 2],
+// first row and width, a multiple of 16.
 void cpu_ragged_moe(at::Tensor& output, const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
-                    const at::Tensor& weights, const at::Tensor& ids, const at::Tensor& slots,
-                    const at::Tensor& table) {
+                    const at::Tensor& weights, const at::Tensor& ids, const at::Tensor& slots, const at::Tensor& table,
+                    const std::optional<at::Tensor>& w13_scale, const std::optional<at::Tensor>& w2_scale) {
   TORCH_CHECK(x.dim() == 2, "cpu_ragged_moe: activations [tokens, hidden size]");
+  const bool codes = w13.scalar_type() == at::kChar || w13.scalar_type() == at::kFloat8_e4m3fn;
   for (const at::Tensor* tensor : {static_cast<const at::Tensor*>(&output), &w13, &w2})
     TORCH_CHECK(tensor->is_contiguous() && tensor->dim() == 2 && tensor->size(1) == x.size(1) &&
-                    tensor->scalar_type() == x.scalar_type(),
-                "cpu_ragged_moe: output and weights are contiguous, of the activations' dtype and hidden size");
+                    tensor->scalar_type() == (codes && tensor != &output ? w13 : x).scalar_type(),
+                "cpu_ragged_moe: output and weights are contiguous, of the activations' dtype and hidden size; weights "
+                "may be int8 or float8_e4m3fn");
   TORCH_CHECK(x.size(1) % kPanel == 0 && w13.size(0) == 2 * w2.size(0) && output.sizes() == x.sizes(),
               "cpu_ragged_moe: hidden size is a multiple of ", kPanel, ", w13 has twice the rows of w2");
   TORCH_CHECK(ids.dim() == 2 && ids.size(0) == x.size(0) && weights.sizes() == ids.sizes() &&
                   table.dim() == 2 && table.size(1) == 2 && table.is_contiguous() && slots.is_contiguous(),
               "cpu_ragged_moe: weights and ids [tokens, k], table [slots, 2], contiguous");
   const at::Tensor plain_weights = weights.to(at::kFloat).contiguous(), plain_ids = ids.to(at::kInt).contiguous();
+  const Scales scales = codes ? scales_of(w13, w2, w13_scale, w2_scale, table.size(0)) : Scales{};
+  const Arguments arguments{output, x, w13, w2, plain_weights, plain_ids, slots, table, scales};
   switch (x.scalar_type()) {
-    case at::kFloat: return run<float>(output, x, w13, w2, plain_weights, plain_ids, slots, table);
-    case at::kHalf: return run<at::Half>(output, x, w13, w2, plain_weights, plain_ids, slots, table);
-    case at::kBFloat16: return run<at::BFloat16>(output, x, w13, w2, plain_weights, plain_ids, slots, table);
+    case at::kFloat: return run<float>(arguments);
+    case at::kHalf: return run<at::Half>(arguments);
+    case at::kBFloat16: return run<at::BFloat16>(arguments);
     default: TORCH_CHECK(false, "cpu_ragged_moe: no kernel for ", x.scalar_type());
   }
 }
@@ -387,7 +333,7 @@ void cpu_ragged_moe(at::Tensor& output, const at::Tensor& x, const at::Tensor& w
 TORCH_LIBRARY_FRAGMENT(heapr, library) {
   library.def(
       "cpu_ragged_moe(Tensor(a!) output, Tensor hidden_states, Tensor w13, Tensor w2, Tensor topk_weights, "
-      "Tensor topk_ids, Tensor slots, Tensor table) -> ()");
+      "Tensor topk_ids, Tensor slots, Tensor table, Tensor? w13_scale=None, Tensor? w2_scale=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(heapr, CPU, library) { library.impl("cpu_ragged_moe", &cpu_ragged_moe); }

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts in 8 bits on the compiled op and the reference, against a dense fp64 loop over the dequantised weights.
+
+`test_op.py` says how to run other instruction sets and AddressSanitizer; here it is `-k "fp64 or code or rows"`.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("vllm")
+from vllm.platforms import current_platform
+
+from heapr_vllm.formats.quantized import BITWISE, ExpertScheme, dequantize
+from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, Scales
+from heapr_vllm.model_executor.kernels.cpu_compiled import build, extension
+from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import CompiledKernel
+from heapr_vllm.model_executor.kernels.op import register_op
+from heapr_vllm.model_executor.kernels.reference import ReferenceKernel
+from heapr_vllm.model_executor.storage.layout import RaggedLayout
+from tests.model_executor.engine import ROOT
+
+current_platform.import_kernels()
+register_op()
+
+needs_op = pytest.mark.skipif(not extension.load(), reason="no C++ compiler")
+
+# tokens, widths of the experts, top_k, hidden, group size (None: by channel), experts on another rank
+CASES = [
+    (1, [64, 32, 96], 2, 64, 64, ()),  # decode: one token
+    (7, [0, 1, 13, 48], 2, 32, 32, ()),  # widths 0, 1, odd and full
+    (9, [48, 48], 2, 96, 32, ()),  # an odd number of groups
+    (64, [33, 31, 32, 160], 3, 64, None, ()),  # around the width unit
+    (5, [1040, 300], 1, 128, 64, ()),  # deeper than what is decoded at a time, few rows
+    (40, [1040, 300], 2, 576, None, ()),  # the same both ways, and many rows
+    (300, [96, 16, 64, 0, 32, 8], 6, 384, 128, ()),  # every token to every expert
+    (33, [40, 24, 72, 56], 2, 192, 96, (1, 2)),  # expert parallel, groups of three panels
+    (70, [40, 64], 1, 512, 512, ()),  # a group deeper than what is decoded at a time
+    (17, [0, 0, 0, 40], 2, 64, None, ()),  # nearly dead layer
+    (3, [0, 0], 1, 32, 32, ()),  # dead layer
+    (1100, [24, 8], 2, 32, 32, ()),  # more tokens than the compiled op takes at once
+]
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+TYPES = ("int", "float")
+
+
+class Layer(NamedTuple):
+    """Random inputs of a case, packed for `kernel`, and the expected output in fp64."""
+
+    kernel: RaggedKernel
+    x: torch.Tensor
+    routes: Routes
+    experts: ExpertRows
+    expected: torch.Tensor
+
+    def run(self, tokens: slice = slice(None)) -> torch.Tensor:
+        """The output for some of the tokens, through the custom op or the kernel's own."""
+        output = torch.full_like(self.x[tokens], torch.nan)
+        routes = replace(self.routes, weights=self.routes.weights[tokens], ids=self.routes.ids[tokens])
+        self.kernel.run_in_graph(output, self.x[tokens], routes, self.experts)
+        return output
+
+
+def layer(case: tuple, dtype: torch.dtype, kind: str, kernel: RaggedKernel) -> Layer:
+    """An expert's largest weights differ by neuron, so that a wrong scale shows. Padding has code 0 and scale 1."""
+    tokens, widths, top_k, hidden, group_size, remote = case
+    scheme = ExpertScheme(type=kind, strategy="group" if group_size else "channel", group_size=group_size)
+    generator = torch.Generator().manual_seed(len(widths) * tokens)
+    local = [e for e in range(len(widths)) if e not in remote]
+    local_widths = [widths[e] for e in local]
+    layout = RaggedLayout.build(local_widths, kernel.stored_widths(local_widths, top_k, hidden, 1))
+    groups = hidden // group_size if group_size else 1
+    w13, w2 = (torch.zeros(n * layout.num_rows, hidden, dtype=scheme.code_dtype) for n in (2, 1))
+    w13_scale = torch.ones(2 * layout.num_rows, groups)
+    w2_scale = torch.ones(layout.num_rows, groups) if group_size else torch.ones(layout.num_slots, hidden)
+    slots = [layout.num_slots] * len(widths)
+    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    scores = torch.rand(tokens, len(widths), generator=generator)
+    weights, ids = scores.softmax(-1).topk(top_k)
+    expected = torch.zeros(tokens, hidden, dtype=torch.float64)
+    for i, expert in enumerate(local):
+        slots[expert] = layout.slots[i]
+        if not widths[expert]:
+            continue
+        row, stored = layout.place(i)
+        exact = []
+        for shard, first in (("w1", 2 * row), ("w3", 2 * row + stored), ("w2", row)):
+            weight = torch.randn(widths[expert], hidden, generator=generator).mul(0.2)
+            weight *= torch.rand(widths[expert], 1, generator=generator) + 0.1
+            weight *= torch.rand(1, hidden, generator=generator) + 0.1
+            weight = weight.T.contiguous() if shard == "w2" else weight
+            codes, scale = scheme.quantize(weight, shard)
+            exact.append(dequantize(codes, scale, scheme.block(shard, weight.shape)).double())
+            codes, scale = (codes.view(BITWISE).T, scale.T) if shard == "w2" else (codes.view(BITWISE), scale)
+            rows = slice(first, first + widths[expert])
+            (w2 if shard == "w2" else w13).view(BITWISE)[rows] = codes
+            if shard == "w2" and not group_size:
+                w2_scale[slots[expert]] = scale[0]
+            else:
+                (w2_scale if shard == "w2" else w13_scale)[rows] = scale
+        gate, up, down = exact
+        h = F.silu(x.double() @ gate.T) * (x.double() @ up.T)
+        route = (weights * (ids == expert)).sum(-1).double()
+        expected += route[:, None] * (h @ down.T)
+    scales = Scales(w13_scale, w2_scale)
+    kernel.pack(w13, w2, layout, scales)
+    slots, table = kernel.index_tables(slots, layout)
+    experts = ExpertRows(w13, w2, table, layout.max_width, scales=scales)
+    return Layer(kernel, x, Routes(weights, ids.int(), slots), experts, expected)
+
+
+@pytest.mark.parametrize("kernel", [ReferenceKernel(), pytest.param(CompiledKernel(), marks=needs_op)], ids=type)
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"T{case[0]}-H{case[3]}-g{case[4]}")
+def test_against_dense_fp64(case: tuple, dtype: torch.dtype, kind: str, kernel: RaggedKernel) -> None:
+    built = layer(case, dtype, kind, kernel)
+    output, expected, tolerance = built.run(), built.expected, TOLERANCES[dtype]
+    torch.testing.assert_close(
+        output.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item()
+    )
+    assert (output - expected).norm() <= min(tolerance, 1e-2) * expected.norm()
+    assert torch.equal(output, built.run()), "not repeatable"
+
+
+@needs_op
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_code_is_exact(kind: str, dtype: torch.dtype) -> None:
+    """One weight of down per output, times an activation that is 1 within fp32: silu(gate) of a large gate is gate.
+
+    All 256 codes of int8, -128 too, and of E4M3 with its subnormals and without NaN, stand in every column of a panel.
+    """
+    hidden, width, tokens = 256, 16, 1
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = torch.where((codes & 0x7F == 0x7F) & (kind == "float"), 0, codes)
+    code_dtype = ExpertScheme(type=kind).code_dtype
+    numbers = codes.view(code_dtype).float()
+    layout = RaggedLayout.build([width], [width])
+    kernel = CompiledKernel()
+    for shift in range(0, 32, 5):
+        w13, w2 = (torch.zeros(n * width, hidden, dtype=code_dtype) for n in (2, 1))
+        one = torch.ones(()).to(code_dtype)
+        w13[0, 0] = w13[width, 1] = one
+        w2.view(BITWISE)[0] = codes.roll(shift)
+        scales = Scales(torch.ones(2 * width, 2), torch.ones(width, 2))
+        kernel.pack(w13, w2, layout, scales)
+        slots, table = kernel.index_tables([0], layout)
+        x = torch.zeros(tokens, hidden, dtype=dtype)
+        x[0, :2] = torch.tensor([64.0, 1 / 64])
+        output = torch.empty_like(x)
+        routes = Routes(torch.ones(tokens, 1), torch.zeros(tokens, 1, dtype=torch.int32), slots)
+        kernel.run(output, x, routes, ExpertRows(w13, w2, table, width, scales=scales))
+        assert torch.equal(output[0], numbers.roll(shift).to(dtype))
