@@ -1,17 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arms of a served comparison: which checkpoint runs in which vLLM."""
 
+import argparse
 import os
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
+from benchmarks.random_models import CONFIGS, random_masks
 from benchmarks.variants import keep_all, write_pruned, write_zeroed
+from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.formats.quantized import ExpertScheme
 
 ARMS = ("dense", "zeroed", "unpruned", "pruned")
 SERVER_GIB = 1.75  # resident memory of a CPU server's processes beside weights and KV cache
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that `pruned_models` reads."""
+    parser.add_argument("--model", choices=CONFIGS, help="random weights at this model's size")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.25], help="with --model")
+    storages = ("none", "int8", "fp8")
+    parser.add_argument("--quantize", nargs="+", choices=storages, default=["none"], help="its pruned experts")
+    parser.add_argument("--dense", type=Path, help="a checkpoint instead")
+    parser.add_argument("--pruned", type=Path, nargs="+", help="its pruned versions")
+    parser.add_argument("--work", type=Path, default=Path("build/serving"), help="models and logs")
+
+
+def pruned_models(args: argparse.Namespace) -> dict[str, tuple[NeuronMasks, Path]]:
+    """Label to masks and checkpoint of what is compared with `args.dense`."""
+    if args.model:
+        return _random_models(args)
+    models: dict[str, tuple[NeuronMasks, Path]] = {}
+    for path in args.pruned:
+        masks, checkpoint = NeuronMasks.from_pretrained(path), Checkpoint(path)
+        label = _label(masks.sparsity, checkpoint.expert_scheme)
+        if label in models:
+            raise SystemExit(f"two of the pruned models are {label} sparse; name one of them")
+        if not checkpoint.has_weights:
+            path = write_pruned(args.dense, masks, args.work / f"pruned-{label}")
+        models[label] = masks, path
+    return models
+
+
+def _random_models(args: argparse.Namespace) -> dict[str, tuple[NeuronMasks, Path]]:
+    models: dict[str, tuple[NeuronMasks, Path]] = {}
+    for sparsity, storage in product(args.sparsity, args.quantize):
+        masks = random_masks(CONFIGS[args.model], sparsity)
+        hidden_size = CONFIGS[args.model]["hidden_size"]
+        scheme = None if storage == "none" else ExpertScheme.for_hidden_size(storage, hidden_size)
+        label = _label(masks.sparsity, scheme)
+        models[label] = masks, write_pruned(args.dense, masks, args.work / f"pruned-{label}", scheme)
+    return models
+
+
+def _label(sparsity: float, scheme: ExpertScheme | None) -> str:
+    return f"{sparsity:.0%}{f' {scheme.name}' if scheme else ''}"
 
 
 class Arm(NamedTuple):

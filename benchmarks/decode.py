@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode speed of a dense model in stock vLLM and of its pruned version, two engines asked in turn, no HTTP between.
+"""Decode speed of a dense model in stock vLLM and of its versions with the plugin, engines asked in turn, without HTTP.
 
     python -m benchmarks.decode --dense serving_examples/tiny_qwen3_moe --pruned build/demo/pruned
+    python -m benchmarks.decode --model Qwen3-30B-A3B-3-layers --sparsity 0.25 0.5 --quantize none int8 --batch 1 16 64
 
-Each engine is a process of its own that sleeps while the other works; a round is one `LLM.generate` of each, in
-alternating order. `benchmarks.serving` measures the same through `vllm serve`, with the front end's noise. `--busy 1`
-takes a part of the cores away, as on a machine that does something else too.
+Each engine is a process of its own that sleeps while the others work; a round is one `LLM.generate` of each, in
+alternating order. Arms are those of `benchmarks.serving`, which measures the same through `vllm serve`, with the front
+end's noise. `--busy 1` takes a part of the cores away, as on a machine that does something else too.
 """
 
 import argparse
@@ -18,6 +19,10 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+
+from benchmarks.arms import ARMS, Arm, add_models, build_arms, pruned_models
+from benchmarks.random_models import write_dense
 
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 MAX_MODEL_LEN = 512
@@ -71,10 +76,10 @@ def ask(process: subprocess.Popen, batch: int, output_len: int) -> float:
     return batch * output_len / float(_line(process))
 
 
-def compare(dense: Path, pruned: Path, batches: list[int], rounds: int, output_len: int) -> Iterator[dict]:
-    """Per batch size: output tokens/s of every round of both engines, and the sorted per-round ratios."""
+def compare(arms: dict[str, Arm], batches: list[int], rounds: int, output_len: int) -> Iterator[dict[str, Any]]:
+    """Per batch size and arm: output tokens/s of every round, and sorted ratios to the first arm, round by round."""
     with ExitStack() as stack:
-        engines = {"dense": start(stack, dense, ""), "pruned": start(stack, pruned, None)}
+        engines = {name: start(stack, arm.model, arm.plugins) for name, arm in arms.items()}
         for batch in batches:
             speeds: dict[str, list[float]] = {name: [] for name in engines}
             for number in range(-2, rounds):
@@ -82,14 +87,16 @@ def compare(dense: Path, pruned: Path, batches: list[int], rounds: int, output_l
                     speed = ask(engines[name], batch, output_len)
                     if number >= 0:
                         speeds[name].append(speed)
-            ratios = sorted(p / d for p, d in zip(speeds["pruned"], speeds["dense"], strict=True))
-            yield {"batch": batch, **speeds, "ratios": ratios}
+            first = speeds[next(iter(arms))]
+            for name, found in speeds.items():
+                ratios = sorted(mine / theirs for mine, theirs in zip(found, first, strict=True))
+                yield {"batch": batch, "arm": name, "speeds": found, "ratios": ratios}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dense", type=Path)
-    parser.add_argument("--pruned", type=Path)
+    add_models(parser)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["dense", "unpruned", "pruned"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--output-len", type=int, default=256)
@@ -98,21 +105,24 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return work(args.worker)
-    if not args.dense or not args.pruned:
-        parser.error("--dense and --pruned are both needed")
+    if args.model:
+        args.dense = write_dense(args.model, args.work, weights=True)
+    elif not (args.dense and args.pruned):
+        parser.error("name a --model, or --dense and --pruned")
+    arms = build_arms(args.arms, args.dense, pruned_models(args), "", args.work)
     with ExitStack() as stack:
         for _ in range(args.busy):
             occupy(stack)
-        for row in compare(args.dense, args.pruned, args.batch, args.rounds, args.output_len):
+        for row in compare(arms, args.batch, args.rounds, args.output_len):
             show(row)
 
 
-def show(row: dict) -> None:
+def show(row: dict[str, Any]) -> None:
     ratios, quarter = row["ratios"], len(row["ratios"]) // 4
     print(
-        f"batch {row['batch']:>3}: dense {statistics.median(row['dense']):.0f} tokens/s, pruned "
-        f"{statistics.median(row['pruned']):.0f} tokens/s, ratio {statistics.median(ratios):.3f} (middle half of "
-        f"{len(ratios)} rounds {ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f})",
+        f"batch {row['batch']:>3}, {row['arm']:<12} {statistics.median(row['speeds']):>8.1f} tokens/s, "
+        f"{statistics.median(ratios):.3f} of dense (middle half of {len(ratios)} rounds {ratios[quarter]:.3f} to "
+        f"{ratios[-1 - quarter]:.3f})",
         flush=True,
     )
 

@@ -9,7 +9,7 @@ Masks are those of `fisher` under stored budgets. The change is against the same
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,7 +31,7 @@ STORAGES = ("model", "int8", "fp8")
 
 
 @contextmanager
-def rounded(model: PreTrainedModel, storage: str) -> Iterator[None]:
+def rounded(model: PreTrainedModel, storage: str) -> Generator[None]:
     """Gives experts the values that they have in a storage; their own come back on exit."""
     if storage == "model":
         yield

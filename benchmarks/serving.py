@@ -41,17 +41,14 @@ from pathlib import Path
 import torch
 
 from benchmarks import routing
-from benchmarks.arms import ARMS, Arm, build_arms, check_memory
-from benchmarks.random_models import CONFIGS, SMALL, random_masks, write_dense
+from benchmarks.arms import ARMS, Arm, add_models, build_arms, check_memory, pruned_models
+from benchmarks.random_models import SMALL, WRITTEN, write_dense
 from benchmarks.rows import append_csv
-from benchmarks.variants import write_pruned
 from benchmarks.vllm_server import started, throughput
 from benchmarks.workload import WORKLOADS, Workload, tokens_per_second, vocabulary
 from heapr_vllm.formats.checkpoint import Checkpoint
-from heapr_vllm.formats.masks import NeuronMasks
 
 SERVE_OPTIONS = ("--no-enable-prefix-caching", "--disable-uvicorn-access-log")
-WRITTEN = (SMALL, "tiny")  # models whose random weights go to the disk by default
 
 Speeds = dict[str, dict[str, list[float]]]  # workload to arm to output tokens/s per round
 
@@ -209,23 +206,6 @@ def show(row: dict) -> None:
     )
 
 
-def pruned_models(args: argparse.Namespace) -> dict[str, tuple[NeuronMasks, Path]]:
-    """Label to masks and checkpoint of what is compared with `args.dense`."""
-    if args.model:
-        found = [(random_masks(CONFIGS[args.model], sparsity), None) for sparsity in args.sparsity]
-    else:
-        found = [(NeuronMasks.from_pretrained(path), path) for path in args.pruned]
-    models: dict[str, tuple[NeuronMasks, Path]] = {}
-    for masks, path in found:
-        label = f"{masks.sparsity:.0%}"
-        if label in models:
-            raise SystemExit(f"two of the pruned models are {label} sparse; name one of them")
-        if path is None or not Checkpoint(path).has_weights:
-            path = write_pruned(args.dense, masks, args.work / f"pruned-{label}")
-        models[label] = masks, path
-    return models
-
-
 def parse() -> argparse.Namespace:
     """The command line with its defaults filled in, `dense` written if it is a model of random weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -235,11 +215,8 @@ def parse() -> argparse.Namespace:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="what vLLM is built for; decides the defaults below",
     )
-    parser.add_argument("--model", choices=CONFIGS, help="random weights at this model's size")
+    add_models(parser)
     parser.add_argument("--weights", choices=("written", "dummy"), help="where the random weights come from")
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.25], help="with --model")
-    parser.add_argument("--dense", type=Path, help="a checkpoint instead")
-    parser.add_argument("--pruned", type=Path, nargs="+", help="its pruned versions")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, help="default: decode prefill; CPU: single batch")
     parser.add_argument("--rounds", type=int, default=3)
@@ -250,7 +227,6 @@ def parse() -> argparse.Namespace:
         help="all servers at once, on a CPU the default and on a GPU impossible",
     )
     parser.add_argument("--csv", type=Path, help="append the rows here")
-    parser.add_argument("--work", type=Path, default=Path("build/serving"), help="models and logs")
     parser.add_argument("options", nargs="*", help="further vLLM options for all, after --")
     args = parser.parse_args()
     if args.device == "cpu" and not (args.dense or args.pruned):

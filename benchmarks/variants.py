@@ -11,8 +11,10 @@ import torch
 from heapr_vllm.formats.checkpoint import SIDE_FILES, Checkpoint
 from heapr_vllm.formats.config import MASKS_FILE, PruningConfig
 from heapr_vllm.formats.masks import NeuronMasks, file_sha256
-from heapr_vllm.prune.export.layouts import Compact, Layout, Zeroed
-from heapr_vllm.prune.export.shards import write_shards
+from heapr_vllm.formats.quantized import ExpertScheme
+from heapr_vllm.prune.export.expert_storage import Quantize
+from heapr_vllm.prune.export.layouts import Compact, Zeroed
+from heapr_vllm.prune.export.shards import Stage, write_shards
 
 
 def keep_all(masks: NeuronMasks) -> NeuronMasks:
@@ -22,8 +24,11 @@ def keep_all(masks: NeuronMasks) -> NeuronMasks:
     )
 
 
-def write_pruned(dense: Path, masks: NeuronMasks, output: Path) -> Path:
-    """Compact checkpoint, which the plugin serves; without weights if `dense` has none (`--load-format dummy`)."""
+def write_pruned(dense: Path, masks: NeuronMasks, output: Path, scheme: ExpertScheme | None = None) -> Path:
+    """Compact checkpoint, which the plugin serves; without weights if `dense` has none (`--load-format dummy`).
+
+    `scheme`: how its experts are stored, None in the model's dtype.
+    """
     (output / MASKS_FILE).parent.mkdir(parents=True, exist_ok=True)
     masks.save_pretrained(output)
     block = PruningConfig(
@@ -32,17 +37,21 @@ def write_pruned(dense: Path, masks: NeuronMasks, output: Path) -> Path:
         sparsity=masks.metadata["sparsity"],
         scope=masks.metadata["scope"],
         align=masks.metadata["align"],
+        experts=scheme.to_dict() if scheme else None,
     )
-    return _write(dense, Compact(masks), output, {"quantization_config": block.to_dict()})
+    stages: list[Stage] = [Compact(masks)]
+    if scheme:
+        stages.append(Quantize(Checkpoint(dense), scheme))
+    return _write(dense, stages, output, {"quantization_config": block.to_dict()})
 
 
 def write_zeroed(dense: Path, masks: NeuronMasks, output: Path) -> Path:
     """Checkpoint of the shape of `dense` whose pruned neurons are zero."""
-    return _write(dense, Zeroed(masks), output, {})
+    return _write(dense, [Zeroed(masks)], output, {})
 
 
-def _write(dense: Path, layout: Layout, output: Path, extra: dict[str, Any]) -> Path:
-    """config.json of `dense` with `extra`, its tokenizer, and its weights, if it has any, in another layout."""
+def _write(dense: Path, stages: list[Stage], output: Path, extra: dict[str, Any]) -> Path:
+    """config.json of `dense` with `extra`, its tokenizer, and its weights, if it has any, after `stages`."""
     base = Checkpoint(dense)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.json").write_text(json.dumps({**base.config, **extra}, indent=2) + "\n")
@@ -50,5 +59,5 @@ def _write(dense: Path, layout: Layout, output: Path, extra: dict[str, Any]) -> 
         if (dense / name).is_file():
             shutil.copyfile(dense / name, output / name)
     if base.has_weights:
-        write_shards(base, [layout], output)
+        write_shards(base, stages, output)
     return output

@@ -16,6 +16,7 @@ import torch
 from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.arms import Arm
 from benchmarks.decode import compare
 from benchmarks.vllm_server import serve
 from heapr_vllm.evaluation.perplexity import perplexity
@@ -83,8 +84,9 @@ def ask_served(work: Path, pruned: Path) -> None:
 
 def measure_speed(pruned: Path) -> tuple[float, float]:
     """Median output tokens/s of both models in the same engine, asked in turn."""
-    (row,) = compare(MODEL, pruned, [BATCH], BENCH_ROUNDS, output_len=256)
-    return statistics.median(row["dense"]), statistics.median(row["pruned"])
+    arms = {"dense": Arm(MODEL, ""), "pruned": Arm(pruned, None)}
+    dense, ours = (row["speeds"] for row in compare(arms, [BATCH], BENCH_ROUNDS, output_len=256))
+    return statistics.median(dense), statistics.median(ours)
 
 
 def executed_flops(masks: NeuronMasks, tokens: dict[str, list[int]], hidden_size: int, top_k: int) -> float:

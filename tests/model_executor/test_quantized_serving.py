@@ -68,9 +68,8 @@ def test_reload(name: str, folders: dict[str, Path], stock: dict[str, families.O
         process = engine.run(**arguments, **EAGER, steps=("generate", "reload", "generate"), env=families.ENVIRONMENT)
         for found in engine.results(process):
             assert_same(name, found, stock)
-    process = engine.run(
-        folders[name] / "compact", **EAGER, load_format="dummy", steps=("load for real", "generate"), env=families.ENVIRONMENT
-    )
+    steps = ("load for real", "generate")
+    process = engine.run(folders[name] / "compact", **EAGER, load_format="dummy", steps=steps, env=families.ENVIRONMENT)
     assert_same(name, engine.results(process)[-1], stock)
 
 

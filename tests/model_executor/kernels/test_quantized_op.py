@@ -4,9 +4,6 @@
 `test_op.py` says how to run other instruction sets and AddressSanitizer; here it is `-k "fp64 or code or rows"`.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,12 +16,11 @@ from vllm.platforms import current_platform
 
 from heapr_vllm.formats.quantized import BITWISE, ExpertScheme, dequantize
 from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, Scales
-from heapr_vllm.model_executor.kernels.cpu_compiled import build, extension
+from heapr_vllm.model_executor.kernels.cpu_compiled import extension
 from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import CompiledKernel
 from heapr_vllm.model_executor.kernels.op import register_op
 from heapr_vllm.model_executor.kernels.reference import ReferenceKernel
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
-from tests.model_executor.engine import ROOT
 
 current_platform.import_kernels()
 register_op()
@@ -122,9 +118,7 @@ def layer(case: tuple, dtype: torch.dtype, kind: str, kernel: RaggedKernel) -> L
 def test_against_dense_fp64(case: tuple, dtype: torch.dtype, kind: str, kernel: RaggedKernel) -> None:
     built = layer(case, dtype, kind, kernel)
     output, expected, tolerance = built.run(), built.expected, TOLERANCES[dtype]
-    torch.testing.assert_close(
-        output.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item()
-    )
+    torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
     assert (output - expected).norm() <= min(tolerance, 1e-2) * expected.norm()
     assert torch.equal(output, built.run()), "not repeatable"
 
