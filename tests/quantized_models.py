@@ -17,13 +17,10 @@ from heapr_vllm.formats.quantized import BITWISE, LARGEST_CODE, ExpertScheme, de
 BLOCK = 32  # 128 in released models, where a tiny model's matrices would be one block
 EXPERTS = r".*\.experts\.\d+\.\w+\.weight"
 LINEARS = r".*_proj\.weight"  # attention too
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 FORMATS: dict[str, dict[str, Any]] = {
-    "fp8-block": {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [BLOCK] * 2,
-    },
+    "fp8-block": {**FP8, "weight_block_size": [BLOCK] * 2},
+    "fp8-released": {**FP8, "weight_block_size": [128] * 2},
     "fp8-channel": {"type": "float", "strategy": "channel"},
     "int8-channel": {"type": "int", "strategy": "channel"},
     "int8-linears": {"type": "int", "strategy": "channel"},

@@ -3,13 +3,14 @@
 
 import json
 import shutil
-from itertools import product
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from heapr_vllm.formats.checkpoint import INDEX_FILE
 from heapr_vllm.formats.quantized import BITWISE
 from heapr_vllm.prune import export_checkpoint
 from tests import quantized_models
@@ -18,21 +19,28 @@ from tests.model_executor import engine
 from tools import families
 
 pytestmark = pytest.mark.vllm
-RANKS = ("qwen3_moe+fp8-block", "qwen3_moe+int8-channel", "qwen3_moe+int8")
-FP8, INT8 = "qwen3_moe+fp8-block", "qwen3_moe+int8"
+FP8, INT8 = "deepseek_v3+fp8-block", "qwen3_moe+int8"
+FAST = (FP8, INT8, "qwen3_moe+int8-channel")
+RANKS = ("qwen3_moe+fp8-block", *FAST[1:])
+SLOW = [
+    *(pytest.param(mode, RANKS, id=mode) for mode in ("TP=2", "EP=2", "compile")),
+    *(pytest.param(mode, [n for n in families.QUANTIZED if n not in FAST], id=mode) for mode in ("compact", "masks")),
+]
 EAGER = {"compilation_config": families.CUSTOM_OPS}
 
+Prepare = Callable[[str], Path]
+
 
 @pytest.fixture(scope="module")
-def folders(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folder of every quantized model as `families.prepare` makes it."""
+def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepare:
+    """Finds the folder of a quantized model as `families.prepare` makes it."""
     root = tmp_path_factory.mktemp("quantized")
-    return {name: families.prepare(name, root, corpus) for name in families.QUANTIZED}
+    return lambda name: families.prepare(name, root, corpus)
 
 
 @pytest.fixture(scope="module")
-def stock(folders: dict[str, Path]) -> dict[str, families.Output]:
-    return dict(families.stock(list(folders.values())))
+def stock(prepared: Prepare) -> dict[str, families.Output]:
+    return dict(families.stock([prepared(name) for name in FAST]))
 
 
 def assert_same(name: str, found: families.Output, stock: dict[str, families.Output]) -> None:
@@ -41,54 +49,45 @@ def assert_same(name: str, found: families.Output, stock: dict[str, families.Out
     assert families.same(name, found, stock[name])
 
 
-@pytest.fixture(scope="module")
-def served(folders: dict[str, Path]) -> dict[str, dict[str, families.Output]]:
-    """Mode to model to output."""
-    return {mode: dict(families.serve(list(folders.values()), families.MODES[mode])) for mode in ("compact", "masks")}
-
-
-@pytest.mark.parametrize(("mode", "name"), product(("compact", "masks"), families.QUANTIZED))
-def test_output_equals_stock(
-    mode: str, name: str, served: dict[str, dict[str, families.Output]], stock: dict[str, families.Output]
-) -> None:
-    assert_same(name, served[mode][name], stock)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["TP=2", "EP=2", "compile"])
-def test_modes(mode: str, folders: dict[str, Path], stock: dict[str, families.Output]) -> None:
-    for name, found in families.serve([folders[name] for name in RANKS], families.MODES[mode]):
+@pytest.mark.parametrize("mode", ["compact", "masks"])
+@pytest.mark.parametrize("name", FAST)
+def test_output_equals_stock(mode: str, name: str, prepared: Prepare, stock: dict[str, families.Output]) -> None:
+    """After a reload too: codes, scales and what is rounded while loading come again and are packed from anew."""
+    folder, arguments = prepared(name) / families.MODES[mode].folder, families.MODES[mode].arguments
+    steps = ("generate", "reload", "generate")
+    for found in engine.results(engine.run(folder, steps=steps, env=families.ENVIRONMENT, **EAGER, **arguments)):
         assert_same(name, found, stock)
 
 
-@pytest.mark.parametrize("name", [FP8, INT8])
-def test_reload(name: str, folders: dict[str, Path], stock: dict[str, families.Output]) -> None:
-    """Codes, scales and what is rounded while loading come again, packed from anew; after dummy weights too."""
-    for arguments in ({"model": folders[name] / "compact"}, {"model": folders[name] / "masks", "load_format": "heapr"}):
-        process = engine.run(**arguments, **EAGER, steps=("generate", "reload", "generate"), env=families.ENVIRONMENT)
-        for found in engine.results(process):
-            assert_same(name, found, stock)
+def test_real_weights_after_dummy_ones(prepared: Prepare, stock: dict[str, families.Output]) -> None:
     steps = ("load for real", "generate")
-    process = engine.run(folders[name] / "compact", **EAGER, load_format="dummy", steps=steps, env=families.ENVIRONMENT)
-    assert_same(name, engine.results(process)[-1], stock)
+    process = engine.run(prepared(FP8) / "compact", **EAGER, load_format="dummy", steps=steps, env=families.ENVIRONMENT)
+    assert_same(FP8, engine.results(process)[-1], stock)
 
 
-def test_masks_of_the_unquantized_model_serve_its_sibling(
-    folders: dict[str, Path], corpus: Path, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "names"), SLOW)
+def test_other_modes(mode: str, names: list[str], prepared: Prepare) -> None:
+    folders = [prepared(name) for name in names]
+    expected = dict(families.stock(folders))
+    for name, found in families.serve(folders, families.MODES[mode]):
+        assert_same(name, found, expected)
+
+
+def test_masks_of_the_unquantized_model_serve_its_sibling(prepared: Prepare, corpus: Path, tmp_path: Path) -> None:
     """One calibration for all: the router is the same, so is the fingerprint."""
-    plain, sibling = folders[FP8] / "plain", folders[FP8] / "base"
+    plain, sibling = prepared(FAST[2]) / "plain", prepared(FAST[2]) / "base"
     prune(plain, corpus, tmp_path, sparsity=0.5)
     oracle = quantized_models.dequantized(sibling, tmp_path / "values")
     export_checkpoint(tmp_path / "masks", tmp_path / "zeroed", layout="zeroed", model=str(oracle))
     expected = engine.results(engine.run(tmp_path / "zeroed", env={"VLLM_PLUGINS": ""}))[0]
     extra = {"load_format": "heapr", "model_loader_extra_config": {"base_model": str(sibling)}}
     process = engine.run(tmp_path / "masks", **extra)
-    assert "in fp8" in process.stdout + process.stderr
-    assert families.same(FP8, engine.results(process)[0], expected)
+    assert "in int8" in process.stdout + process.stderr
+    assert families.same(FAST[2], engine.results(process)[0], expected)
     override = {"quantization_config": {"quant_method": "heapr", "masks": str(tmp_path / "masks")}}
     process = engine.run(sibling, hf_overrides=override)
-    assert families.same(FP8, engine.results(process)[0], expected)
+    assert families.same(FAST[2], engine.results(process)[0], expected)
 
 
 def damaged(folder: Path, output: Path, kind: str) -> Path:
@@ -105,6 +104,7 @@ def damaged(folder: Path, output: Path, kind: str) -> Path:
     else:
         tensors[name] = tensors[name].bfloat16()
     save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    (output / INDEX_FILE).unlink()
     return output
 
 
@@ -117,16 +117,16 @@ def damaged(folder: Path, output: Path, kind: str) -> Path:
         ("type", "weights and quantization_config do not belong together"),
     ],
 )
-def test_damage_is_refused(kind: str, message: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    process = engine.run(damaged(folders[FP8] / "compact", tmp_path / kind, kind))
+def test_damage_is_refused(kind: str, message: str, prepared: Prepare, tmp_path: Path) -> None:
+    process = engine.run(damaged(prepared(FP8) / "compact", tmp_path / kind, kind), env=families.ENVIRONMENT)
     assert process.returncode and message in process.stderr
 
 
-def test_other_codes_than_the_bases_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_other_codes_than_the_bases_are_refused(prepared: Prepare, tmp_path: Path) -> None:
     """INT8 is asked for, and the base model has FP8."""
-    shutil.copytree(folders[FP8] / "masks", tmp_path / "masks")
+    shutil.copytree(prepared(FP8) / "masks", tmp_path / "masks")
     config = json.loads((tmp_path / "masks" / "config.json").read_text())
-    compact = json.loads((folders[INT8] / "compact" / "config.json").read_text())
+    compact = json.loads((prepared(INT8) / "compact" / "config.json").read_text())
     config["quantization_config"]["experts"] = compact["quantization_config"]["experts"]
     (tmp_path / "masks" / "config.json").write_text(json.dumps(config))
     process = engine.run(tmp_path / "masks", load_format="heapr")

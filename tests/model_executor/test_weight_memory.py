@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.masks import NeuronMasks
-from tests import tiny_models
+from tests import quantized_models, tiny_models
 from tests.conftest import prune
 from tests.model_executor import engine
 
@@ -70,3 +71,40 @@ def test_loading(name: str, load_format: str, parallel: str, folder: Path) -> No
         assert rank["experts"] == pytest.approx(kept, rel=0.02)
         assert rank["resident"] < rank["parameters"] + OVERHEAD
         assert rank["peak"] < rank["parameters"] + OVERHEAD + shard, "a shard at most above what stays"
+
+
+@pytest.fixture(scope="module")
+def fp8(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base` like DeepSeek-V3, its experts in FP8, `masks` that keep three quarters of it, `compact`."""
+    folder = tmp_path_factory.mktemp("fp8")
+    config = tiny_models.config("deepseek_v3")
+    config.update({"hidden_size": HIDDEN, "n_routed_experts": 16, "moe_intermediate_size": 1024})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder / "plain")
+    tiny_models.tokenizer().save_pretrained(folder / "plain")
+    quantized_models.quantized(folder / "plain", folder / "base", "fp8-released")
+    prune(folder / "base", corpus, folder, sparsity=0.25, num_samples=1)
+    return folder
+
+
+def expert_bytes(checkpoint: Path) -> int:
+    opened = Checkpoint(checkpoint)
+    return sum(opened.tensor_bytes(name) for name in opened.headers if ".experts." in name)
+
+
+@pytest.mark.parametrize(("name", "load_format"), [("compact", "auto"), ("masks", "heapr")])
+def test_pruning_an_fp8_model_makes_it_smaller(name: str, load_format: str, fp8: Path) -> None:
+    """A quarter of the neurons gone, a scale per neuron and 128 of H instead of one per block: 0.78 of the base."""
+    base = expert_bytes(fp8 / "base")
+    assert expert_bytes(fp8 / "compact") <= 0.78 * base
+    process = engine.run(
+        fp8 / name,
+        steps=("loading",),
+        dtype="bfloat16",
+        load_format=load_format,
+        worker_cls="tests.model_executor.measured_worker.Worker",
+        env=COMPILED,
+    )
+    ((rank,),) = engine.results(process)
+    assert rank["experts"] <= 0.78 * base
