@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Codes and scales in memory: what a rank holds of what a checkpoint has, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("vllm")
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.base_quantization import BaseQuantization
+from heapr_vllm.formats.quantized import BITWISE, ExpertScheme, dequantize
+from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
+from heapr_vllm.model_executor.storage.layout import RaggedLayout, round_up
+from heapr_vllm.model_executor.storage.quantized import QuantizedStorage
+from heapr_vllm.model_executor.storage.shares import tensor_parallel_shares
+
+HIDDEN, NEURONS, WIDTHS = 96, 40, (7, 0, 33)
+GROUP = ExpertScheme.for_hidden_size("int8", HIDDEN)
+FLOATS = ExpertScheme.for_hidden_size("fp8", HIDDEN)
+CHANNEL = ExpertScheme(type="int", strategy="channel", group_size=None)
+BLOCKS = BaseQuantization("float", (32, 32), "_scale_inv")
+CHANNELS = BaseQuantization("int", None, "_scale")
+SHARDS = {"w1": "w13", "w3": "w13", "w2": "w2"}
+
+Weights = dict[tuple[int, str], torch.Tensor]
+
+
+def masks(is_compact: bool) -> LayerMasks:
+    """Experts that keep their last neurons."""
+    keep = torch.arange(NEURONS) >= NEURONS - torch.tensor(WIDTHS)[:, None]
+    return LayerMasks("model.layers.0.mlp.experts", keep, None, is_compact)
+
+
+def weights() -> Weights:
+    """Full-size matrices [O, I] of every expert."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w1": (NEURONS, HIDDEN), "w3": (NEURONS, HIDDEN), "w2": (HIDDEN, NEURONS)}
+    return {(e, s): torch.randn(shapes[s], generator=generator) for e in range(len(WIDTHS)) for s in SHARDS}
+
+
+def kept(weight: torch.Tensor, expert: int, shard: str) -> torch.Tensor:
+    first = NEURONS - WIDTHS[expert]
+    return weight[:, first:] if shard == "w2" else weight[first:]
+
+
+class Rank:
+    """A layer and its storage on one of `size` tensor-parallel ranks, stored in widths of 16."""
+
+    def __init__(
+        self, scheme: ExpertScheme, base: BaseQuantization | None, is_compact: bool, rank: int = 0, size: int = 1
+    ) -> None:
+        shares = tensor_parallel_shares(WIDTHS, size, rank, 16)
+        widths = [stop - start for start, stop in shares]
+        layout = RaggedLayout.build(widths, [round_up(width, 16) for width in widths])
+        local_ids = {expert: expert for expert in range(len(WIDTHS))}
+        self.storage = QuantizedStorage(masks(is_compact), local_ids, shares, layout, scheme, base)
+        self.layer = nn.Module()
+        self.storage.create(self.layer, HIDDEN, torch.bfloat16, self.storage.load, {})
+        for parameter in self.layer.parameters():
+            bits = parameter.data.view(BITWISE) if parameter.itemsize == 1 else parameter.data
+            bits.fill_(77)  # nothing is left to chance
+
+    def load(self, tensor: torch.Tensor, expert: int, shard: str, suffix: str = "weight") -> None:
+        name = f"{SHARDS[shard]}_{suffix}"
+        assert self.storage.load(getattr(self.layer, name), tensor, f"layer.{name}", shard, expert)
+
+    def values(self, expert: int, shard: str) -> torch.Tensor:
+        """Neurons [share, H] of an expert's matrix, dequantised."""
+        scales = self.storage.scales(self.layer)
+        rows = self.storage._destination(getattr(self.layer, f"{SHARDS[shard]}_weight"), expert, shard)
+        if shard == "w2" and scales.is_by_channel(HIDDEN):
+            return rows.float() * scales.w2[self.storage.layout.slots[expert]]
+        scale = self.storage._destination(scales.w2 if shard == "w2" else scales.w13, expert, shard)
+        return dequantize(rows, scale, (1, HIDDEN // scale.shape[1]))
+
+
+def stored(weight: torch.Tensor, shard: str, scheme: ExpertScheme, base: BaseQuantization | None) -> tuple:
+    """Codes, scales and values of a matrix in the checkpoint."""
+    if base is None:
+        codes, scale = scheme.quantize(weight, shard)
+        return codes, scale, dequantize(codes, scale, scheme.block(shard, tuple(weight.shape)))
+    scale = torch.rand(base.scale_shape(tuple(weight.shape))) + 0.5
+    block = base.block(tuple(weight.shape))
+    codes = (weight / dequantize(torch.ones_like(weight), scale, block)).to(scheme.code_dtype)
+    return codes, scale, dequantize(codes, scale, block)
+
+
+SOURCES = {
+    "compact": (GROUP, None, True),
+    "compact floats": (FLOATS, None, True),
+    "compact by channel": (CHANNEL, None, True),
+    "masks over blocks": (replace(FLOATS, group_size=32), BLOCKS, False),
+    "masks over channels": (CHANNEL, CHANNELS, False),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_ranks_hold_every_kept_neuron_once(source: str, size: int) -> None:
+    scheme, base, is_compact = SOURCES[source]
+    ranks = [Rank(scheme, base, is_compact, rank, size) for rank in range(size)]
+    expected = {}
+    for (expert, shard), weight in weights().items():
+        codes, scale, values = stored(kept(weight, expert, shard) if is_compact else weight, shard, scheme, base)
+        expected[expert, shard] = values if is_compact else kept(values, expert, shard)
+        for rank in ranks:
+            rank.load(codes, expert, shard)
+            rank.load(scale, expert, shard, f"weight{base.scale_suffix if base else '_scale'}")
+    for rank in ranks:
+        rank.storage.check_complete()
+        rank.storage.zero_padding(rank.layer)
+    for (expert, shard), values in expected.items():
+        found = [rank.values(expert, shard) for rank in ranks if rank.storage.layout.widths[expert]]
+        joined = torch.cat(found) if found else torch.empty(0, HIDDEN)
+        assert torch.equal(joined, values.T if shard == "w2" else values)
+
+
+@pytest.mark.parametrize("scheme", [GROUP, FLOATS], ids=lambda scheme: scheme.name)
+def test_weights_are_rounded_while_they_come(scheme: ExpertScheme) -> None:
+    """Row by row, so that every rank comes to the codes of an export."""
+    rank = Rank(scheme, None, is_compact=False)
+    for (expert, shard), weight in weights().items():
+        rank.load(weight, expert, shard)
+    rank.storage.check_complete()
+    assert dict(rank.layer.named_buffers()).keys() == {"w13_weight_scale", "w2_weight_scale"}, "none of the checkpoint"
+    for (expert, shard), weight in weights().items():
+        if WIDTHS[expert]:
+            part = kept(weight, expert, shard)
+            codes, scale = scheme.quantize(part, shard)
+            values = dequantize(codes, scale, scheme.block(shard, tuple(part.shape)))
+            assert torch.equal(rank.values(expert, shard), values.T if shard == "w2" else values)
+
+
+def test_padding_is_code_0_and_scale_1() -> None:
+    for scheme in (GROUP, CHANNEL):
+        rank = Rank(scheme, None, is_compact=True)
+        rank.storage.zero_padding(rank.layer)
+        row, width = rank.storage.layout.place(0)
+        padded = slice(row + WIDTHS[0], row + width)
+        scales = rank.storage.scales(rank.layer)
+        assert not rank.layer.w2_weight[padded].any() and rank.layer.w2_weight[row : row + WIDTHS[0]].all()
+        for first in (2 * row, 2 * row + width):
+            half = slice(first + WIDTHS[0], first + width)
+            assert not rank.layer.w13_weight[half].any() and bool((scales.w13[half] == 1).all())
+        if scheme is GROUP:
+            assert bool((scales.w2[padded] == 1).all())
+
+
+def test_refused() -> None:
+    rank = Rank(FLOATS, None, is_compact=True)
+    codes, scale = FLOATS.quantize(kept(weights()[0, "w1"], 0, "w1"), "w1")
+    damaged = torch.full(codes.shape, 0x7F, dtype=BITWISE).view(codes.dtype)
+    for tensor, suffix, message in (
+        (damaged, "weight", "not numbers; download or export it again"),
+        (codes[1:], "weight", "6 neurons instead of 7"),
+        (codes.bfloat16(), "weight", "weights and quantization_config do not belong together"),
+        (scale[:, :1], "weight_scale", "scales and weights do not belong together"),
+        (scale * torch.inf, "weight_scale", "not finite"),
+    ):
+        with pytest.raises(HeaprError, match=message):
+            rank.load(tensor, 0, "w1", suffix)
+    rank.load(codes, 0, "w1")
+    with pytest.raises(HeaprError, match="lacks 11 expert tensors, first w1_scale of model.layers.0.mlp.experts.0"):
+        rank.storage.check_complete()
+    rounding = Rank(GROUP, None, is_compact=False)
+    with pytest.raises(HeaprError, match="heapr export --quantize"):
+        rounding.load(torch.zeros(NEURONS, HIDDEN, dtype=torch.int8), 0, "w1")
+    with pytest.raises(HeaprError, match="--quantize none"):
+        Rank(replace(GROUP, group_size=64), None, is_compact=True)
