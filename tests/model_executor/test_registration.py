@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plugin as vLLM finds it."""
 
+import json
 import pickle
+import shutil
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm")
 from vllm.config.load import LoadConfig
@@ -20,6 +23,7 @@ from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.model_executor.model_loader import HeaprModelLoader
 from heapr_vllm.model_executor.quantization import HeaprConfig
+from heapr_vllm.prune import export_checkpoint
 
 
 def test_entry_point_registers_more_than_once() -> None:
@@ -60,14 +64,79 @@ def test_extra_layers_in_the_masks(masks_repository: Path) -> None:
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ({"format_version": 2}, "format_version 2, this heapr-vllm reads up to 1; upgrade"),
+        ({"format_version": 3}, "format_version 3, this heapr-vllm reads up to 2; upgrade"),
         ({"layout": "cubist"}, "layout is 'cubist', expected one of masks, compact"),
-        ({"inner": {"quant_method": "fp8"}}, "quantized experts"),
+        ({"experts": {"num_bits": 4}}, "heapr export --quantize int8"),
     ],
 )
 def test_bad_blocks(block: dict, message: str) -> None:
     with pytest.raises(HeaprError, match=message):
         HeaprConfig.from_config(block)
+
+
+def test_files_of_version_1_are_read() -> None:
+    """What `heapr prune` wrote before experts could be codes."""
+    block = {"format_version": 1, "layout": "compact", "inner": None, "base_model": {"fingerprint": "sha256:0"}}
+    pruning = HeaprConfig.from_config(block).pruning
+    assert pruning.expert_scheme is None and pruning.base_model.fingerprint == "sha256:0"
+
+
+def test_truncated_weights(masks_repository: Path, tmp_path: Path) -> None:
+    export_checkpoint(masks_repository, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    config = HeaprConfig.from_config({"layout": "compact"})
+    with pytest.raises(HeaprError, match=r"model.safetensors is damaged .*; download it again"):
+        config.maybe_update_config(str(tmp_path / "cut"))
+
+
+def over(base: Path, masks_repository: Path, **block: dict) -> None:
+    """What `vllm serve BASE --hf-overrides` does with the masks of a repository."""
+    config = HeaprConfig.from_config({"masks": str(masks_repository), **block})
+    config.maybe_update_config(str(base), SimpleNamespace(num_hidden_layers=3, hidden_size=64))
+
+
+def test_masks_over_another_base(masks_repository: Path, qwen3: Path, tmp_path: Path) -> None:
+    shutil.copytree(qwen3, tmp_path / "tuned")
+    tensors = load_file(tmp_path / "tuned" / "model.safetensors")
+    tensors["model.layers.0.mlp.gate.weight"] += 1
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HeaprError, match='its fingerprint differs.*{"fingerprint": "any"}'):
+        over(tmp_path / "tuned", masks_repository)
+    over(tmp_path / "tuned", masks_repository, base_model={"fingerprint": "any"})
+
+
+@pytest.mark.parametrize(
+    "quantization", [{"quant_method": "gptq"}, {"quant_method": "modelopt", "quant_algo": "NVFP4"}]
+)
+def test_masks_over_a_base_in_another_format(
+    quantization: dict, masks_repository: Path, qwen3: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(qwen3, tmp_path / "base")
+    config = json.loads((qwen3 / "config.json").read_text()) | {"quantization_config": quantization}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(HeaprError, match="not supported yet.*start from the unquantized base model"):
+        over(tmp_path / "base", masks_repository)
+
+
+def loaded_from(model: Path, block: dict, **extra: str) -> str:
+    """Where `--load-format heapr` reads weights."""
+    loader = HeaprModelLoader(LoadConfig(load_format="heapr", model_loader_extra_config=extra))
+    hf_config = SimpleNamespace(quantization_config=block)
+    return loader.base_model_config(SimpleNamespace(model=str(model), revision=None, hf_config=hf_config)).model
+
+
+def test_lost_base_model_names_the_remedy(masks_repository: Path, qwen3: Path) -> None:
+    block = {"quant_method": "heapr", "base_model": {"name_or_path": "/gone/away"}}
+    with pytest.raises(HeaprError, match='--model-loader-extra-config \'{"base_model": "PATH"}'):
+        loaded_from(masks_repository, block)
+    assert loaded_from(masks_repository, block, base_model=str(qwen3)) == str(qwen3)
+
+
+def test_load_format_is_for_masks(masks_repository: Path) -> None:
+    for block in ({"quant_method": "heapr", "layout": "compact"}, {"quant_method": "fp8"}, None):
+        with pytest.raises(HeaprError, match="is not a masks repository; serve it without --load-format heapr"):
+            loaded_from(masks_repository, block)
 
 
 def test_unknown_keys_are_ignored() -> None:

@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.base_quantization import BaseQuantization
 from heapr_vllm.formats.quantized import BITWISE, ExpertScheme, dequantize
+from heapr_vllm.model_executor.storage.dense import DenseStorage
 from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
 from heapr_vllm.model_executor.storage.layout import RaggedLayout, round_up
 from heapr_vllm.model_executor.storage.quantized import QuantizedStorage
@@ -170,3 +171,16 @@ def test_refused() -> None:
         rounding.load(torch.zeros(NEURONS, HIDDEN, dtype=torch.int8), 0, "w1")
     with pytest.raises(HeaprError, match="--quantize none"):
         Rank(replace(GROUP, group_size=64), None, is_compact=True)
+
+
+def test_weights_in_the_models_dtype_are_refused_likewise() -> None:
+    kept_masks = masks(is_compact=True)
+    layout = RaggedLayout.build(WIDTHS, [round_up(width, 16) for width in WIDTHS])
+    storage = DenseStorage(kept_masks, {0: 0}, [(0, 7)], layout)
+    parameter = nn.Parameter(torch.zeros(layout.num_rows, HIDDEN), requires_grad=False)
+    for tensor, message in (
+        (torch.zeros(8, HIDDEN), "has 8 neurons instead of 7"),
+        (torch.zeros(7, HIDDEN, dtype=torch.int8), "config.json names no quantization"),
+    ):
+        with pytest.raises(HeaprError, match=message):
+            storage.load(parameter, tensor, "w13_weight", "w1", 0)
