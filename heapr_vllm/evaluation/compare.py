@@ -18,6 +18,8 @@ from heapr_vllm.formats.config import MASKS_FILE
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.prune.models.loading import check_device
 from heapr_vllm.prune.models.pruned import opened
+from heapr_vllm.prune.report.summary import load_report
+from heapr_vllm.prune.selection.budget import format_size
 from heapr_vllm.prune.text.samples import checkpoint_samples, fingerprint
 
 BACKENDS = ("transformers", "vllm")
@@ -44,7 +46,8 @@ class EvaluationSettings:
 def compare(models: list[str], settings: EvaluationSettings) -> list[dict[str, Any]]:
     """Measures one row per checkpoint directory or Hub id, with `change` of the perplexity against the first.
 
-    Rows hold JSON values only. Pruned models also have their stored reduction, and with the backend "transformers" the
+    Rows hold JSON values only, `weight_bytes` the size of all weights on the disk, None if it is not known. Pruned
+    models also have their stored reduction, and with the backend "transformers" the
     executed one, counted from their routing of this text. Raises HeaprError if a model cannot be loaded, the tokenizers
     differ, lm-eval is missing, or `settings` do not fit together.
     """
@@ -64,8 +67,13 @@ def compare(models: list[str], settings: EvaluationSettings) -> list[dict[str, A
     for name, checkpoint in zip(models, checkpoints, strict=True):
         row = measure(checkpoint, texts[0], settings)
         change = row["perplexity"] / (rows[0] if rows else row)["perplexity"] - 1
-        rows.append({"model": name, **row, "change": change})
+        rows.append({"model": name, "weight_bytes": _weight_bytes(checkpoint), **row, "change": change})
     return rows
+
+
+def _weight_bytes(checkpoint: Checkpoint) -> int | None:
+    """Masks have the size of the checkpoint that `heapr export` makes of them."""
+    return checkpoint.num_bytes() if checkpoint.has_weights else load_report(checkpoint.path).compact_bytes
 
 
 def _text(checkpoint: Checkpoint, settings: EvaluationSettings) -> torch.Tensor:
@@ -121,7 +129,7 @@ def _lm_eval() -> Any:
 def format_comparison(rows: list[dict[str, Any]]) -> str:
     """Aligns the rows as a table, one column per metric of every task."""
     cells = [_cells(row) for row in rows]
-    columns = dict.fromkeys(["model", "perplexity", "change", "stored", "executed"])
+    columns = dict.fromkeys(["model", "size", "perplexity", "change", "stored", "executed"])
     for found in cells:
         columns |= dict.fromkeys(found)
     table = [list(columns)]
@@ -133,6 +141,8 @@ def format_comparison(rows: list[dict[str, Any]]) -> str:
 def _cells(row: dict[str, Any]) -> dict[str, str]:
     """Formats a row, column -> text."""
     cells = {"model": row["model"], "perplexity": f"{row['perplexity']:.3f}", "change": f"{row['change']:+.1%}"}
+    if row["weight_bytes"]:
+        cells["size"] = format_size(row["weight_bytes"])
     for column in ("stored", "executed"):
         if f"{column}_reduction" in row:
             cells[column] = f"{-row[f'{column}_reduction']:.1%}"

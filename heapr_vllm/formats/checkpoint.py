@@ -171,6 +171,14 @@ class Checkpoint:
         """Adds up the size of all weights."""
         return sum(map(self.tensor_bytes, self.headers))
 
+    def dequantized_bytes(self) -> int:
+        """Adds up the size of all weights with codes as bfloat16."""
+        total = 0
+        for name, (_, shape) in self.headers.items():
+            if self.weight_of(name) is None:
+                total += 2 * math.prod(shape) if self.scale_name(name) else self.tensor_bytes(name)
+        return total
+
     def tensor_bytes(self, name: str) -> int:
         dtype, shape = self.headers[name]
         return math.prod(shape) * _ITEM_SIZE[dtype]

@@ -54,7 +54,9 @@ class PruningConfig:
         return ExpertScheme.from_dict(self.experts) if self.experts else None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Lists all fields, and `scale_fmt` of `inner` where vLLM looks for it: beside `quant_method`."""
+        scale_format = {"scale_fmt": self.inner["scale_fmt"]} if self.inner and "scale_fmt" in self.inner else {}
+        return asdict(self) | scale_format
 
     @classmethod
     def from_dict(cls, block: dict[str, Any]) -> "PruningConfig":

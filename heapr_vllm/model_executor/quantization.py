@@ -174,7 +174,9 @@ class HeaprConfig(QuantizationConfig):
 
         pruned = as_pruned(layer)
         refuse_unsupported(pruned, self)
-        return HeaprMoEMethod(pruned.moe_config, self.layer_masks(prefix), *self.storage_formats())
+        scheme, base = self.storage_formats()
+        _note_for_graphs(scheme)
+        return HeaprMoEMethod(pruned.moe_config, self.layer_masks(prefix), scheme, base)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Hands on how vLLM renames modules, which the base model's block names."""
@@ -214,3 +216,14 @@ class HeaprConfig(QuantizationConfig):
     def is_draft_layer(self, prefix: str) -> bool:
         """Whether `prefix` belongs to a multi-token-prediction module, whose experts are never pruned."""
         return is_draft_layer(prefix, self.num_layers)
+
+
+def _note_for_graphs(scheme: ExpertScheme | None) -> None:
+    """Puts how experts are stored into the config that vLLM's cache of compiled graphs is keyed by.
+
+    Masks do not say it: it may come from the base model.
+    """
+    config = get_current_vllm_config_or_none()
+    block = getattr(config.model_config.hf_config, "quantization_config", None) if config else None
+    if isinstance(block, dict):
+        block["stored"] = scheme.to_dict() if scheme else None

@@ -79,6 +79,7 @@ def test_table(compact: Path, masks_repository: Path, qwen3: Path, corpus: Path,
     assert base["change"] == 0 and "stored_reduction" not in base
     assert masked["perplexity"] == small["perplexity"] == pytest.approx(base["perplexity"] * (1 + small["change"]))
     assert masked["stored_reduction"] == NeuronMasks.from_pretrained(compact).sparsity
+    assert masked["weight_bytes"] == small["weight_bytes"] == Checkpoint(compact).num_bytes() < base["weight_bytes"]
     assert 0 < masked["executed_reduction"] < 1
     assert capsys.readouterr().out.strip() == format_comparison(rows)
 

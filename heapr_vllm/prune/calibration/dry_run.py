@@ -109,13 +109,12 @@ def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
     text = checkpoint.config.get("text_config", checkpoint.config)
     tokens = settings.batch_size * settings.max_seq_length
     scale = 2 if settings.dtype == "float32" and text.get("dtype", text.get("torch_dtype")) == "bfloat16" else 1
-    scale *= 2 if checkpoint.base_quantization else 1
     sizes = {
         "moe_layers": len(shapes),
         "experts": sum(experts for experts, _ in shapes.values()),
         "neurons": neurons,
         "calibration_tokens": settings.num_calibration_samples * settings.max_seq_length,
-        "weight_bytes": checkpoint.num_bytes() * scale,
+        "weight_bytes": checkpoint.dequantized_bytes() * scale,
         "accumulator_bytes": 6 * 8 * neurons,
         "logits_bytes": 2 * 4 * tokens * text["vocab_size"],
         "checkpointed_activation_bytes": 4 * tokens * text["hidden_size"] * text["num_hidden_layers"],

@@ -15,6 +15,7 @@ from heapr_vllm.formats.quantized import dequantize
 from heapr_vllm.formats.reader import TensorReader
 from heapr_vllm.prune import CalibrationSettings
 from heapr_vllm.prune.calibration.calibrate import calibrate
+from heapr_vllm.prune.calibration.dry_run import plan
 from heapr_vllm.prune.calibration.moments import SUMS
 from tests import quantized_models, tiny_models
 
@@ -89,3 +90,13 @@ def test_refused(plain: Path, tmp_path: Path) -> None:
     (sibling / "config.json").write_text(json.dumps(config))
     with pytest.raises(HeaprError, match="one scale per tensor"):
         Checkpoint.resolve(sibling).check_unpruned()
+
+
+def test_dry_run_counts_weights_as_they_are_loaded(pair: tuple[Path, Path], corpus: Path) -> None:
+    """Codes become bfloat16 for the calibration; what is exported keeps them."""
+    sibling, values = (Checkpoint(path) for path in pair)
+    codes = [name for name in sibling.headers if sibling.scale_name(name)]
+    as_floats = 4 * sum(torch.Size(values.headers[name][1]).numel() for name in codes)
+    sizes = plan(CalibrationSettings(model=str(sibling.path), dataset=str(corpus), max_seq_length=64))
+    assert sizes["weight_bytes"] == values.num_bytes() - as_floats // 2
+    assert sibling.export_bytes() < sizes["weight_bytes"]
