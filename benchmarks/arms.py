@@ -3,7 +3,6 @@
 
 import argparse
 import os
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,12 +21,25 @@ SERVER_GIB = 1.75  # resident memory of a CPU server's processes beside weights 
 def add_models(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that `pruned_models` reads."""
     parser.add_argument("--model", choices=CONFIGS, help="random weights at this model's size")
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.25], help="with --model")
-    storages = ("none", "int8", "fp8")
-    parser.add_argument("--quantize", nargs="+", choices=storages, default=["none"], help="its pruned experts")
+    parser.add_argument(
+        "--sparsity",
+        type=sparsity,
+        nargs="+",
+        default=[(0.25, None)],
+        metavar="R[:int8|:fp8]",
+        help="with --model: what its pruned versions remove, and store experts as",
+    )
     parser.add_argument("--dense", type=Path, help="a checkpoint instead")
     parser.add_argument("--pruned", type=Path, nargs="+", help="its pruned versions")
     parser.add_argument("--work", type=Path, default=Path("build/serving"), help="models and logs")
+
+
+def sparsity(text: str) -> tuple[float, str | None]:
+    """Parses 0.25 or 0.25:int8, for argparse."""
+    ratio, _, storage = text.partition(":")
+    if storage not in ("", "int8", "fp8"):
+        raise argparse.ArgumentTypeError(f"experts can be stored as int8 or fp8, not {storage}")
+    return float(ratio), storage or None
 
 
 def pruned_models(args: argparse.Namespace) -> dict[str, tuple[NeuronMasks, Path]]:
@@ -48,10 +60,10 @@ def pruned_models(args: argparse.Namespace) -> dict[str, tuple[NeuronMasks, Path
 
 def _random_models(args: argparse.Namespace) -> dict[str, tuple[NeuronMasks, Path]]:
     models: dict[str, tuple[NeuronMasks, Path]] = {}
-    for sparsity, storage in product(args.sparsity, args.quantize):
-        masks = random_masks(CONFIGS[args.model], sparsity)
-        hidden_size = CONFIGS[args.model]["hidden_size"]
-        scheme = None if storage == "none" else ExpertScheme.for_hidden_size(storage, hidden_size)
+    hidden_size = CONFIGS[args.model]["hidden_size"]
+    for ratio, storage in args.sparsity:
+        masks = random_masks(CONFIGS[args.model], ratio)
+        scheme = ExpertScheme.for_hidden_size(storage, hidden_size) if storage else None
         label = _label(masks.sparsity, scheme)
         models[label] = masks, write_pruned(args.dense, masks, args.work / f"pruned-{label}", scheme)
     return models

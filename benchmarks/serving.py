@@ -4,6 +4,7 @@
     python -m benchmarks.serving --model Qwen3-30B-A3B --sparsity 0.25 0.5 --csv benchmarks/results/serving.csv
     python -m benchmarks.serving --model Qwen3-30B-A3B --offline --rounds 2
     python -m benchmarks.serving --device cpu --rounds 4 --csv benchmarks/results/serving_cpu_arms.csv
+    python -m benchmarks.serving --device cpu --sparsity 0.25 0.25:int8
     python -m benchmarks.serving --dense serving_examples/tiny_qwen3_moe --pruned build/demo/pruned --workload chat
 
 Arms, per round in turn: "dense" in stock vLLM; "zeroed", the same shape with the pruned neurons' weights zero, in stock
