@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from heapr_vllm.environment import install_command
 from heapr_vllm.errors import HeaprError, first_line
@@ -20,7 +20,7 @@ from heapr_vllm.prune.models.loading import check_device
 from heapr_vllm.prune.models.pruned import opened
 from heapr_vllm.prune.report.summary import load_report
 from heapr_vllm.prune.selection.budget import format_size
-from heapr_vllm.prune.text.samples import checkpoint_samples, fingerprint
+from heapr_vllm.prune.text.samples import checkpoint_samples, fingerprint, load_tokenizer
 
 BACKENDS = ("transformers", "vllm")
 
@@ -105,7 +105,7 @@ def run_tasks(
 ) -> dict[str, dict[str, float]]:
     """Runs lm-eval; returns task -> metric -> value, as it reports them."""
     lm_eval = _lm_eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+    tokenizer = load_tokenizer(checkpoint)
     harness = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)
     try:
         results = lm_eval.simple_evaluate(model=harness, tasks=list(settings.tasks))["results"]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Generator
@@ -21,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 from heapr_vllm.errors import HeaprError, first_line
 from heapr_vllm.formats.base_quantization import BaseQuantization
 from heapr_vllm.formats.config import QUANT_METHOD, PruningConfig
+from heapr_vllm.formats.folder import inside
 from heapr_vllm.formats.names import ExpertTensor, is_draft_layer, natural_order
 from heapr_vllm.formats.quantized import SCALE_SUFFIX, STORED_DTYPES, ExpertScheme
+from heapr_vllm.formats.schema import Count, Positive, convert, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -39,8 +40,28 @@ TOKENIZER_FILES = (
 SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", "preprocessor_config.json")
 
 _ROUTER = re.compile(r"(?P<module>.+)\.(gate|router)\.weight")
+DOWNLOAD_AGAIN = "download the checkpoint again"
 FINGERPRINT = "routers:"  # fingerprints start with what they are taken of
 FORMER_FINGERPRINT = "sha256:"  # of all tensors
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The fields of a language model's config.json that are read without transformers."""
+
+    hidden_size: Positive | None = None
+    num_hidden_layers: Count | None = None
+    max_position_embeddings: Positive | None = None
+    vocab_size: Positive | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Index:
+    """What is read of `model.safetensors.index.json`: tensor name -> shard file name."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -73,15 +94,15 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return json.loads((self.path / "config.json").read_text())
+        return read_json(inside(self.path, "config.json"), dict[str, Any], DOWNLOAD_AGAIN)
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
         """Tensor name -> shard file name. Raises HeaprError if there are no safetensors or a shard is missing."""
         if (self.path / INDEX_FILE).is_file():
-            weight_map = json.loads((self.path / INDEX_FILE).read_text())["weight_map"]
+            weight_map = read_json(self.path / INDEX_FILE, Index, DOWNLOAD_AGAIN).weight_map
             for shard in sorted(set(weight_map.values())):
-                if not (self.path / shard).is_file():
+                if not inside(self.path, shard).is_file():
                     raise HeaprError(
                         f"{self.path / shard} is missing although {INDEX_FILE} lists it; download the checkpoint again"
                     )
@@ -155,7 +176,7 @@ class Checkpoint:
 
     def is_draft(self, prefix: str) -> bool:
         """Tells whether an MoE module belongs to multi-token prediction, which is never pruned."""
-        return is_draft_layer(prefix, self.config.get("text_config", self.config).get("num_hidden_layers"))
+        return is_draft_layer(prefix, self.text.num_hidden_layers)
 
     def check_readable(self) -> None:
         """Raises HeaprError if a shard is missing, cut short, or lacks a tensor of the index. Reads headers only."""
@@ -210,9 +231,18 @@ class Checkpoint:
         """Counts the weights that can be pruned."""
         return sum(math.prod(shape) for name, (_, shape) in self.headers.items() if self.is_pruned_expert(name))
 
+    @cached_property
+    def text(self) -> TextConfig:
+        """What is read of the language model's config."""
+        config = self.config.get("text_config") or self.config
+        return convert(config, TextConfig, str(self.path / "config.json"), DOWNLOAD_AGAIN)
+
     @property
     def hidden_size(self) -> int:
-        return self.config.get("text_config", self.config)["hidden_size"]
+        """Raises HeaprError if the config does not say."""
+        if self.text.hidden_size is None:
+            raise HeaprError(f"{self.path / 'config.json'} has no hidden_size; {DOWNLOAD_AGAIN}")
+        return self.text.hidden_size
 
     def fingerprint(self) -> str:
         """Computes sha256 over shapes of the routed experts and over the router weights.
@@ -254,10 +284,14 @@ class Checkpoint:
     def quantization(self) -> dict[str, Any] | None:
         """`quantization_config` as config.json has it; of a pruned model that of the plugin."""
         text = self.config.get("text_config") or {}
-        for config, key in ((self.config, "quantization_config"), (text, "quantization_config")):
-            if config.get(key):
-                return config[key]
-        return self.config.get("compression_config")
+        block = (
+            self.config.get("quantization_config")
+            or text.get("quantization_config")
+            or self.config.get("compression_config")
+        )
+        if block is None:
+            return None
+        return convert(block, dict[str, Any], f"{self.path / 'config.json'}: quantization_config", DOWNLOAD_AGAIN)
 
     @cached_property
     def pruning(self) -> PruningConfig | None:

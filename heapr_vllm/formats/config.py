@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `quantization_config` block of a pruned model's config.json, which vLLM hands to the plugin."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.quantized import ExpertScheme
+from heapr_vllm.formats.schema import convert
 
 FORMAT_VERSION = 2  # 2 adds `inner` and `experts`
 
@@ -62,13 +63,10 @@ class PruningConfig:
     def from_dict(cls, block: dict[str, Any]) -> "PruningConfig":
         """Parses the block; unknown keys are ignored, so that later versions may add some.
 
-        Raises HeaprError on a newer format version, an unknown layout, or experts stored in an unknown way.
+        Raises HeaprError on values of another type, a newer format version, an unknown layout, or experts stored in an
+        unknown way.
         """
-        known = {f.name for f in fields(cls)}
-        values = {key: value for key, value in block.items() if key in known}
-        base_keys = {f.name for f in fields(BaseModel)}
-        base = {key: value for key, value in (values.pop("base_model", None) or {}).items() if key in base_keys}
-        config = cls(base_model=BaseModel(**base), **values)
+        config = convert(block, cls, "quantization_config", "create or download the model again")
         if config.format_version > FORMAT_VERSION:
             raise HeaprError(
                 f"quantization_config has format_version {config.format_version}, this heapr-vllm reads "

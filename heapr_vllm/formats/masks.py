@@ -15,8 +15,31 @@ import numpy as np
 import torch
 
 from heapr_vllm.errors import HeaprError, first_line
-from heapr_vllm.formats.config import MASKS_FILE
+from heapr_vllm.formats.config import MASKS_FILE, BaseModel
+from heapr_vllm.formats.schema import Count, Positive, convert
 from heapr_vllm.formats.tensorfile import load_tensors, save_tensors
+
+CREATE_AGAIN = "create or download it again"
+
+
+@dataclass(frozen=True)
+class MasksHeader:
+    """What is believed of the metadata of a masks file.
+
+    `kept`: neurons that stay. `num_neurons`: MoE module prefix -> moe_intermediate_size. The rest says how the masks
+    were made; `tokens`: prefix -> how many calibration tokens each expert got.
+    """
+
+    kept: Count
+    num_neurons: dict[str, Positive]
+    tokens: dict[str, list[Count]] = field(default_factory=dict)
+    base_model: BaseModel | None = None
+    criterion: str | None = None
+    scope: str | None = None
+    align: Positive | None = None
+    sparsity: float | None = None
+    protected: list[str] | None = None
+    prices: dict[str, float] | None = None
 
 
 def pack_bits(keep: torch.Tensor) -> torch.Tensor:
@@ -28,6 +51,20 @@ def unpack_bits(packed: torch.Tensor, num_neurons: int) -> torch.Tensor:
     """Inverts `pack_bits`: uint8 [E, ceil(I/8)] to bool [E, I]."""
     bits = np.unpackbits(packed.numpy(), axis=-1, count=num_neurons, bitorder="little")
     return torch.from_numpy(bits.astype(bool))
+
+
+def _unpacked(path: Path, prefix: str, packed: torch.Tensor, num_neurons: int) -> torch.Tensor:
+    """Does `unpack_bits` with a tensor of the file `path`. Raises HeaprError if it is no such tensor."""
+    is_mask = packed.dtype == torch.uint8 and packed.dim() == 2 and packed.shape[1] == -(-num_neurons // 8)
+    if not is_mask:
+        raise HeaprError(
+            f"{path} is damaged: {prefix} is {packed.dtype} {list(packed.shape)}, masks of {num_neurons} neurons are "
+            f"torch.uint8 [experts, {-(-num_neurons // 8)}]; {CREATE_AGAIN}"
+        )
+    keep = unpack_bits(packed, num_neurons)
+    if not torch.equal(pack_bits(keep), packed):
+        raise HeaprError(f"{path} is damaged: {prefix} has bits beyond its {num_neurons} neurons; {CREATE_AGAIN}")
+    return keep
 
 
 def file_sha256(path: Path) -> str:
@@ -80,9 +117,14 @@ class NeuronMasks:
     def executed_reduction(self, tokens: dict[str, torch.Tensor]) -> float:
         """Computes the fraction of executed routed-expert FLOPs removed.
 
-        `tokens`: prefix -> int64 [num_experts], tokens routed to each expert; a token costs its expert's width.
+        `tokens`: prefix -> int64 [num_experts], tokens routed to each expert; a token costs its expert's width. Raises
+        HeaprError if there are none.
         """
         full = sum(float(count.sum()) * self.keep[prefix].shape[1] for prefix, count in tokens.items())
+        if not full:
+            raise HeaprError(
+                "no expert got a calibration token, so nothing is known of executed FLOPs; calibrate again"
+            )
         kept = sum(float((count * self.widths[prefix]).sum()) for prefix, count in tokens.items())
         return 1 - kept / full
 
@@ -99,21 +141,23 @@ class NeuronMasks:
     def load(cls, path: Path) -> NeuronMasks:
         """Reads a masks file. Raises HeaprError if it is missing, damaged or inconsistent."""
         packed, metadata = load_tensors(path)
-        sizes, kept = metadata.pop("num_neurons", {}), metadata.pop("kept", None)
-        metadata.pop("format_version")
-        if sizes.keys() != packed.keys():
+        header = convert(metadata, MasksHeader, str(path), CREATE_AGAIN)
+        for name in ("num_neurons", "kept", "format_version"):
+            metadata.pop(name, None)
+        if header.num_neurons.keys() != packed.keys():
             raise HeaprError(f"{path} is not a masks file; `heapr prune` writes one")
-        masks = cls({prefix: unpack_bits(packed[prefix], sizes[prefix]) for prefix in sorted(packed)}, metadata)
-        if masks.num_kept != kept:
+        keep = {
+            prefix: _unpacked(path, prefix, packed[prefix], header.num_neurons[prefix]) for prefix in sorted(packed)
+        }
+        masks = cls(keep, metadata)
+        if masks.num_kept != header.kept:
             raise HeaprError(
-                f"{path} is damaged: it keeps {masks.num_kept} neurons, its header says {kept}; "
-                "create or download it again"
+                f"{path} is damaged: it keeps {masks.num_kept} neurons, its header says {header.kept}; {CREATE_AGAIN}"
             )
-        for prefix, tokens in metadata.get("tokens", {}).items():
+        for prefix, tokens in header.tokens.items():
             if len(tokens) != len(masks.keep.get(prefix, ())):
                 raise HeaprError(
-                    f"{path} is damaged: it counts the tokens of {len(tokens)} experts of {prefix}; "
-                    "create or download it again"
+                    f"{path} is damaged: it counts the tokens of {len(tokens)} experts of {prefix}; {CREATE_AGAIN}"
                 )
         return masks
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.schema import convert
 
 GROUP_SIZE = 128
 MIN_GROUP_SIZE = 32  # outputs of a panel of the CPU kernel
@@ -107,10 +108,9 @@ class ExpertScheme:
     @classmethod
     def from_dict(cls, block: dict[str, Any]) -> ExpertScheme:
         """Parses `quantization_config.experts`; unknown keys are ignored. Raises HeaprError if it is not supported."""
-        known = {key: value for key, value in block.items() if key in cls.__dataclass_fields__}
-        if known.get("strategy") == "channel":
-            known.setdefault("group_size", None)
-        return cls(**known)
+        if block.get("strategy") == "channel":
+            block = {"group_size": None, **block}
+        return convert(block, cls, "quantization_config.experts", "create or download the model again")
 
 
 def quantize_rows(rows: torch.Tensor, group_size: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from heapr_vllm.formats.schema import Count, Positive, Seed, read_json
 
 REPAIR_FILE = "heapr/repair.json"
 
@@ -22,13 +24,13 @@ class RepairRecord:
     method: str
     dataset: str
     dataset_fingerprint: str
-    num_samples: int
-    max_seq_length: int
-    seed: int
-    tokens: int
+    num_samples: Positive
+    max_seq_length: Positive
+    seed: Seed
+    tokens: Positive
     prior: float
-    experts: int
-    experts_with_few_tokens: int
+    experts: Positive
+    experts_with_few_tokens: Count
     output_error_removed: float
 
     @classmethod
@@ -37,9 +39,7 @@ class RepairRecord:
         path = checkpoint / REPAIR_FILE
         if not path.is_file():
             return None
-        content = json.loads(path.read_text())
-        known = {each.name for each in fields(cls)}
-        return cls(**{name: value for name, value in content.items() if name in known})
+        return read_json(path, cls, "export again, or remove it")
 
     def write(self, checkpoint: Path) -> None:
         """Writes the record into a checkpoint that has a folder `heapr`."""

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.atomic import atomic_file
+from heapr_vllm.formats.schema import parse_json
 
 FORMAT_VERSION = 1
 METADATA_KEY = "heapr"
@@ -43,7 +44,9 @@ def load_tensors(path: Path, version: int = FORMAT_VERSION) -> tuple[dict[str, t
         raise HeaprError(f"{path} is damaged ({error}); create or download it again") from error
     if header is None:
         raise HeaprError(f"{path} was not written by heapr: its safetensors metadata has no '{METADATA_KEY}' entry")
-    metadata = json.loads(header)
+    metadata = parse_json(header, dict[str, Any], f"{path}: its metadata", "create or download it again")
+    if not isinstance(metadata.get("format_version"), int):
+        raise HeaprError(f"{path} is damaged: its metadata has no format_version; create or download it again")
     if metadata["format_version"] > version:
         raise HeaprError(
             f"{path} has format version {metadata['format_version']}, this heapr-vllm reads up to "

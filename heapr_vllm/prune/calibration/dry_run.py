@@ -106,9 +106,9 @@ def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
     checkpoint.check_unpruned()
     shapes = checkpoint.expert_shapes()
     neurons = sum(experts * width for experts, width in shapes.values())
-    text = checkpoint.config.get("text_config", checkpoint.config)
+    text = checkpoint.text
     tokens = settings.batch_size * settings.max_seq_length
-    scale = 2 if settings.dtype == "float32" and text.get("dtype", text.get("torch_dtype")) == "bfloat16" else 1
+    scale = 2 if settings.dtype == "float32" and (text.dtype or text.torch_dtype) == "bfloat16" else 1
     sizes = {
         "moe_layers": len(shapes),
         "experts": sum(experts for experts, _ in shapes.values()),
@@ -116,8 +116,8 @@ def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
         "calibration_tokens": settings.num_calibration_samples * settings.max_seq_length,
         "weight_bytes": checkpoint.dequantized_bytes() * scale,
         "accumulator_bytes": 6 * 8 * neurons,
-        "logits_bytes": 2 * 4 * tokens * text["vocab_size"],
-        "checkpointed_activation_bytes": 4 * tokens * text["hidden_size"] * text["num_hidden_layers"],
+        "logits_bytes": 2 * 4 * tokens * (text.vocab_size or 0),
+        "checkpointed_activation_bytes": 4 * tokens * checkpoint.hidden_size * (text.num_hidden_layers or 0),
         "output_bytes": 6 * 4 * neurons,
     }
     if not settings.stream:

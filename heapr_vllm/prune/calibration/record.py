@@ -11,6 +11,7 @@ from typing import Any
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.atomic import atomic_file
 from heapr_vllm.formats.quantized import ExpertScheme
+from heapr_vllm.formats.schema import Count, Positive, read_json
 from heapr_vllm.prune.calibration.settings import CalibrationSettings
 
 CALIBRATION_FILE = "calibration.json"
@@ -49,12 +50,12 @@ class CalibrationIdentity(CalibrationSettings):
     None in files of old versions.
     """
 
-    processes: int = 1
+    processes: Positive = 1
     dataset_fingerprint: str = ""
     base_fingerprint: str = ""
-    checkpoint_bytes: int | None = None
-    routed_bytes: int | None = None
-    routed_weights: int | None = None
+    checkpoint_bytes: Count | None = None
+    routed_bytes: Count | None = None
+    routed_weights: Count | None = None
 
     @property
     def sizes(self) -> CheckpointSizes | None:
@@ -68,10 +69,10 @@ class CalibrationRecord(CalibrationIdentity):
     `tokens`: MoE module prefix -> calibration tokens that each expert got. `versions`: package -> version.
     """
 
-    calibration_tokens: int = 0
+    calibration_tokens: Count = 0
     wall_time_seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
-    tokens: dict[str, list[int]] = field(default_factory=dict)
+    tokens: dict[str, list[Count]]
 
     @property
     def settings(self) -> CalibrationSettings:
@@ -79,21 +80,15 @@ class CalibrationRecord(CalibrationIdentity):
         return CalibrationSettings(**{each.name: getattr(self, each.name) for each in fields(CalibrationSettings)})
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> CalibrationRecord:
-        """Parses the file's content; unknown keys are ignored, so that later versions may add some."""
-        known = {each.name for each in fields(cls)}
-        return cls(**{name: value for name, value in content.items() if name in known})
-
-    @classmethod
     def read(cls, folder: Path, remedy: str) -> CalibrationRecord:
-        """Reads calibration.json in `folder`. Raises HeaprError with the `remedy` if it is missing or incomplete."""
+        """Reads calibration.json in `folder`; unknown keys are ignored, so that later versions may add some.
+
+        Raises HeaprError with the `remedy` if it is missing, incomplete or damaged.
+        """
         path = folder / CALIBRATION_FILE
         if not path.is_file():
             raise HeaprError(f"{path} is missing; {remedy}")
-        content = json.loads(path.read_text())
-        if missing := {"model", "dataset", "tokens"} - content.keys():
-            raise HeaprError(f"{path} lacks {', '.join(sorted(missing))}; {remedy}")
-        return cls.from_dict(content)
+        return read_json(path, cls, remedy)
 
     def write(self, folder: Path) -> None:
         """Writes calibration.json into `folder`, atomically."""

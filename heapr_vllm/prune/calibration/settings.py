@@ -10,6 +10,7 @@ import torch
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.formats.schema import Positive, Seed
 from heapr_vllm.prune.text.samples import checkpoint_samples
 
 
@@ -23,10 +24,10 @@ class CalibrationSettings:
 
     model: str
     dataset: str
-    num_calibration_samples: int = 128
-    max_seq_length: int = 2048
-    batch_size: int = 1
-    seed: int = 0
+    num_calibration_samples: Positive = 128
+    max_seq_length: Positive = 2048
+    batch_size: Positive = 1
+    seed: Seed = 0
     dtype: str = "auto"
     revision: str | None = None
     stream: bool = False

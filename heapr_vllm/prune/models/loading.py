@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -41,10 +44,28 @@ def load_model(checkpoint: Checkpoint, dtype: str, device: str) -> PreTrainedMod
         return load_dequantized(checkpoint, dtype, device)
     try:
         if device != "auto":
-            return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype).to(device)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, device_map="auto")
-    except (ImportError, ValueError) as error:  # "auto" needs accelerate
+            return _loaded(checkpoint.path, dtype=dtype).to(device)
+        model = _loaded(checkpoint.path, dtype=dtype, device_map="auto")
+    except HeaprError:
+        raise
+    except (ImportError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:  # "auto" needs accelerate
         raise HeaprError(f"transformers cannot load {checkpoint.path}: {first_line(error)}") from error
     if any(parameter.is_meta for parameter in model.parameters()):
         raise HeaprError(f"{checkpoint.path} does not fit these devices; use --stream with --device cuda or cpu")
     return model
+
+
+def _loaded(path: Path, **how: Any) -> PreTrainedModel:
+    """Loads a model, never code of its own. Raises HeaprError if the checkpoint lacks a weight."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, output_loading_info=True, **how)
+    model, found = loaded
+    check_loaded(path, found)
+    return model
+
+
+def check_loaded(path: Path, found: dict[str, Any]) -> None:
+    """Raises HeaprError if transformers had to make up weights. `found`: its loading info."""
+    if missing := sorted(found["missing_keys"]):
+        raise HeaprError(
+            f"{path} lacks {missing[0]} and {len(missing) - 1} more weights of the model; download the checkpoint again"
+        )

@@ -35,10 +35,12 @@ def empty_model(checkpoint: Checkpoint, dtype: str = "auto") -> PreTrainedModel:
         raise HeaprError(f"streaming and FP8 need the `accelerate` package: {install_command('prune')}") from error
     register_deepseek_model()
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path)
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=run_dtype(checkpoint, dtype))
-    except ValueError as error:
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=run_dtype(checkpoint, dtype), trust_remote_code=False
+            )
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise HeaprError(f"transformers cannot build {checkpoint.path}: {first_line(error)}") from error
     return model.eval().requires_grad_(False)
 
@@ -53,11 +55,11 @@ def load_dequantized(checkpoint: Checkpoint, dtype: str, device: torch.device | 
 
 def run_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     """Finds the dtype the model computes in."""
-    text = checkpoint.config.get("text_config", checkpoint.config)
+    text = checkpoint.text
     if dtype == "auto":
         dtype = (
-            text.get("dtype")
-            or text.get("torch_dtype")
+            text.dtype
+            or text.torch_dtype
             or next(_FLOATS[stored] for stored, _ in checkpoint.headers.values() if stored in _FLOATS)
         )
     return getattr(torch, dtype)

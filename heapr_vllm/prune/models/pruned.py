@@ -19,7 +19,7 @@ from heapr_vllm.formats.quantized import ExpertScheme, dequantize
 from heapr_vllm.formats.reader import TensorReader
 from heapr_vllm.prune.models.deepseek import register_deepseek_model
 from heapr_vllm.prune.models.experts import expert_modules, expert_shapes
-from heapr_vllm.prune.models.loading import load_model
+from heapr_vllm.prune.models.loading import check_loaded, load_model
 from heapr_vllm.prune.models.module_weights import run_dtype
 
 
@@ -97,11 +97,15 @@ def load_compact(checkpoint: Checkpoint, masks: NeuronMasks, dtype: str) -> PreT
             if checkpoint.weight_of(name) is None:
                 tensors[name] = _expand(name, reader.tensor(name), masks)
     register_deepseek_model()
-    config = AutoConfig.from_pretrained(checkpoint.path)
+    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     del config.quantization_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # of a vision-language model the language model
-    return type(model).from_pretrained(None, config=model.config, state_dict=tensors, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # of a VLM the language model
+    model, found = type(model).from_pretrained(
+        None, config=model.config, state_dict=tensors, dtype=dtype, output_loading_info=True
+    )
+    check_loaded(checkpoint.path, found)
+    return model
 
 
 def _expand(name: str, tensor: torch.Tensor, masks: NeuronMasks) -> torch.Tensor:

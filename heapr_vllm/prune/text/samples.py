@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from heapr_vllm.errors import HeaprError
+from heapr_vllm.errors import HeaprError, first_line
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.prune.text.documents import read_documents
 
@@ -44,15 +44,25 @@ def checkpoint_samples(
     checkpoint: Checkpoint, spec: str, num_samples: int, max_seq_length: int, seed: int
 ) -> torch.Tensor:
     """Draws `token_samples` of the dataset `spec` for a checkpoint. Raises HeaprError if it has too few positions."""
-    text = checkpoint.config.get("text_config", checkpoint.config)
-    limit = text.get("max_position_embeddings", max_seq_length)
+    limit = checkpoint.text.max_position_embeddings or max_seq_length
+    if max_seq_length < 2:
+        raise HeaprError("--max-seq-length 1 leaves nothing to predict; pass 2 or more, better hundreds")
     if max_seq_length > limit:
         raise HeaprError(
             f"--max-seq-length {max_seq_length} exceeds the model's {limit} positions; pass --max-seq-length {limit}"
         )
-    return token_samples(
-        read_documents(spec), AutoTokenizer.from_pretrained(checkpoint.path), num_samples, max_seq_length, seed
-    )
+    return token_samples(read_documents(spec), load_tokenizer(checkpoint), num_samples, max_seq_length, seed)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Loads the checkpoint's tokenizer, never code of its own. Raises HeaprError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise HeaprError(
+            f"{checkpoint.path} holds no tokenizer that transformers loads ({first_line(error)}); code of a checkpoint "
+            "is never run, so it needs one of the standard kind"
+        ) from error
 
 
 def fingerprint(samples: torch.Tensor) -> str:
