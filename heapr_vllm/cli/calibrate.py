@@ -35,7 +35,7 @@ def add_calibrate(commands: options.Commands) -> None:
         metavar="B",
         help="does not change the result, beyond rounding in half precision",
     )
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=options.integer, default=0)
     options.placement(command, "cpu, cuda, cuda:1, or auto: one model over all GPUs")
     command.add_argument(
         "--stream",

@@ -30,7 +30,7 @@ def add_eval(commands: options.Commands) -> None:
     )
     command.add_argument("--max-seq-length", type=options.positive, default=2048, metavar="L")
     command.add_argument("--batch-size", type=options.positive, default=8, metavar="B")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=options.integer, default=0)
     command.add_argument(
         "--backend",
         default="transformers",

@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 
 from heapr_vllm import __version__
 from heapr_vllm.cli import options
@@ -40,8 +42,13 @@ def run_env(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for a mistake the user can fix, 130 after Ctrl-C."""
+    """Returns the exit code: 0, 2 for a mistake the user can fix, 1 for one of ours, 130 after Ctrl-C, 143 if killed.
+
+    HEAPR_DEBUG=1 or --debug lets exceptions through, with their traceback.
+    """
     args = build_parser().parse_args(argv)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not sys.stderr.isatty():
         for name, value in NO_PROGRESS_BARS.items():
@@ -49,13 +56,35 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except HeaprError as error:
+        if _is_debugging(args):
+            raise
         print(f"heapr: error: {error}", file=sys.stderr)
         return 2
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeError) as error:
+        if _is_debugging(args):
+            raise
         print(f"heapr: error: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hint = "; --resume continues" if args.run is run_calibrate else ""
         print(f"heapr: interrupted{hint}", file=sys.stderr)
         return 130
+    except Exception as error:
+        if _is_debugging(args):
+            raise
+        print(
+            f"heapr: unexpected {type(error).__name__}: {first_line(error)}. Please report it, with the output of "
+            "`heapr env` and of the same command with HEAPR_DEBUG=1",
+            file=sys.stderr,
+        )
+        return 1
     return 0
+
+
+def _is_debugging(args: argparse.Namespace) -> bool:
+    return args.debug or os.environ.get("HEAPR_DEBUG", "0") not in ("", "0")
+
+
+def _terminated(number: int, frame: object) -> None:
+    """Ends the command as Ctrl-C does, so that temporaries go."""
+    raise SystemExit(128 + number)

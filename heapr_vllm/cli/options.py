@@ -16,6 +16,7 @@ def add_command(
 ) -> argparse.ArgumentParser:
     """Adds a subcommand that calls `run` with its parsed arguments."""
     command = commands.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.set_defaults(run=run)
     return command
 
@@ -62,7 +63,7 @@ def selection(command: argparse.ArgumentParser) -> None:
         choices=("keep", "prune", "error"),
         help="experts without a calibration token (default: keep)",
     )
-    command.add_argument("--seed", type=int, default=0, help="for --criterion random")
+    command.add_argument("--seed", type=integer, default=0, help="for --criterion random")
 
 
 def size(text: str) -> int:
@@ -74,16 +75,23 @@ def size(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    value = int(text)
+    value = integer(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
     return value
 
 
 def not_negative(text: str) -> int:
-    value = int(text)
+    value = integer(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def integer(text: str) -> int:
+    value = int(text)
+    if abs(value) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} does not fit into 64 bits")
     return value
 
 

@@ -15,7 +15,7 @@ from heapr_vllm.evaluation.perplexity import counted_routes, perplexity
 from heapr_vllm.evaluation.served import served_perplexity
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.config import MASKS_FILE
-from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.formats.pruned import read_masks
 from heapr_vllm.prune.models.loading import check_device
 from heapr_vllm.prune.models.pruned import opened
 from heapr_vllm.prune.report.summary import load_report
@@ -85,7 +85,7 @@ def _text(checkpoint: Checkpoint, settings: EvaluationSettings) -> torch.Tensor:
 def _measure_served(checkpoint: Checkpoint, samples: torch.Tensor, settings: EvaluationSettings) -> dict[str, Any]:
     row = {"perplexity": served_perplexity(checkpoint, samples, settings.dtype)}
     if (checkpoint.path / MASKS_FILE).is_file():
-        row["stored_reduction"] = NeuronMasks.from_pretrained(checkpoint.path).sparsity
+        row["stored_reduction"] = read_masks(checkpoint.path).sparsity
     return row
 
 

@@ -4,34 +4,60 @@
 import os
 import re
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
 from heapr_vllm.errors import HeaprError
 
-OWN_FILES = ("heapr/masks.safetensors", "moments.safetensors", "partial.safetensors")
+CALIBRATION, MASKS, CHECKPOINT = "calibration", "masks repository", "exported checkpoint"  # kinds of folders we write
+_MASKS_FILE, _WEIGHTS = "heapr/masks.safetensors", ("model.safetensors", "model.safetensors.index.json")
+_MOMENTS = ("moments.safetensors", "partial.safetensors", "calibration.json")
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(partial|replaced)\.(?P<process>\d+)")
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
-    """Raises HeaprError if `path` exists and may not be replaced."""
+def kind_of(path: Path) -> str | None:
+    """Tells which kind of folder of ours `path` is; None if it is none."""
+    if (path / _MASKS_FILE).exists():
+        return CHECKPOINT if any((path / name).exists() for name in _WEIGHTS) else MASKS
+    return CALIBRATION if any((path / name).exists() for name in _MOMENTS) else None
+
+
+def check_output(path: Path, kind: str, *, overwrite: bool, inputs: Iterable[Path] = (), hint: str = "") -> None:
+    """Raises HeaprError if `path` may not become a folder of this kind.
+
+    It must not be, hold or lie in one of the `inputs`, and may only replace a folder of its own kind. `hint`: another
+    way, for the message that it exists.
+    """
+    place = _real(path)
+    for name in inputs:
+        other = _real(name)
+        if place == other or place in other.parents or other in place.parents:
+            raise HeaprError(f"{path} is, holds or lies in {name}, which is an input; choose another --output")
     if not path.exists() or (path.is_dir() and all(_TEMPORARY.fullmatch(entry.name) for entry in path.iterdir())):
         return
     if not overwrite:
-        raise HeaprError(f"{path} already exists; pass --overwrite to replace it, or choose another --output")
-    if not path.is_dir() or not any((path / name).exists() for name in OWN_FILES):
+        raise HeaprError(f"{path} already exists; pass --overwrite to replace it{hint}, or choose another --output")
+    found = kind_of(path) if path.is_dir() else None
+    if found is None:
         raise HeaprError(f"{path} was not written by heapr, so --overwrite does not touch it; choose another --output")
+    if found != kind:
+        raise HeaprError(f"{path} is a {found}, which a {kind} does not replace; choose another --output, or remove it")
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
 
 
 @contextmanager
-def atomic_directory(path: Path, *, overwrite: bool = False) -> Generator[Path]:
+def atomic_directory(path: Path, kind: str, *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> Generator[Path]:
     """Yields an empty folder that becomes `path` when the block ends well and vanishes when it does not.
 
-    Raises HeaprError if `path` exists and `overwrite` is false, or if it is not a folder heapr wrote.
+    If `path` is a symbolic link, what it points to is replaced. Raises HeaprError as `check_output`.
     """
-    check_output(path, overwrite=overwrite)
+    check_output(path, kind, overwrite=overwrite, inputs=inputs)
+    path = _real(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     partial = path.parent / f".{path.name}.partial.{os.getpid()}"
@@ -39,6 +65,9 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Generator[Path]:
     partial.mkdir()
     try:
         yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _open_to_readers(file)
         if path.exists():
             path.rename(replaced)
         try:
@@ -62,9 +91,17 @@ def atomic_file(path: Path, write: Callable[[Path], object]) -> None:
         write(partial)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
+        _open_to_readers(partial)
         partial.replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open_to_readers(file: Path) -> None:
+    """Gives a file the mode that the user's umask wants: safetensors creates files for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def _remove_leftovers(path: Path) -> None:

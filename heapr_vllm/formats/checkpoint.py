@@ -53,6 +53,7 @@ class TextConfig:
     num_hidden_layers: Count | None = None
     max_position_embeddings: Positive | None = None
     vocab_size: Positive | None = None
+    num_experts_per_tok: Positive | None = None
     dtype: str | None = None
     torch_dtype: str | None = None
 

@@ -22,7 +22,11 @@ def inside(folder: Path, name: str) -> Path:
     allowed = [home]
     if home.parent.name == HUB_CACHE[0]:
         allowed.append(home.parent.parent / HUB_CACHE[1])
-    target = Path(os.path.realpath(path))
+    try:
+        target = Path(os.path.realpath(path))
+        path.exists()
+    except (ValueError, OSError) as error:  # a null byte, or too long
+        raise HeaprError(f"{folder} mentions {name!r}, which is no name of a file ({error})") from error
     if Path(name).is_absolute() or ".." in Path(name).parts or not any(map(target.is_relative_to, allowed)):
         raise HeaprError(f"{folder} mentions {name}, which lies outside of it; nothing outside is read or written")
     return path

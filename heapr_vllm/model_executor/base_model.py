@@ -21,6 +21,11 @@ def base_checkpoint(model: str, pruning: PruningConfig, override: str | None) ->
     if Path(model).is_dir() and Checkpoint(Path(model)).has_weights:
         return Checkpoint(Path(model))
     recorded = pruning.base_model
+    if override is None and Checkpoint(Path(model)).commit and Path(recorded.name_or_path).exists():
+        raise HeaprError(
+            f"{model} was downloaded and names a folder of this machine as its base model, {recorded.name_or_path}; if "
+            f'that is right, say so with --model-loader-extra-config \'{{"{BASE_MODEL_KEY}": "PATH"}}\''
+        )
     try:
         return Checkpoint.resolve(override or recorded.name_or_path, None if override else recorded.revision)
     except HeaprError as error:

@@ -15,6 +15,7 @@ from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.base_quantization import BaseQuantization
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.config import MASKS_FILE, QUANT_METHOD, PruningConfig
+from heapr_vllm.formats.folder import inside
 from heapr_vllm.formats.masks import NeuronMasks, check_masks_sha256, file_sha256, find_masks
 from heapr_vllm.formats.names import is_draft_layer, layer_index
 from heapr_vllm.formats.quantized import ExpertScheme
@@ -145,13 +146,22 @@ class HeaprConfig(QuantizationConfig):
 
     @property
     def masks_path(self) -> Path:
-        """The masks file: inside the model by default, else where the user says. Raises HeaprError if it is missing."""
-        inside = Path(self.model_name) / self.pruning.masks
-        if inside.is_file():
-            return inside
+        """The masks file: inside the model by default, else where the user says on the command line.
+
+        Raises HeaprError if it is missing, or if the model's own config.json names a place outside of the model.
+        """
+        if Path(self.model_name).is_dir() and (Path(self.model_name) / self.pruning.masks).is_file():
+            self._check_named_by_user()
+            return Path(self.model_name) / self.pruning.masks
         if self.pruning.masks == MASKS_FILE:
             return find_masks(self.model_name, self.revision)
+        self._check_named_by_user()
         return find_masks(self.pruning.masks)
+
+    def _check_named_by_user(self) -> None:
+        model = Checkpoint.resolve(self.model_name, self.revision)
+        if model.pruning and model.pruning.masks == self.pruning.masks:
+            inside(model.path, self.pruning.masks)
 
     @cached_property
     def masks(self) -> NeuronMasks:

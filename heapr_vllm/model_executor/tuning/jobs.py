@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ from pathlib import Path
 import torch
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.formats.masks import NeuronMasks, find_masks
+from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.names import natural_order
+from heapr_vllm.formats.pruned import read_masks
 from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, LayerShape
 from heapr_vllm.model_executor.storage.layout import round_up
 from heapr_vllm.model_executor.storage.shares import tensor_parallel_shares
@@ -55,16 +55,15 @@ def jobs_of_model(directory: Path, dtype: torch.dtype | None = None, tp_size: in
 
     `dtype` None takes the model's. Raises HeaprError if `directory` holds no masks or its config names no top-k.
     """
-    masks = NeuronMasks.load(find_masks(str(directory)))
+    masks = read_masks(directory)
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise HeaprError(f"{config_file} is missing; pass the directory that `heapr prune` or `heapr export` wrote")
-    config = json.loads(config_file.read_text())
-    config = config.get("text_config", config)
-    top_k, hidden_size = config.get("num_experts_per_tok"), config.get("hidden_size")
+    text = Checkpoint(directory).text
+    top_k, hidden_size = text.num_experts_per_tok, text.hidden_size
     if not top_k or not hidden_size:
         raise HeaprError(f"{config_file} names no num_experts_per_tok or hidden_size; tune a --shape instead")
-    dtype = dtype or getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
+    dtype = dtype or getattr(torch, str(text.dtype or text.torch_dtype or "bfloat16"))
     jobs: list[Job] = []
     for prefix in sorted(masks.keep, key=lambda prefix: (int(masks.widths[prefix].sum()), natural_order(prefix))):
         widths = _stored(masks.widths[prefix].tolist(), tp_size)

@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from heapr_vllm.environment import versions
-from heapr_vllm.formats.atomic import atomic_file, check_output
-from heapr_vllm.formats.checkpoint import TOKENIZER_FILES, Checkpoint
+from heapr_vllm.formats.atomic import CALIBRATION, atomic_file, check_output
+from heapr_vllm.formats.checkpoint import SIDE_FILES, Checkpoint
+from heapr_vllm.formats.folder import inside
 from heapr_vllm.prune.calibration.in_memory import calibrate_in_memory
 from heapr_vllm.prune.calibration.moments import MOMENTS_FILE, NeuronMoments
 from heapr_vllm.prune.calibration.processes import ALONE, Processes
@@ -40,7 +41,8 @@ def calibrate(
     Raises HeaprError on bad input before anything is written, and if the loss becomes NaN on the way.
     """
     if not (resume and any((output / name).is_file() for name in (PARTIAL_FILE, MOMENTS_FILE, CALIBRATION_FILE))):
-        check_output(output, overwrite=overwrite)
+        inputs = [path for path in map(Path, (settings.model, settings.dataset)) if path.exists()]
+        check_output(output, CALIBRATION, overwrite=overwrite, inputs=inputs, hint=", --resume to continue it")
     device = processes.device(device)
     check_device(device, allow_auto=True)
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
@@ -96,7 +98,7 @@ def calibrate(
 
 def _copy_side_files(checkpoint: Checkpoint, output: Path) -> None:
     """Copies config and tokenizer, with which `heapr prune` makes a repository that vLLM serves."""
-    for name in ("config.json", *TOKENIZER_FILES):
-        if (checkpoint.path / name).is_file():
+    for name in ("config.json", *SIDE_FILES):
+        if inside(checkpoint.path, name).is_file():
             write = partial(shutil.copyfile, checkpoint.path / name)
             atomic_file(output / name, write)

@@ -85,6 +85,22 @@ class LayerMoments:
         return [there[name] for name in names]
 
 
+def _check_layer(path: Path, prefix: str, layer: dict[str, torch.Tensor]) -> None:
+    """Raises HeaprError unless the tensors have the shapes of `LayerMoments` and hold numbers that can be."""
+    matrix = tuple(layer["fisher"].shape)
+    for name, tensor in layer.items():
+        wanted = matrix[:1] if name in ("tokens", *OUTPUTS) else matrix
+        is_right = len(matrix) == 2 and tuple(tensor.shape) == wanted
+        if not is_right or tensor.is_floating_point() == (name == "tokens"):
+            raise HeaprError(
+                f"{path} is damaged: {prefix}.{name} is {tensor.dtype} {list(tensor.shape)}; calibrate again"
+            )
+        if not bool((tensor.isfinite() & (tensor >= 0)).all()):
+            raise HeaprError(f"{path} is damaged: {prefix}.{name} holds negative or infinite values; calibrate again")
+    if not bool(layer["tokens"].any()):
+        raise HeaprError(f"{path} is damaged: no expert of {prefix} got a token; calibrate again")
+
+
 @dataclass(frozen=True)
 class NeuronMoments:
     """The moments of a model.
@@ -107,10 +123,11 @@ class NeuronMoments:
     @property
     def calibration_tokens(self) -> int:
         """Tokens of the calibration text. Raises HeaprError if the metadata does not say."""
-        try:
-            return self.metadata["num_calibration_samples"] * self.metadata["max_seq_length"]
-        except KeyError as error:
-            raise HeaprError(f"the moments' metadata lacks {error}; calibrate again") from error
+        wanted = ("num_calibration_samples", "max_seq_length")
+        counts = [self.metadata.get(name) for name in wanted]
+        if not all(isinstance(count, int) and count > 0 for count in counts):
+            raise HeaprError(f"the moments' metadata names no {' and '.join(wanted)}; calibrate again")
+        return counts[0] * counts[1]
 
     def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes all sums and norms in `dtype` and the metadata to `path`, atomically."""
@@ -131,6 +148,8 @@ class NeuronMoments:
             layers.setdefault(prefix, {})[name] = tensors[key]
         if not layers or any(layer.keys() != wanted for layer in layers.values()):
             raise HeaprError(f"{path} is not a complete moments file; `heapr calibrate` writes one")
+        for prefix, layer in layers.items():
+            _check_layer(path, prefix, layer)
         return cls({prefix: LayerMoments(**layer) for prefix, layer in layers.items()}, metadata)
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Protocol
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.formats.atomic import atomic_directory, check_output
+from heapr_vllm.formats.atomic import CHECKPOINT, atomic_directory, check_output
 from heapr_vllm.formats.checkpoint import SIDE_FILES, Checkpoint
 from heapr_vllm.formats.config import FORMAT_VERSION, PruningConfig
-from heapr_vllm.formats.masks import NeuronMasks, check_masks_sha256, find_masks
+from heapr_vllm.formats.folder import inside
+from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.formats.pruned import read_masks
 from heapr_vllm.formats.repair_record import REPAIR_FILE, RepairRecord
 from heapr_vllm.prune.calibration.record import CalibrationRecord
 from heapr_vllm.prune.export.expert_storage import ExpertStorage
@@ -57,10 +59,8 @@ class ExportInputs:
 
         Raises HeaprError if the masks are damaged or belong to another model; `verify` false skips the fingerprint.
         """
-        masks_file = find_masks(str(masks_dir))
         pruning = read_pruning_config(masks_dir)
-        check_masks_sha256(masks_file, pruning.masks_sha256)
-        masks = NeuronMasks.load(masks_file)
+        masks = read_masks(masks_dir)
         recorded = pruning.base_model
         base = Checkpoint.resolve(model or recorded.name_or_path, recorded.revision if not model else None)
         base.check_unpruned()
@@ -97,9 +97,8 @@ def export_checkpoint(
     """
     layout = current_name(layout)
     inputs = ExportInputs.read(masks_dir, model=model, verify=verify)
-    if output.resolve() in (inputs.base.path.resolve(), masks_dir.resolve()):
-        raise HeaprError(f"{output} is the input of this export; choose another --output")
-    check_output(output, overwrite=overwrite)
+    sources = [inputs.base.path, masks_dir]
+    check_output(output, CHECKPOINT, overwrite=overwrite, inputs=sources)
     wish = inputs.pruning.expert_scheme
     storage = ExpertStorage.choose(inputs.base, quantize, layout=layout, wish=wish, repaired=repair is not None)
     fitted = None
@@ -108,7 +107,7 @@ def export_checkpoint(
         folder = output.with_name(f".{output.name}.repair")
         fitted = repair.fit(inputs.base, inputs.masks, inputs.calibration, folder)
         stages.insert(0, fitted)
-    with atomic_directory(output, overwrite=overwrite) as folder:
+    with atomic_directory(output, CHECKPOINT, overwrite=overwrite, inputs=sources) as folder:
         write_shards(inputs.base, stages, folder, storage.is_verbatim)
         _write_side_files(inputs, layout, storage, fitted.record if fitted else None, folder)
     if fitted is not None:
@@ -120,7 +119,7 @@ def _write_side_files(
 ) -> None:
     """Writes all that is not weights: tokenizer, masks, records, card and config.json."""
     for name in SIDE_FILES:
-        if (inputs.base.path / name).is_file():
+        if inside(inputs.base.path, name).is_file():
             shutil.copyfile(inputs.base.path / name, folder / name)
     ignore = shutil.ignore_patterns(Path(REPAIR_FILE).name)
     shutil.copytree(inputs.masks_dir / "heapr", folder / "heapr", ignore=ignore)

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.formats.atomic import atomic_directory
-from heapr_vllm.formats.checkpoint import TOKENIZER_FILES, Checkpoint
+from heapr_vllm.formats.atomic import MASKS, atomic_directory
+from heapr_vllm.formats.checkpoint import SIDE_FILES, Checkpoint
 from heapr_vllm.formats.config import MASKS_FILE, BaseModel, PruningConfig
+from heapr_vllm.formats.folder import inside
 from heapr_vllm.formats.masks import NeuronMasks, file_sha256
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationRecord
 from heapr_vllm.prune.report.card import model_card
 from heapr_vllm.prune.report.summary import FRONTIER_FILE
+from heapr_vllm.prune.selection.sweep import Frontier
 
 
 def write_masks_repository(
@@ -25,7 +27,7 @@ def write_masks_repository(
     output: Path,
     *,
     overwrite: bool = False,
-    frontier: dict[str, Any] | None = None,
+    frontier: Frontier | None = None,
     scheme: ExpertScheme | None = None,
 ) -> None:
     """Writes masks with the base model's config and tokenizer: under 1 MiB, and vLLM serves it like an adapter.
@@ -36,10 +38,10 @@ def write_masks_repository(
     """
     record = CalibrationRecord.read(calibration, "`heapr calibrate` writes it")
     base = Checkpoint(calibration)  # its config.json
-    with atomic_directory(output, overwrite=overwrite) as folder:
+    with atomic_directory(output, MASKS, overwrite=overwrite, inputs=[calibration]) as folder:
         masks.save_pretrained(folder)
-        for name in TOKENIZER_FILES:
-            if (calibration / name).is_file():
+        for name in SIDE_FILES:
+            if inside(calibration, name).is_file():
                 shutil.copyfile(calibration / name, folder / name)
         shutil.copyfile(calibration / CALIBRATION_FILE, folder / "heapr" / CALIBRATION_FILE)
         if frontier is not None:
@@ -59,12 +61,10 @@ def write_masks_repository(
 
 def read_pruning_config(masks_dir: Path) -> PruningConfig:
     """Reads `quantization_config` of a masks repository. Raises HeaprError if it is none."""
-    config_file = masks_dir / "config.json"
-    config = json.loads(config_file.read_text()) if config_file.is_file() else {}
-    pruning = config.get("quantization_config")
-    if pruning is None or pruning.get("quant_method") != "heapr":
+    pruning = Checkpoint(masks_dir).pruning if (masks_dir / "config.json").is_file() else None
+    if pruning is None:
         raise HeaprError(f"{masks_dir} is not a masks repository; `heapr prune` writes one")
-    return PruningConfig.from_dict(pruning)
+    return pruning
 
 
 def write_config(folder: Path, config: dict[str, Any], quantization: dict[str, Any] | None) -> None:

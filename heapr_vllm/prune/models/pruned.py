@@ -15,6 +15,7 @@ from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.names import ExpertTensor
+from heapr_vllm.formats.pruned import read_masks
 from heapr_vllm.formats.quantized import ExpertScheme, dequantize
 from heapr_vllm.formats.reader import TensorReader
 from heapr_vllm.prune.models.deepseek import register_deepseek_model
@@ -35,7 +36,7 @@ def opened(checkpoint: Checkpoint, dtype: str, device: str) -> Generator[tuple[P
     if pruning is None:
         yield load_model(checkpoint, dtype, device), None
         return
-    masks = NeuronMasks.from_pretrained(checkpoint.path)
+    masks = read_masks(checkpoint.path)
     if pruning.layout == "compact":
         yield load_compact(checkpoint, masks, dtype).to(device), masks
         return

@@ -9,6 +9,8 @@ from typing import Any
 from heapr_vllm.environment import install_command
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune.report.summary import Summary, format_reductions
+from heapr_vllm.prune.selection.selector import Point
+from heapr_vllm.prune.selection.sweep import Frontier
 
 KINDS = {"stored": "stored neurons removed", "executed": "executed expert FLOPs removed"}
 
@@ -46,19 +48,23 @@ def plot_report(summary: Summary, path: Path) -> None:
     figure.savefig(path, dpi=140)
 
 
-def _draw_frontier(curves: dict[str, Any], panels: Any) -> None:
+def _reduction(point: Point, kind: str) -> float:
+    return point["stored_reduction"] if kind == "stored" else point["executed_reduction"]
+
+
+def _draw_frontier(curves: Frontier, panels: Any) -> None:
     """Draws the predicted loss over the stored and over the executed reduction, for budgets of both kinds."""
     for axes, kind in zip(panels, KINDS, strict=True):
         for budget, style in (("stored", "-"), ("executed", "--")):
             points = curves[budget]
             axes.plot(
-                [point[f"{kind}_reduction"] for point in points],
+                [_reduction(point, kind) for point in points],
                 [point["loss_increase"] for point in points],
                 style,
                 label=f"{budget} budgets",
             )
         axes.plot(
-            curves["chosen"][f"{kind}_reduction"],
+            _reduction(curves["chosen"], kind),
             curves["chosen"]["loss_increase"],
             "k*",
             markersize=10,

@@ -3,21 +3,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.names import natural_order
+from heapr_vllm.formats.pruned import read_masks
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.formats.repair_record import RepairRecord
+from heapr_vllm.formats.schema import read_json
 from heapr_vllm.prune.calibration.record import CalibrationRecord
 from heapr_vllm.prune.selection.budget import format_size
-from heapr_vllm.prune.selection.sweep import format_perplexity
+from heapr_vllm.prune.selection.sweep import Frontier
 
 FRONTIER_FILE = "frontier.json"
 FAR_BEHIND = 0.5  # of the stored reduction: an executed one below that deserves a note
@@ -48,7 +50,7 @@ class Summary:
     widths: dict[str, list[int]]
     metadata: dict[str, Any]
     repair: RepairRecord | None = None
-    frontier: dict[str, Any] | None = None
+    frontier: Frontier | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Lists what is known, JSON values only."""
@@ -57,19 +59,30 @@ class Summary:
 
 def load_report(directory: Path) -> Summary:
     """Summarizes a masks repository or an exported checkpoint. Raises HeaprError if it is neither."""
-    masks = NeuronMasks.from_pretrained(directory)
+    masks = read_masks(directory)
     calibration = CalibrationRecord.read(directory / "heapr", "run `heapr prune` again")
     frontier = directory / "heapr" / FRONTIER_FILE
     checkpoint = Checkpoint(directory)
     pruning = checkpoint.pruning if (directory / "config.json").is_file() else None
+    check_counts(masks, calibration, directory)
     summary = summarize(masks, calibration, pruning.expert_scheme if pruning else None)
     if checkpoint.has_weights:
         summary = replace(summary, compact_bytes=checkpoint.num_bytes())
     return replace(
         summary,
         repair=RepairRecord.read(directory),
-        frontier=json.loads(frontier.read_text()) if frontier.is_file() else None,
+        frontier=read_json(frontier, Frontier, "run `heapr prune` again") if frontier.is_file() else None,
     )
+
+
+def check_counts(masks: NeuronMasks, calibration: CalibrationRecord, directory: Path) -> None:
+    """Raises HeaprError unless the calibration counted the tokens of just the experts that have masks."""
+    counted = {prefix: len(tokens) for prefix, tokens in calibration.tokens.items()}
+    if counted != {prefix: len(keep) for prefix, keep in masks.keep.items()}:
+        raise HeaprError(
+            f"{directory}: calibration.json counts the tokens of other experts than the masks have; run `heapr prune` "
+            "again"
+        )
 
 
 def summarize(masks: NeuronMasks, calibration: CalibrationRecord, scheme: ExpertScheme | None = None) -> Summary:
@@ -155,8 +168,8 @@ def _choice(summary: Summary) -> list[str]:
     if summary.frontier is not None:
         loss = summary.frontier["chosen"]["loss_increase"]
         lines.append(
-            f"predicted loss increase, neurons taken one by one: {loss:.4f} nats per token (perplexity "
-            f"{format_perplexity(loss)}), criterion {summary.frontier['criterion']}"
+            f"predicted loss increase if neurons did not interact, criterion {summary.frontier['criterion']}: "
+            f"{loss:.4f} nats per token. It ranks choices; what is lost is several times that: `heapr eval` measures it"
         )
     if prices := summary.metadata.get("prices"):
         lines.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -16,6 +16,14 @@ from heapr_vllm.prune.selection.budget import Budget, Prices, choose
 from heapr_vllm.prune.selection.criteria import score
 from heapr_vllm.prune.selection.neuron_blocks import NeuronBlocks
 from heapr_vllm.prune.selection.super_experts import DEFAULT_PROTECTION, super_experts
+
+
+class Point(TypedDict):
+    """What a choice does, as far as moments tell: fractions removed, and nats per token."""
+
+    stored_reduction: float
+    executed_reduction: float
+    loss_increase: float
 
 
 class Selector:
@@ -102,14 +110,14 @@ class Selector:
         kept, prices = self.keep(budget)
         return NeuronMasks(self.blocks.masks(kept), {**self.metadata, **_record(budget, prices)})
 
-    def point(self, kept: torch.Tensor) -> dict[str, float]:
+    def point(self, kept: torch.Tensor) -> Point:
         """Predicts what keeping the blocks `kept` does: both reductions and the increase of the loss per token."""
         frequency = self.blocks.frequency
-        return {
-            "stored_reduction": 1 - kept.double().mean().item(),
-            "executed_reduction": 1 - (frequency[kept].sum() / frequency.sum()).item(),
-            "loss_increase": self.block_loss[~kept].sum().item(),
-        }
+        return Point(
+            stored_reduction=1 - kept.double().mean().item(),
+            executed_reduction=1 - (frequency[kept].sum() / frequency.sum()).item(),
+            loss_increase=self.block_loss[~kept].sum().item(),
+        )
 
 
 def select(

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypedDict
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune.calibration.moments import NeuronMoments
 from heapr_vllm.prune.selection.budget import Budget
-from heapr_vllm.prune.selection.selector import Selector
+from heapr_vllm.prune.selection.selector import Point, Selector
 
 RATIOS = (0.1, 0.2, 0.25, 0.4, 0.5)
 FRONTIER_RATIOS = tuple(percent / 100 for percent in range(5, 100, 5))
@@ -27,16 +27,30 @@ def budgets(ratios: Iterable[float]) -> list[Budget]:
     return [Budget(stored=ratio) for ratio in ratios] + [Budget(executed=ratio) for ratio in ratios]
 
 
-def frontier(selector: Selector, budget: Budget) -> dict[str, Any]:
+class Frontier(TypedDict):
+    """The content of frontier.json: the choice made, and choices along budgets of either kind."""
+
+    criterion: str
+    chosen: Point
+    stored: list[Point]
+    executed: list[Point]
+
+
+def frontier(selector: Selector, budget: Budget) -> Frontier:
     """Computes reductions and predicted loss of the choice made (`chosen`) and along budgets of either kind."""
-    curves: dict[str, list[dict[str, float]]] = {"stored": [], "executed": []}
+    curves: dict[str, list[Point]] = {"stored": [], "executed": []}
     for other in budgets(FRONTIER_RATIOS):
         try:
             kept, _ = selector.keep(other)
         except HeaprError:  # out of reach, as are the larger ones
             continue
         curves["executed" if other.stored is None else "stored"].append(selector.point(kept))
-    return {"criterion": selector.metadata["criterion"], "chosen": selector.point(selector.keep(budget)[0]), **curves}
+    return Frontier(
+        criterion=str(selector.metadata["criterion"]),
+        chosen=selector.point(selector.keep(budget)[0]),
+        stored=curves["stored"],
+        executed=curves["executed"],
+    )
 
 
 def sweep(

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hostile versions of valid files: what a JSON document becomes when one or two of its values do."""
+
+import copy
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from hypothesis import strategies as st
+
+DEEP = "[" * 100_000  # JSON that no parser should recurse into
+NUMBERS = (0, 1, -1, 7, 2**31, 2**53 + 1, 2**63, -(2**63) - 1, 10**400, 0.5, -0.5, 1e308)
+TEXTS = ("", "1", "x", "/etc/passwd", "../../x", "heapr/../../x", "\x00", "\ud800", "é" * 300)
+HOLDERS = ([], [[]], [0], [-1], ["x"], {}, {"": {}}, {"x": []}, {"model.layers.0.mlp.experts": [10**30]})
+HOSTILE = st.sampled_from([None, True, False, *NUMBERS, *TEXTS, *HOLDERS])
+
+Path = tuple[str | int, ...]
+
+
+def paths(value: Any, here: Path = ()) -> Iterator[Path]:
+    """Yields the place of every value in a document, the document first."""
+    yield here
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        yield from paths(entry, (*here, key))
+
+
+def changed(document: Any, path: Path, value: Any) -> Any:
+    """The document with another value at a place; DELETED removes it."""
+    if not path:
+        return value
+    document = copy.deepcopy(document)
+    parent = document
+    for key in path[:-1]:
+        parent = parent[key]
+    if value is DELETED:
+        del parent[path[-1]]
+    else:
+        parent[path[-1]] = value
+    return document
+
+
+DELETED = object()
+
+
+@st.composite
+def documents(draw: st.DrawFn, valid: Any) -> str:
+    """Text of a JSON document: the valid one, with one or two values changed, removed, or the text itself damaged."""
+    document = valid
+    for _ in range(draw(st.integers(1, 2))):
+        path = draw(st.sampled_from(list(paths(document))))
+        value = draw(st.one_of(HOSTILE, st.just(DELETED))) if path else draw(HOSTILE)
+        document = changed(document, path, value)
+    text = json.dumps(document)
+    kind = draw(st.sampled_from(["as it is"] * 8 + ["cut", "NaN", "deep", "bytes"]))
+    if kind == "cut":
+        return text[: draw(st.integers(0, len(text)))]
+    if kind == "NaN":
+        return text.replace("0", "NaN", 1)
+    if kind == "deep":
+        return DEEP
+    return text + "\x00" if kind == "bytes" else text
