@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.formats.atomic import atomic_directory, atomic_file, check_output
+from heapr_vllm.formats.atomic import CALIBRATION, CHECKPOINT, MASKS, atomic_directory, atomic_file, check_output
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_leftovers_of_a_directory(ended: int, tmp_path: Path) -> None:
     for path in (*gone, *kept):
         path.mkdir()
         (path / "model.safetensors").write_bytes(b"half")
-    with atomic_directory(tmp_path / "out") as folder:
+    with atomic_directory(tmp_path / "out", MASKS) as folder:
         (folder / "config.json").write_text("{}")
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "out", *kept])
 
@@ -36,8 +36,59 @@ def test_leftovers_of_a_directory(ended: int, tmp_path: Path) -> None:
 def test_leftovers_of_a_file(ended: int, tmp_path: Path) -> None:
     (tmp_path / f".a.json.partial.{ended}").mkdir()
     (tmp_path / f".a.json.partial.{ended}" / "a.json").write_text("half")
-    check_output(tmp_path, overwrite=False)  # nothing else is there: the folder counts as empty
+    check_output(tmp_path, MASKS, overwrite=False)  # nothing else is there: the folder counts as empty
     atomic_file(tmp_path / "a.json", lambda path: path.write_text("whole"))
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(HeaprError, match="already exists"):
-        check_output(tmp_path, overwrite=False)
+        check_output(tmp_path, MASKS, overwrite=False)
+
+
+def folder_of(kind: str, path: Path) -> Path:
+    """A folder of ours with the files that tell its kind."""
+    files = {
+        CALIBRATION: ["moments.safetensors"],
+        MASKS: ["heapr/masks.safetensors"],
+        CHECKPOINT: ["heapr/masks.safetensors", "model.safetensors.index.json"],
+    }
+    for name in files[kind]:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text("")
+    return path
+
+
+def test_a_folder_is_replaced_by_its_own_kind_only(tmp_path: Path) -> None:
+    for kind in (CALIBRATION, MASKS, CHECKPOINT):
+        folder = folder_of(kind, tmp_path / kind)
+        check_output(folder, kind, overwrite=True)
+        for other in {CALIBRATION, MASKS, CHECKPOINT} - {kind}:
+            with pytest.raises(HeaprError, match=f"is a {kind}, which a {other} does not replace"):
+                check_output(folder, other, overwrite=True)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(HeaprError, match="was not written by heapr"):
+        check_output(tmp_path / "notes", MASKS, overwrite=True)
+    with pytest.raises(HeaprError, match="pass --overwrite to replace it, --resume to continue it, or choose"):
+        check_output(tmp_path / CALIBRATION, CALIBRATION, overwrite=False, hint=", --resume to continue it")
+
+
+def test_inputs_are_never_written_to(tmp_path: Path) -> None:
+    """Itself, above it, below it, and all of that by another name."""
+    source = folder_of(MASKS, tmp_path / "a" / "masks")
+    (tmp_path / "link").symlink_to(source)
+    for output in (source, tmp_path / "a", source / "sub" / "out", tmp_path / "link", tmp_path / "link" / "out"):
+        with pytest.raises(HeaprError, match="which is an input; choose another --output"):
+            check_output(output, MASKS, overwrite=True, inputs=[source])
+    check_output(tmp_path / "a" / "masks2", MASKS, overwrite=False, inputs=[source])
+
+
+def test_a_link_is_written_through_and_files_are_readable(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "place")
+    for text in ("1", "2"):
+        with atomic_directory(tmp_path / "link", CALIBRATION, overwrite=True) as folder:
+            (folder / "moments.safetensors").write_text(text)
+            (folder / "moments.safetensors").chmod(0o600)
+    written = tmp_path / "place" / "moments.safetensors"
+    assert (tmp_path / "link").is_symlink() and written.read_text() == "2"
+    mask = os.umask(0)
+    os.umask(mask)
+    assert written.stat().st_mode & 0o777 == 0o666 & ~mask

@@ -17,7 +17,7 @@ PREFIX = "model.layers.0.mlp.experts"
 
 
 def record(**changes: object) -> CalibrationRecord:
-    return CalibrationRecord.from_dict({"model": "m", "dataset": "d", "tokens": {PREFIX: [30, 10, 0]}} | changes)
+    return CalibrationRecord(**{"model": "m", "dataset": "d", "tokens": {PREFIX: [30, 10, 0]}} | changes)
 
 
 def masks() -> NeuronMasks:
@@ -65,9 +65,10 @@ def test_the_record_on_disk(calibration: Path, tmp_path: Path) -> None:
     found.write(tmp_path)
     assert (tmp_path / CALIBRATION_FILE).read_text() == content
     later = json.loads(content) | {"of_a_later_version": 1}
-    assert CalibrationRecord.from_dict(later) == found
+    (tmp_path / CALIBRATION_FILE).write_text(json.dumps(later))
+    assert CalibrationRecord.read(tmp_path, "calibrate again") == found
     (tmp_path / CALIBRATION_FILE).write_text("{}")
-    with pytest.raises(HeaprError, match="calibration.json lacks dataset, model, tokens; calibrate again"):
+    with pytest.raises(HeaprError, match="is damaged .*missing required field `model`.*; calibrate again"):
         CalibrationRecord.read(tmp_path, "calibrate again")
     with pytest.raises(HeaprError, match="calibration.json is missing; calibrate again"):
         CalibrationRecord.read(tmp_path / "nowhere", "calibrate again")
