@@ -31,7 +31,7 @@
 namespace {
 
 constexpr int64_t kChunk = 1024;    // tokens sorted and computed together; bounds the scratch
-constexpr int64_t kDownPanels = 2;  // at most, of a task of outputs
+constexpr int64_t kDownPanels = 4;  // at most, of a task of outputs
 
 constexpr std::array<float, kPanel> filled(float value) {
   std::array<float, kPanel> values{};
