@@ -203,7 +203,9 @@ def test_both_8_bit_kinds_of_layer_are_run() -> None:
 
 @needs_op
 @pytest.mark.slow
-@pytest.mark.parametrize("capability, flags", [("avx512", "-mno-avx512vbmi"), ("avx2", ""), ("default", "")])
+@pytest.mark.parametrize(
+    "capability, flags", [("avx512", "-mno-avx512vbmi"), ("avx512", "-DHEAPR_AMX"), ("avx2", ""), ("default", "")]
+)
 def test_other_instruction_sets(capability: str, flags: str) -> None:
     """This file again, compiled for less than this CPU has."""
     if capability == "avx512" and not build.isa().startswith("avx512"):

@@ -218,6 +218,12 @@ void multiply(const Block<typename Step<T>::Row>& block, int64_t begin, int64_t 
   });
 }
 
+// Two neighbours along K, of all columns of a panel, in bfloat16.
+struct Pairs {
+  Bits columns[kVectors];
+};
+
+#ifdef __AVX512VBMI__
 // Bits in bfloat16 of `number` * 2^exponent, of at most 7 bits.
 constexpr uint32_t bfloat16_bits(uint32_t number, int exponent) {
   if (number == 0) return 0;
@@ -233,12 +239,6 @@ constexpr uint32_t magnitude(uint32_t code) {
   return code < 8 ? bfloat16_bits(code, -9) : (code << 4) + (120 << 7);
 }
 
-// Two neighbours along K, of all columns of a panel, in bfloat16.
-struct Pairs {
-  Bits columns[kVectors];
-};
-
-#ifdef __AVX512VBMI__
 // Byte `shift` / 8 of every magnitude.
 template <typename Code>
 constexpr std::array<uint8_t, 128> byte_table(int shift) {
