@@ -3,13 +3,15 @@
 
     python -m benchmarks.cpu_layer --csv benchmarks/results/cpu_layer_arms.csv
     python -m benchmarks.cpu_layer --sparsity 0.25 --buckets 1 2 3 6 32
+    python -m benchmarks.cpu_layer --experts 128 --top-k 8 --hidden 2048 --quantize int8 --copies 1 --threads 1 2
 
 The second command is where the constants of `kernels/cpu_native.py` come from. Arms are interleaved in
 one process: vLLM's op on unpruned weights, ours on the same widths (engineering without pruning), and per sparsity
 vLLM's op on full-width weights with zeros in place of the pruned neurons ("vllm zeroed", what pruning gives an engine
-without variable widths) and ours on the ragged ones (`vs_unpruned`: pruning without engineering). Tokens are normal and
-routing is uniformly random. Weights rotate over several copies, so that they come from memory and not from the cache.
-The table gives medians, and the load of the machine: above the number of threads the figures mean little.
+without variable widths) and ours on the ragged ones (`vs_unpruned`: pruning without engineering). --quantize adds ours
+on experts in 8 bits. Tokens are normal and routing is uniformly random. Weights rotate over several
+copies, so that they come from memory and not from the cache. The table gives medians, and the load of the machine:
+above the number of threads the figures mean little.
 """
 
 import argparse
@@ -24,7 +26,8 @@ from vllm.platforms import current_platform
 
 from benchmarks.roofline import work
 from benchmarks.rows import append_csv
-from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, slots_table
+from heapr_vllm.formats.quantized import BITWISE, ExpertScheme, quantize_rows
+from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, Scales, slots_table
 from heapr_vllm.model_executor.kernels.cpu_compiled import build
 from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import CompiledKernel
 from heapr_vllm.model_executor.kernels.cpu_native import WIDTH_UNIT, NativeKernel, bucketed, native_isa
@@ -50,19 +53,26 @@ class Arm:
 
     @classmethod
     def build(
-        cls, moe: MoEShape, widths: list[int], stored: list[int], dtype: torch.dtype, kernel: RaggedKernel
+        cls,
+        moe: MoEShape,
+        widths: list[int],
+        stored: list[int],
+        dtype: torch.dtype,
+        kernel: RaggedKernel,
+        copies: int = COPIES,
+        scheme: ExpertScheme | None = None,
     ) -> "Arm":
         """Neurons past `widths` are zero. Raises RuntimeError if the output is off by over 2 % of the largest one."""
         narrow, wide = RaggedLayout.build(widths, widths), RaggedLayout.build(widths, stored)
-        plain = [_random_rows(narrow, moe.hidden_size, dtype) for _ in range(COPIES)]
+        plain = [_random_rows(narrow, moe.hidden_size, dtype, scheme) for _ in range(copies)]
         batch = random_batch(8, moe, dtype, torch.device("cpu"))
         routes = Routes(batch.topk_weights, batch.topk_ids, slots_table(narrow.slots, narrow))
         expected = ragged_moe_reference(batch.x, routes, plain[0]).double()
         slots, table = kernel.index_tables(wide.slots, wide)
-        copies = [_widened(rows, narrow, wide, table) for rows in plain]
-        for copy in copies:
-            kernel.pack(copy.w13, copy.w2, wide)
-        arm = cls(kernel, wide, copies, slots)
+        packed = [_widened(rows, narrow, wide, table) for rows in plain]
+        for rows in packed:
+            kernel.pack(rows.w13, rows.w2, wide, rows.scales)
+        arm = cls(kernel, wide, packed, slots)
         error = float((arm.run(batch, 0).double() - expected).abs().max() / expected.abs().max())
         if not error < 0.02:
             raise RuntimeError(f"kernel {kernel.name} is off by {error:.1%} at stored widths {stored}")
@@ -71,47 +81,88 @@ class Arm:
     def run(self, batch: Batch, copy: int) -> torch.Tensor:
         output = torch.empty_like(batch.x)
         routes = Routes(batch.topk_weights, batch.topk_ids, self.slots)
-        self.kernel.run_in_graph(output, batch.x, routes, self.copies[copy % COPIES])
+        self.kernel.run_in_graph(output, batch.x, routes, self.copies[copy % len(self.copies)])
         return output
 
 
-def _random_rows(layout: RaggedLayout, hidden_size: int, dtype: torch.dtype) -> ExpertRows:
+def _random_rows(
+    layout: RaggedLayout, hidden_size: int, dtype: torch.dtype, scheme: ExpertScheme | None = None
+) -> ExpertRows:
     w13 = torch.randn(2 * layout.num_rows, hidden_size).mul_(hidden_size**-0.5).to(dtype)
     w2 = torch.randn(layout.num_rows, hidden_size).mul_(hidden_size**-0.5).to(dtype)
-    return ExpertRows(w13, w2, torch.tensor(layout.expert_table()), layout.max_width)
+    table = torch.tensor(layout.expert_table())
+    if scheme is None:
+        return ExpertRows(w13, w2, table, layout.max_width)
+    (w13, w13_scale), (w2, w2_scale) = _quantized(w13, scheme), _quantized(w2, scheme)
+    return ExpertRows(w13, w2, table, layout.max_width, scales=Scales(w13_scale, w2_scale))
+
+
+def _quantized(rows: torch.Tensor, scheme: ExpertScheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales by group of neurons' rows; a few of them at a time, since all in float32 may be too large."""
+    parts = [quantize_rows(part, scheme.group_size or rows.shape[1], scheme.type) for part in rows.split(8192)]
+    codes = torch.cat([codes.view(BITWISE) for codes, _ in parts]).view(scheme.code_dtype)
+    return codes, torch.cat([scale for _, scale in parts])
 
 
 def _widened(rows: ExpertRows, narrow: RaggedLayout, wide: RaggedLayout, table: torch.Tensor) -> ExpertRows:
-    """The experts of `narrow` at their places in `wide`, zeros after them."""
-    w13 = rows.w13.new_zeros(2 * wide.num_rows, rows.w13.shape[1])
-    w2 = rows.w2.new_zeros(wide.num_rows, rows.w2.shape[1])
+    """The experts of `narrow` at their places in `wide`; after them zeros, of scale 1."""
+    scales = None
+    if rows.scales:
+        scales = Scales(
+            _widened_rows(rows.scales.w13, narrow, wide, 2, 1), _widened_rows(rows.scales.w2, narrow, wide, 1, 1)
+        )
+    return ExpertRows(
+        _widened_rows(rows.w13, narrow, wide, 2, 0),
+        _widened_rows(rows.w2, narrow, wide, 1, 0),
+        table,
+        wide.max_width,
+        len(wide.widths) if wide.is_uniform else 0,
+        scales,
+    )
+
+
+def _widened_rows(
+    rows: torch.Tensor, narrow: RaggedLayout, wide: RaggedLayout, blocks: int, padding: int
+) -> torch.Tensor:
+    """`rows`: [blocks * rows, C], of each expert as many blocks of its width."""
+    result = rows.new_full((blocks * wide.num_rows, rows.shape[1]), padding)
     for expert, width in enumerate(narrow.widths):
         if not width:
             continue
         (source, _), (target, stored) = narrow.place(expert), wide.place(expert)
-        gate_up = rows.w13[2 * source : 2 * (source + width)].unflatten(0, (2, width))
-        w13[2 * target : 2 * (target + stored)].unflatten(0, (2, stored))[:, :width] = gate_up
-        w2[target : target + width] = rows.w2[source : source + width]
-    return ExpertRows(w13, w2, table, wide.max_width, len(wide.widths) if wide.is_uniform else 0)
+        kept = rows[blocks * source : blocks * (source + width)].unflatten(0, (blocks, width))
+        result[blocks * target : blocks * (target + stored)].unflatten(0, (blocks, stored))[:, :width] = kept
+    return result
 
 
-def build_arms(moe: MoEShape, sparsities: list[float], buckets: list[int], dtype: torch.dtype) -> dict[str, Arm]:
+def build_arms(
+    moe: MoEShape,
+    sparsities: list[float],
+    buckets: list[int],
+    dtype: torch.dtype,
+    quantize: Sequence[str] = (),
+    copies: int = COPIES,
+) -> dict[str, Arm]:
     """vLLM's op on unpruned and zeroed weights; ours, if it compiles, on unpruned and ragged ones; buckets."""
     full = moe.moe_intermediate_size
     native, compiled = NativeKernel(), CompiledKernel()
     dense = [full] * moe.num_experts
-    arms = {STOCK: Arm.build(moe, dense, dense, dtype, native)}
+    arms = {STOCK: Arm.build(moe, dense, dense, dtype, native, copies)}
     for sparsity in (0.0, *sparsities):
         widths = ragged_widths(moe.num_experts, full, sparsity, unit=16)
         name = f"{sparsity:.0%} pruned" if sparsity else "unpruned"
         if sparsity:
-            arms[f"{STOCK} zeroed {sparsity:.0%}"] = Arm.build(moe, widths, dense, dtype, native)
+            arms[f"{STOCK} zeroed {sparsity:.0%}"] = Arm.build(moe, widths, dense, dtype, native, copies)
         if compiled.machine_obstacle() is None:
             stored = compiled.stored_widths(widths, moe.top_k, moe.hidden_size, dtype.itemsize)
-            arms[UNPRUNED if not sparsity else f"heapr {name}"] = Arm.build(moe, widths, stored, dtype, compiled)
+            ours = f"heapr {name}"
+            arms[ours] = Arm.build(moe, widths, stored, dtype, compiled, copies)
+            for kind in quantize:
+                scheme = ExpertScheme.for_hidden_size(kind, moe.hidden_size)
+                arms[f"{ours} {kind}"] = Arm.build(moe, widths, stored, dtype, compiled, copies, scheme)
         for count in buckets if sparsity else ():
             stored = bucketed(widths, WIDTH_UNIT, count)
-            arms[f"{name} in {count} buckets"] = Arm.build(moe, widths, stored, dtype, native)
+            arms[f"{name} in {count} buckets"] = Arm.build(moe, widths, stored, dtype, native, copies)
     return arms
 
 
@@ -195,6 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument(
+        "--quantize", nargs="*", default=[], choices=("int8", "fp8"), help="our op on 8-bit experts too"
+    )
+    parser.add_argument("--copies", type=int, default=COPIES, help="of the weights; 1 if experts are many and large")
     parser.add_argument("--csv", type=Path, help="append the rows here")
     args = parser.parse_args(arguments)
     current_platform.import_kernels()
@@ -212,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             flush=True,
         )
 
-    arms = build_arms(moe, args.sparsity, args.buckets, dtype)
+    arms = build_arms(moe, args.sparsity, args.buckets, dtype, args.quantize, args.copies)
     rows = timings(arms, moe, dtype, args.tokens, args.threads, args.rounds, show)
     if args.csv:
         append_csv(args.csv, [{"shape": shape, "dtype": args.dtype, **row} for row in rows])

@@ -16,18 +16,23 @@ from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
 def test_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sizes = "--experts 4 --top-k 2 --hidden 64 --width 96 --tokens 1 5 --threads 1 --rounds 2"
-    arms = "--sparsity 0.5 --buckets 1 4"
+    arms = "--sparsity 0.5 --buckets 1 4 --quantize int8 fp8 --copies 2"
     arguments = [*sizes.split(), *arms.split(), "--csv", str(tmp_path / "rows")]
     monkeypatch.setattr("sys.argv", ["cpu_layer", *arguments])
     cpu_layer.main()
     rows = list(csv.DictReader((tmp_path / "rows").open()))
-    ours = ["heapr unpruned", "heapr 50% pruned"] if extension.load() else []
-    arms = ["vllm", *ours[:1], "vllm zeroed 50%", *ours[1:], "50% pruned in 1 buckets", "50% pruned in 4 buckets"]
+    dense, pruned = (
+        [f"heapr {name}{kind}" for kind in ("", " int8", " fp8")] if extension.load() else []
+        for name in ("unpruned", "50% pruned")
+    )
+    arms = ["vllm", *dense, "vllm zeroed 50%", *pruned, "50% pruned in 1 buckets", "50% pruned in 4 buckets"]
     assert [(row["tokens"], row["arm"]) for row in rows] == [(tokens, arm) for tokens in "15" for arm in arms]
     for row in rows:
         assert float(row["microseconds"]) > 0 and row["threads"] == "1" and row["command"] and row["versions"]
         assert row["arm"] != "vllm" or float(row["vs_vllm"]) == float(row["kept"]) == 1
-        assert row["arm"] != "heapr 50% pruned" or float(row["kept"]) == 0.5 and float(row["kept_routed"]) < 1
+        assert (
+            not row["arm"].startswith("heapr 50% pruned") or float(row["kept"]) == 0.5 and float(row["kept_routed"]) < 1
+        )
         assert row["arm"] != "vllm zeroed 50%" or float(row["kept"]) == float(row["kept_routed"]) == 1
         assert row["arm"] != "heapr unpruned" or float(row["vs_unpruned"]) == 1
         assert 1 <= float(row["experts_hit"]) <= 4

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 pytest.importorskip("vllm")
 from vllm.platforms import current_platform
 
-from heapr_vllm.formats.quantized import BITWISE, ExpertScheme, dequantize
+from heapr_vllm.formats.quantized import BITWISE, NAN_CODE, ExpertScheme, dequantize
 from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, Scales
 from heapr_vllm.model_executor.kernels.cpu_compiled import extension
 from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import CompiledKernel
@@ -124,31 +124,89 @@ def test_against_dense_fp64(case: tuple, dtype: torch.dtype, kind: str, kernel: 
 
 
 @needs_op
+@pytest.mark.parametrize("tokens", [1, 30])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("kind", TYPES)
-def test_every_code_is_exact(kind: str, dtype: torch.dtype) -> None:
-    """One weight of down per output, times an activation that is 1 within fp32: silu(gate) of a large gate is gate.
+def test_every_code_is_exact(kind: str, dtype: torch.dtype, tokens: int) -> None:
+    """The output is one neuron's codes of down: gate and up have a weight of 1 each, and silu(64) * (1 / 64) is 1.
 
-    All 256 codes of int8, -128 too, and of E4M3 with its subnormals and without NaN, stand in every column of a panel.
+    All 256 codes of int8, -128 too, and of E4M3 but NaN, subnormals too, pass through all columns of a panel.
     """
-    hidden, width, tokens = 256, 16, 1
-    codes = torch.arange(256, dtype=torch.uint8)
-    codes = torch.where((codes & 0x7F == 0x7F) & (kind == "float"), 0, codes)
-    code_dtype = ExpertScheme(type=kind).code_dtype
-    numbers = codes.view(code_dtype).float()
+    hidden, width, scheme = 256, 16, ExpertScheme(type=kind)
+    bits = torch.arange(256, dtype=torch.uint8)
+    if kind == "float":
+        bits[(bits & NAN_CODE) == NAN_CODE] = 0
     layout = RaggedLayout.build([width], [width])
     kernel = CompiledKernel()
-    for shift in range(0, 32, 5):
-        w13, w2 = (torch.zeros(n * width, hidden, dtype=code_dtype) for n in (2, 1))
-        one = torch.ones(()).to(code_dtype)
-        w13[0, 0] = w13[width, 1] = one
-        w2.view(BITWISE)[0] = codes.roll(shift)
+    slots, table = kernel.index_tables([0], layout)
+    x = torch.zeros(tokens, hidden, dtype=dtype)
+    x[:, 0], x[:, 1] = 64, 1 / 64
+    routes = Routes(torch.ones(tokens, 1), torch.zeros(tokens, 1, dtype=torch.int32), slots)
+    for shift in range(32):
+        w13, w2 = (torch.zeros(n * width, hidden, dtype=scheme.code_dtype) for n in (2, 1))
+        neuron, one = shift % width, torch.ones(()).to(scheme.code_dtype)
+        w13[neuron, 0] = w13[width + neuron, 1] = one
+        w2[neuron] = bits.roll(shift).view(scheme.code_dtype)
         scales = Scales(torch.ones(2 * width, 2), torch.ones(width, 2))
         kernel.pack(w13, w2, layout, scales)
-        slots, table = kernel.index_tables([0], layout)
-        x = torch.zeros(tokens, hidden, dtype=dtype)
-        x[0, :2] = torch.tensor([64.0, 1 / 64])
         output = torch.empty_like(x)
-        routes = Routes(torch.ones(tokens, 1), torch.zeros(tokens, 1, dtype=torch.int32), slots)
         kernel.run(output, x, routes, ExpertRows(w13, w2, table, width, scales=scales))
-        assert torch.equal(output[0], numbers.roll(shift).to(dtype))
+        expected = bits.roll(shift).view(scheme.code_dtype).to(dtype)
+        assert torch.equal(output, expected.expand(tokens, -1))
+
+
+@needs_op
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("case", CASES[3:9], ids=lambda case: f"T{case[0]}-H{case[3]}-g{case[4]}")
+def test_rows_and_threads_do_not_change_results(case: tuple, kind: str) -> None:
+    """Few rows decode in registers, many through the cache; both sum over the same parts."""
+    built = layer(case, torch.bfloat16, kind, CompiledKernel())
+    if not build.isa().endswith("amx"):  # tiles sum in another order
+        singly = [built.run(slice(token, token + 1)) for token in range(min(case[0], 9))]
+        assert torch.equal(torch.cat(singly), built.run()[: len(singly)])
+    outputs, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            outputs.append(built.run())
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+@needs_op
+def test_scales_that_do_not_fit_are_refused() -> None:
+    built = layer(CASES[0], torch.float32, "int", CompiledKernel())
+    scales = built.experts.scales
+    assert scales is not None
+    for wrong in (
+        None,
+        Scales(scales.w13[1:], scales.w2),
+        Scales(scales.w13, scales.w2[1:]),
+        Scales(scales.w13.double(), scales.w2),
+        Scales(scales.w13.repeat(1, 4), scales.w2.repeat(1, 4)),
+        Scales(scales.w13, scales.w2.repeat(1, 2)),
+    ):
+        with pytest.raises(RuntimeError, match="cpu_ragged_moe"):
+            built._replace(experts=replace(built.experts, scales=wrong)).run()
+
+
+@needs_op
+def test_both_8_bit_kinds_of_layer_are_run() -> None:
+    for kind in TYPES:
+        assert CompiledKernel().layer_obstacle(torch.bfloat16, 256, ExpertScheme(type=kind)) is None
+
+
+@needs_op
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "capability, flags", [("avx512", "-mno-avx512vbmi"), ("avx512", "-DHEAPR_AMX"), ("avx2", ""), ("default", "")]
+)
+def test_other_instruction_sets(capability: str, flags: str) -> None:
+    """This file again, compiled for less than this CPU has."""
+    if capability == "avx512" and not build.isa().startswith("avx512"):
+        pytest.skip("no AVX-512 here")
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "HEAPR_CPU_CFLAGS": flags}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "fp64 or code or rows"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

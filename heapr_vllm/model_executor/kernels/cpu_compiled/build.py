@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles `ragged_moe.cpp` and what it includes for this machine. Needs no vLLM, so that a wheel can be built with the result."""
+"""Compiles `ragged_moe.cpp` for this machine. Needs no vLLM, so that a wheel can be built with the result."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def flags() -> list[str]:
 
 
 def library_name() -> str:
-    """File name that says what the library was built from: instruction set, and a hash of sources, PyTorch and flags."""
+    """File name that says what the library was built from: instruction set, and hash of sources, PyTorch and flags."""
     sources = [path.read_text() for path in (SOURCE, *HEADERS)]
     key = hashlib.sha256("\n".join((*sources, torch.__version__, *flags())).encode()).hexdigest()[:16]
     return f"cpu_ragged_moe-{isa()}-{key}.so"

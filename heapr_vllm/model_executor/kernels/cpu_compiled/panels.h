@@ -2,9 +2,9 @@
 // Products of rows of activations with a panel of 32 columns of weights, which ragged_moe.cpp describes.
 //
 // Weights are of the activations' type, or codes of 8 bits: E4M3, or integers as a sign and seven bits, with -0 for
-// -128. 64 bytes hold two neighbours along K of all columns, [4][2 halves of the panel][4 columns][2], so that unpacking
-// the bytes of two registers, low and high ones of bfloat16, leaves the order of a bfloat16 panel. Every code is a
-// bfloat16 number exactly.
+// -128. 64 bytes hold two neighbours along K of all columns, [4][2 halves of the panel][4 columns][2], so that
+// interleaving two registers, of low and of high bytes of bfloat16, leaves the order of a bfloat16 panel. Every code is
+// a bfloat16 number exactly.
 
 #pragma once
 
@@ -218,6 +218,12 @@ void multiply(const Block<typename Step<T>::Row>& block, int64_t begin, int64_t 
   });
 }
 
+// Two neighbours along K, of all columns of a panel, in bfloat16.
+struct Pairs {
+  Bits columns[kVectors];
+};
+
+#ifdef __AVX512VBMI__
 // Bits in bfloat16 of `number` * 2^exponent, of at most 7 bits.
 constexpr uint32_t bfloat16_bits(uint32_t number, int exponent) {
   if (number == 0) return 0;
@@ -233,12 +239,6 @@ constexpr uint32_t magnitude(uint32_t code) {
   return code < 8 ? bfloat16_bits(code, -9) : (code << 4) + (120 << 7);
 }
 
-// Two neighbours along K, of all columns of a panel, in bfloat16.
-struct Pairs {
-  Bits columns[kVectors];
-};
-
-#ifdef __AVX512VBMI__
 // Byte `shift` / 8 of every magnitude.
 template <typename Code>
 constexpr std::array<uint8_t, 128> byte_table(int shift) {
@@ -258,8 +258,10 @@ struct Decoder {
     const __m512i low_byte = _mm512_permutex2var_epi8(low[0], code, low[1]);
     __m512i high_byte = _mm512_permutex2var_epi8(high[0], code, high[1]);
     high_byte = _mm512_ternarylogic_epi32(high_byte, code, sign, 0xf8);  // high_byte | (code & sign)
-    if constexpr (std::is_same_v<Code, int8_t>)  // 0xc300 is -128
-      high_byte = _mm512_mask_mov_epi8(high_byte, _mm512_cmpeq_epi8_mask(code, sign), _mm512_set1_epi8(static_cast<char>(0xc3)));
+    if constexpr (std::is_same_v<Code, int8_t>) {
+      const __m512i minus_128 = _mm512_set1_epi8(static_cast<char>(0xc3));  // and low byte 0
+      high_byte = _mm512_mask_mov_epi8(high_byte, _mm512_cmpeq_epi8_mask(code, sign), minus_128);
+    }
     return {reinterpret_cast<Bits>(_mm512_unpacklo_epi8(low_byte, high_byte)),
             reinterpret_cast<Bits>(_mm512_unpackhi_epi8(low_byte, high_byte))};
   }
@@ -302,35 +304,29 @@ struct Decoder {
 };
 #endif
 
-// Decodes columns of a panel along K: `decoded` is what `multiply` reads, bfloat16 or float32.
-template <typename Code, typename Row>
-void decode(const uint8_t* codes, int64_t depth, Row* decoded) {
-  const Decoder<Code> decoder;
-  for (int64_t k = 0; k < depth; k += 2, codes += 2 * kPanel, decoded += 2 * kPanel) {
-    __builtin_prefetch(codes + kPrefetch);
-    const Pairs pairs = decoder(codes);
-    for (int64_t v = 0; v < kVectors; ++v)
-      if constexpr (std::is_same_v<Row, float>) {
-        vector_at(decoded + v * kWidth) = reinterpret_cast<Vec>(pairs.columns[v] << 16);
-        vector_at(decoded + kPanel + v * kWidth) = reinterpret_cast<Vec>(pairs.columns[v] & 0xffff0000u);
-      } else {
-        std::memcpy(decoded + 2 * v * kWidth, &pairs.columns[v], sizeof(Bits));
-      }
-  }
+// Writes two neighbours along K as `multiply` reads them, in bfloat16 or float32.
+template <typename Row>
+void store(const Pairs& pairs, Row* decoded) {
+  for (int64_t v = 0; v < kVectors; ++v)
+    if constexpr (std::is_same_v<Row, float>) {
+      vector_at(decoded + v * kWidth) = reinterpret_cast<Vec>(pairs.columns[v] << 16);
+      vector_at(decoded + kPanel + v * kWidth) = reinterpret_cast<Vec>(pairs.columns[v] & 0xffff0000u);
+    } else {
+      std::memcpy(decoded + 2 * v * kWidth, &pairs.columns[v], sizeof(Bits));
+    }
 }
 
 #if defined(__AVX512VBMI__) && defined(__AVX512BF16__)
-constexpr int64_t kDecodedRows = 6;  // rows of products that decode in registers: more would wait for it
-
-// As `multiply`, with codes that are decoded in registers.
+// As `multiply`, with codes that are decoded in registers, and for others' use kept in `decoded` unless it is null.
 template <typename Code, int Rows>
 void multiply_codes(const at::BFloat16* const* rows, int64_t begin, int64_t end, const uint8_t* codes,
-                    const float* scale, float* out) {
+                    const float* scale, at::BFloat16* decoded, float* out) {
   const Decoder<Code> decoder;
   Vec acc[Rows][kVectors] = {};
   for (int64_t k = begin; k < end; k += 2, codes += 2 * kPanel) {
     __builtin_prefetch(codes + kPrefetch);
     const Pairs pairs = decoder(codes);
+    if (decoded) store(pairs, decoded + (k - begin) * kPanel);
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 2
@@ -343,28 +339,35 @@ void multiply_codes(const at::BFloat16* const* rows, int64_t begin, int64_t end,
     for (int v = 0; v < kVectors; ++v) finish(acc[r][v], scale + v * kWidth, out + r * kPanel + v * kWidth);
 }
 
-template <typename Code, int Rows = kDecodedRows>
+template <typename Code, int Rows = kRows>
 void multiply_codes(int64_t count, const at::BFloat16* const* rows, int64_t begin, int64_t end, const uint8_t* codes,
-                    const float* scale, float* out) {
+                    const float* scale, at::BFloat16* decoded, float* out) {
   if constexpr (Rows > 0) {
-    if (count == Rows) return multiply_codes<Code, Rows>(rows, begin, end, codes, scale, out);
-    multiply_codes<Code, Rows - 1>(count, rows, begin, end, codes, scale, out);
+    if (count == Rows) return multiply_codes<Code, Rows>(rows, begin, end, codes, scale, decoded, out);
+    multiply_codes<Code, Rows - 1>(count, rows, begin, end, codes, scale, decoded, out);
   }
 }
 #endif
 
-// Multiplies by codes that are decoded in registers, if rows are few and the CPU can; returns whether it did.
+// Decodes a panel along K. Returns of how many rows it has computed the product meanwhile: a first run if the CPU
+// decodes in registers, which hides what decoding takes, otherwise none.
 template <typename Code, typename Row>
-bool multiply_few(const Block<Row>& block, int64_t begin, int64_t end, const uint8_t* codes, const float* scale,
-                  float* out) {
+int64_t decode(const Block<Row>& block, int64_t begin, int64_t end, const uint8_t* codes, const float* scale,
+               Row* decoded, float* out) {
 #if defined(__AVX512VBMI__) && defined(__AVX512BF16__)
   if constexpr (std::is_same_v<Row, at::BFloat16>)
-    if (block.count <= kDecodedRows && !block.tiled) {
-      multiply_codes<Code>(block.count, block.rows, begin, end, codes, scale, out);
-      return true;
+    if (!block.tiled) {
+      const int64_t count = at::divup(block.count, at::divup(block.count, kRows));
+      multiply_codes<Code>(count, block.rows, begin, end, codes, scale, count < block.count ? decoded : nullptr, out);
+      return count;
     }
 #endif
-  return false;
+  const Decoder<Code> decoder;
+  for (int64_t k = begin; k < end; k += 2, codes += 2 * kPanel, decoded += 2 * kPanel) {
+    __builtin_prefetch(codes + kPrefetch);
+    store(decoder(codes), decoded);
+  }
+  return 0;
 }
 
 // Scales of a panel of codes: [depth / group][32].
@@ -373,8 +376,8 @@ struct PanelScales {
   int64_t group;
 };
 
-// out[r][32] = block.rows[r][0 : depth] times a panel of codes. Sums are over as much of K as is decoded at a time, or a
-// scale group, for few rows too: so a row's result does not depend on how many there are.
+// out[r][32] = block.rows[r][0 : depth] times a panel of codes. Sums are over as much of K as is decoded at a time or a
+// scale group, also where codes are decoded in registers: a row's result does not depend on how many there are.
 template <typename T, typename Code>
 void multiply_decoded(const Block<typename Step<T>::Row>& block, int64_t depth, const Code* panel, PanelScales scales,
                       float* out) {
@@ -387,9 +390,9 @@ void multiply_decoded(const Block<typename Step<T>::Row>& block, int64_t depth, 
     const int64_t group = begin / scales.group;
     end = std::min({begin + longest, (group + 1) * scales.group, depth});
     const float* scale = scales.values + group * kPanel;
-    if (multiply_few<Code>(block, begin, end, codes + begin * kPanel, scale, out)) continue;
-    decode<Code>(codes + begin * kPanel, end - begin, decoded);
-    multiply<Row, false>(block, begin, end, decoded, scale, out);
+    const int64_t done = decode<Code>(block, begin, end, codes + begin * kPanel, scale, decoded, out);
+    const Block<Row> rest{block.rows + done, block.count - done, block.stride, block.tiled};
+    multiply<Row, false>(rest, begin, end, decoded, scale, out + done * kPanel);
   }
 }
 

@@ -31,7 +31,7 @@
 namespace {
 
 constexpr int64_t kChunk = 1024;    // tokens sorted and computed together; bounds the scratch
-constexpr int64_t kDownPanels = 2;  // at most, of a task of outputs
+constexpr int64_t kDownPanels = 4;  // at most, of a task of outputs
 
 constexpr std::array<float, kPanel> filled(float value) {
   std::array<float, kPanel> values{};
@@ -77,6 +77,14 @@ struct Scales {
   int64_t groups = 1;
   bool by_channel = false;
 };
+
+// Rows of hidden activations times factors of their columns, or without any as they are, in the type of activations.
+template <typename Row>
+void scale_rows(const float* h, int64_t count, int64_t width, const float* scale, Row* out) {
+  for (int64_t r = 0; r < count; ++r, h += width, out += width)
+    for (int64_t i = 0; i < width; i += kWidth)
+      store(scale ? vector_at(h + i) * vector_at(scale + i) : vector_at(h + i), out + i);
+}
 
 template <typename T, typename W>
 struct Layer {
@@ -234,11 +242,7 @@ struct Layer {
       static thread_local std::vector<Row> result;
       result.resize(std::max<size_t>(result.size(), kRowBlock * e.width));
       const float* scale = scales.by_channel ? nullptr : scales.w2 + e.row * scales.groups + group * e.width;
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t i = 0; i < e.width; i += kWidth) {
-          const Vec& values = vector_at(h + r * e.width + i);
-          store(scale ? values * vector_at(scale + i) : values, result.data() + r * e.width + i);
-        }
+      scale_rows(h, count, e.width, scale, result.data());
       return result.data();
     }
   }
