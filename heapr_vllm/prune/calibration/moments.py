@@ -123,11 +123,10 @@ class NeuronMoments:
     @property
     def calibration_tokens(self) -> int:
         """Tokens of the calibration text. Raises HeaprError if the metadata does not say."""
-        wanted = ("num_calibration_samples", "max_seq_length")
-        counts = [self.metadata.get(name) for name in wanted]
-        if not all(isinstance(count, int) and count > 0 for count in counts):
-            raise HeaprError(f"the moments' metadata names no {' and '.join(wanted)}; calibrate again")
-        return counts[0] * counts[1]
+        samples, length = (self.metadata.get(name) for name in ("num_calibration_samples", "max_seq_length"))
+        if not isinstance(samples, int) or not isinstance(length, int) or min(samples, length) < 1:
+            raise HeaprError("the moments' metadata does not say how many tokens the text has; calibrate again")
+        return samples * length
 
     def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes all sums and norms in `dtype` and the metadata to `path`, atomically."""

@@ -4,6 +4,9 @@
 `test_op.py` says how to run other instruction sets and AddressSanitizer; here it is `-k "fp64 or code or rows"`.
 """
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,11 +19,12 @@ from vllm.platforms import current_platform
 
 from heapr_vllm.formats.quantized import BITWISE, NAN_CODE, ExpertScheme, dequantize
 from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, Scales
-from heapr_vllm.model_executor.kernels.cpu_compiled import extension
+from heapr_vllm.model_executor.kernels.cpu_compiled import build, extension
 from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import CompiledKernel
 from heapr_vllm.model_executor.kernels.op import register_op
 from heapr_vllm.model_executor.kernels.reference import ReferenceKernel
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
+from tests.model_executor.engine import ROOT
 
 current_platform.import_kernels()
 register_op()

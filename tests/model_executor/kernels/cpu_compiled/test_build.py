@@ -21,15 +21,13 @@ SCRIPT = """if True:
     from heapr_vllm.model_executor.kernels.cpu_compiled import extension
     assert Path(sys.argv[1]) in Path(heapr_vllm.__file__).parents
     assert extension.load(), "the shipped library was not taken"
-    from tests.model_executor.test_ragged_moe import CASES, RAGGED, layer
+    from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import CompiledKernel
+    from tests.model_executor.kernels.test_op import CASES, layer
     for case in CASES:
-        arguments, expected = layer(case, torch.bfloat16, RAGGED)
-        output = torch.full_like(arguments[0], torch.nan)
-        torch.ops.heapr.cpu_ragged_moe(output, *arguments[:7])
-        assert (output - expected).norm() <= 1e-2 * expected.norm(), case
-        again = torch.empty_like(output)
-        torch.ops.heapr.cpu_ragged_moe(again, *arguments[:7])
-        assert torch.equal(output, again), case
+        dense = layer(case, torch.bfloat16, CompiledKernel())
+        output = dense.run()
+        assert (output - dense.expected).norm() <= 1e-2 * dense.expected.norm(), case
+        assert torch.equal(output, dense.run()), case
     print("all equal")
 """
 
