@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 import triton
-from tqdm import tqdm
 from triton.errors import TritonError
 
 from heapr_vllm.errors import HeaprError
@@ -47,6 +46,7 @@ from heapr_vllm.model_executor.kernels.triton.tiles import (
 from heapr_vllm.model_executor.tuning.jobs import Job
 from heapr_vllm.model_executor.tuning.stopwatch import stopwatch
 from heapr_vllm.model_executor.tuning.synthetic import Batch, MoEShape, SyntheticLayer, random_batch
+from heapr_vllm.progress import progress
 
 BLOCK_MS = (16, 32, 64, 128)
 SHARED_MEMORY = 227 * 1024  # bytes per block on Hopper; smaller GPUs refuse at launch
@@ -105,8 +105,8 @@ def tune(
     built_for: Job | None = None
     layer: SyntheticLayer | None = None
     written: dict[Path, None] = {}
-    progress = tqdm(work, unit="token count", desc="tuning", disable=None)
-    for number, (job, path, count) in enumerate(progress):
+    bar = progress(work, unit="token count", desc="tuning")
+    for number, (job, path, count) in enumerate(bar):
         share = (deadline - time.monotonic()) / (len(work) - number)
         if share <= 0:
             return list(written), len(work) - number
@@ -114,7 +114,7 @@ def tune(
             layer = None  # frees the last one's weights first
             layer, built_for = SyntheticLayer.build(job.moe, list(job.widths), job.dtype, device, copies=2), job
         config, seconds = fastest(layer, count, time.monotonic() + share)
-        progress.set_postfix_str(f"{count} tokens: {1e6 * seconds:.1f} us, block_m {config.block_m}")
+        bar.set_postfix_str(f"{count} tokens: {1e6 * seconds:.1f} us, block_m {config.block_m}")
         _record(path, job.shape, count, config, seconds)
         written[path] = None
     return list(written), 0
@@ -317,12 +317,11 @@ def _compile_all(work: list[tuple[Job, int]]) -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), context) as pool:
         list(
-            tqdm(
+            progress(
                 pool.map(_compile, *zip(*kernels, strict=True), chunksize=4),
                 total=len(kernels),
                 unit="kernel",
                 desc="compiling",
-                disable=None,
             )
         )
 

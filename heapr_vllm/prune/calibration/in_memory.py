@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.progress import progress
 from heapr_vllm.prune.calibration.collector import MomentCollector, check_experts
 from heapr_vllm.prune.calibration.moments import NeuronMoments
 from heapr_vllm.prune.calibration.saved_state import SavedState
@@ -88,7 +88,7 @@ def calibrate_in_memory(
     if partial is not None:
         collector.restore(partial)
         first = partial.metadata["samples_done"]
-    with tqdm(
+    with progress(
         total=samples.numel(),
         initial=first * settings.max_seq_length,
         unit="tok",

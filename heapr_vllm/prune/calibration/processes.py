@@ -12,10 +12,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from heapr_vllm.errors import HeaprError
+from heapr_vllm.errors import HeaprError, first_line
 from heapr_vllm.prune.calibration.moments import NORMS, NeuronMoments
 
 MAXIMA = ("peak_norm", *NORMS)  # norms of weights are the same in every process
+MEETING = timedelta(minutes=2)  # until all have come
 PATIENCE = timedelta(days=7)  # for the slowest process: they meet only at the start and at the end
 
 
@@ -33,9 +34,9 @@ class Processes:
         return self.rank == 0
 
     @property
-    def hides_progress(self) -> bool | None:
-        """For tqdm's `disable`: only the first process has a bar, and only on a terminal."""
-        return None if self.is_first else True
+    def hides_progress(self) -> bool:
+        """For tqdm's `disable`: only the first process has a bar."""
+        return not self.is_first
 
     def device(self, device: str) -> str:
         """Names the device of this process: its own GPU where `device` is "cuda". Raises HeaprError for "auto"."""
@@ -69,12 +70,37 @@ ALONE = Processes()
 @contextmanager
 def joined_processes() -> Generator[Processes]:
     """Connects the processes that `torchrun` started; only this one without it."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield ALONE
         return
-    dist.init_process_group("gloo", timeout=PATIENCE)  # the sums are on the CPU
+    processes, port = _torchruns()
     try:
-        yield Processes(rank=dist.get_rank(), size=size, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], port, processes.size, processes.is_first, timeout=MEETING)
+        # the sums are on the CPU
+        dist.init_process_group("gloo", store=store, rank=processes.rank, world_size=processes.size, timeout=PATIENCE)
+    except (dist.DistError, RuntimeError) as error:
+        raise HeaprError(
+            f"{processes.size} processes did not meet at {os.environ['MASTER_ADDR']}:{port} ({first_line(error)}); "
+            "start all of them with torchrun, or unset WORLD_SIZE"
+        ) from error
+    try:
+        yield processes
     finally:
         dist.destroy_process_group()
+
+
+def _torchruns() -> tuple[Processes, int]:
+    """This process and the port to meet at, as `torchrun` says. Raises HeaprError if its variables make no sense."""
+    numbers = {}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        if not value.isdecimal() or "MASTER_ADDR" not in os.environ:
+            raise HeaprError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']} asks for several processes, and {name} is {value!r}; start "
+                "them with torchrun, or unset WORLD_SIZE"
+            )
+        numbers[name] = int(value)
+    if not numbers["RANK"] < numbers["WORLD_SIZE"]:
+        raise HeaprError(f"RANK {numbers['RANK']} is not below WORLD_SIZE {numbers['WORLD_SIZE']}; start with torchrun")
+    here = Processes(rank=numbers["RANK"], size=numbers["WORLD_SIZE"], local_rank=numbers["LOCAL_RANK"])
+    return here, numbers["MASTER_PORT"]

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from tqdm import tqdm
 
 from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.progress import progress
 from heapr_vllm.prune.calibration.collector import MomentCollector, check_experts
 from heapr_vllm.prune.calibration.moments import NeuronMoments
 from heapr_vllm.prune.calibration.saved_state import SavedState
@@ -57,7 +57,7 @@ def calibrate_streamed(
             position = BackwardPosition(partial.metadata["layer"], partial.metadata["batches"])
     batches = -(-len(samples) // settings.batch_size)
     first = 0 if position is None else num_steps(model, batches, position)
-    with tqdm(
+    with progress(
         total=num_steps(model, batches),
         initial=first,
         unit="step",

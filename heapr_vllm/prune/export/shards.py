@@ -10,10 +10,10 @@ from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from heapr_vllm.formats.checkpoint import INDEX_FILE, Checkpoint
 from heapr_vllm.formats.reader import TensorReader
+from heapr_vllm.progress import progress
 
 
 class Stage(Protocol):
@@ -53,7 +53,7 @@ def write_shards(
     Raises HeaprError if a shard is damaged.
     """
     writer = ShardWriter(folder)
-    for shard, names in tqdm(base.shards.items(), unit="shard", desc="exporting", disable=None):
+    for shard, names in progress(base.shards.items(), unit="shard", desc="exporting"):
         tensors: dict[str, torch.Tensor] = {}
         with TensorReader(base) as reader:
             for name in names:

@@ -20,7 +20,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import safe_open
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from heapr_vllm.errors import HeaprError
@@ -30,6 +29,7 @@ from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.names import ExpertTensor, natural_order
 from heapr_vllm.formats.repair_record import RepairRecord
 from heapr_vllm.formats.tensorfile import save_tensors
+from heapr_vllm.progress import progress
 from heapr_vllm.prune.calibration.record import CalibrationRecord
 from heapr_vllm.prune.calibration.settings import calibration_samples
 from heapr_vllm.prune.models.experts import expert_modules
@@ -171,7 +171,7 @@ def _in_memory(
     """Runs one forward pass of the whole model per group of layers in which any is wanted."""
     missing = [group for group in groups if wanted.keys() & set(group)]
     modules = expert_modules(model)
-    with tqdm(total=len(missing) * samples.numel(), unit="tok", unit_scale=True, desc="repairing", disable=None) as bar:
+    with progress(total=len(missing) * samples.numel(), unit="tok", unit_scale=True, desc="repairing") as bar:
 
         def advance(count: int) -> None:
             bar.update(count * samples.shape[1])
@@ -188,7 +188,7 @@ def _streamed(
 ) -> Collected:
     """Runs one forward pass with one layer in memory; hidden states are in `folder` meanwhile."""
     with (
-        tqdm(total=len(model.layers) * len(samples), unit="sample", desc="repairing", disable=None) as bar,
+        progress(total=len(model.layers) * len(samples), unit="sample", desc="repairing") as bar,
         TemporaryDirectory(dir=folder) as store,
     ):
         yield from stream_second_moments(model, samples, ActivationStore(Path(store)), batch_size, wanted, bar.update)

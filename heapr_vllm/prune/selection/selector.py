@@ -50,6 +50,11 @@ class Selector:
         """
         self.moments, self.scope = moments, scope
         saliency = score(moments, criterion, seed)
+        if not any(bool(values.any()) for values in saliency.values()):
+            raise HeaprError(
+                f"criterion {criterion} finds every neuron worthless: no gradient came through the calibration; "
+                "calibrate with --dtype float32 and longer samples"
+            )
         floors = {prefix: torch.full_like(tokens, min_width) for prefix, tokens in moments.tokens.items()}
         protected = self._protect(floors, protect)
         for prefix, tokens in moments.tokens.items():
