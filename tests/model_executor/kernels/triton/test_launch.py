@@ -22,6 +22,7 @@ from heapr_vllm.model_executor.storage.layout import RaggedLayout
 from tests.model_executor.engine import ROOT
 from tests.model_executor.kernels.moe_cases import (
     CASES,
+    CASES_IN_8_BITS,
     DEVICE,
     SMALL,
     TOLERANCE,
@@ -35,7 +36,7 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + CASES_IN_8_BITS, ids=str)
 def test_against_reference(case: Case, dtype: torch.dtype) -> None:
     """Scratch starts as NaN, and no memory outside of it and of the output is touched."""
     layer = build(case, dtype)
