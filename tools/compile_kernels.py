@@ -90,11 +90,11 @@ def variants_of(launch: Launch) -> Iterator[Variant]:
     hidden_size, top_k, config, scheme = launch
     weights = pointer_type(scheme, config)
     group = (scheme.group_size or hidden_size) if scheme else 0
-    scaled = {"group": "inputs", "channel": "outputs"}[scheme.strategy] if scheme else ""
+    by_channel = scheme is not None and scheme.strategy == "channel"
     shared = {"H": hidden_size, **config.launch()}
     blocks = {"BLOCK_M": config.block_m, "ONE_ROUTE": config.one_route, "PRECISION": "tf32", "GROUP": group}
     up = {"TOP_K": top_k, "FUSED": config.fused}
-    down = {"SCALED": scaled, "PREFETCH": PREFETCHED_SLABS if config.prefetch else 0}
+    down = {"BY_CHANNEL": by_channel, "PREFETCH": PREFETCHED_SLABS if config.prefetch else 0}
     yield Variant(ragged_up_kernel, shared | up | blocks | config.up.meta(), weights)
     yield Variant(ragged_down_kernel, shared | down | blocks | config.down.meta(), weights)
     block_n = min(1024, triton.next_power_of_2(hidden_size))  # ty: ignore[invalid-argument-type]  # it takes itself

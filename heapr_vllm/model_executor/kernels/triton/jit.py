@@ -21,12 +21,7 @@ of 64 neurons, so that a (BLOCK_N, 64) tile is one contiguous piece of memory.
 Experts in 8 bits are codes int8, float8e4nv, or uint8 for float8e4nv to be decoded by bits, in the same places. Their
 float32 scales per neuron and GROUP of H lie beside them in slabs, so that a tile's are contiguous as well: `w13_scale`
 [rows / 64, H / GROUP, 128] and `w2_scale` [rows / 64, H / GROUP, 64]. By channel, a neuron's gate and up row have one
-each (GROUP is H), and `w2_scale` [num_slots, H] is one per expert and output. Sums are of codes: the scales of the
-inputs that a step shares, or all do, are factors of the sum; those that differ from input to input, of one operand.
-
-CHAINED (sm_90): a kernel starts while the one before it drains and waits where it needs that one's output
-(programmatic dependent launch). Only `up` may run ahead of kernels that are not ours, so it waits before it reads
-anything; what `up` read is then complete for `down` and `combine` too, which wait for the intermediates only.
+each (GROUP is H), and `w2_scale` [num_slots, H] is one per expert and output.
 """
 
 import triton
@@ -116,39 +111,60 @@ def _decode(codes, dtype: tl.constexpr):
     """Codes as numbers of `dtype`, all of them exactly; weights that are no codes as they are.
 
     By bits, exponent and mantissa go where the wider type has them, which makes a number too small by a power of two:
-    a subnormal one of a subnormal one.
+    a subnormal one of a subnormal one. Casts of E4M3 go by fp32, whose conversion to bf16 takes two numbers at once.
     """
-    if codes.dtype != tl.uint8:
-        return codes.to(dtype)
-    bits = codes.to(tl.int8, bitcast=True).to(tl.int16)  # copies of the sign before it
-    if dtype == tl.bfloat16:
-        return (bits << 4 & -0x7810).to(tl.bfloat16, bitcast=True) * BF16_OVER_E4M3
-    return ((bits << 7 & -0x4080).to(tl.float16, bitcast=True) * FP16_OVER_E4M3).to(dtype)
+    if codes.dtype == tl.float8e4nv:
+        numbers = codes.to(tl.float16).to(tl.float32)
+    elif codes.dtype != tl.uint8:
+        numbers = codes
+    elif dtype == tl.bfloat16:
+        bits = codes.to(tl.int8, bitcast=True).to(tl.int16)  # copies of the sign before it
+        numbers = (bits << 4 & -0x7810).to(tl.bfloat16, bitcast=True) * BF16_OVER_E4M3
+    else:
+        bits = codes.to(tl.int8, bitcast=True).to(tl.int16)
+        numbers = (bits << 7 & -0x4080).to(tl.float16, bitcast=True) * FP16_OVER_E4M3
+    return numbers.to(dtype)
 
 
 @triton.jit
 def _scale_ptrs(w13_scale, slab, rows, GROUP: tl.constexpr, H: tl.constexpr):
     """Pointers [len(rows)] to the scales of an expert's interleaved rows for its first inputs."""
-    if GROUP == 0:
-        return rows
-    return w13_scale + (slab + rows // 128) * (H // GROUP * 128) + rows % 128
+    ptrs = rows
+    if GROUP != 0:
+        ptrs = w13_scale + (slab + rows // 128) * (H // GROUP * 128) + rows % 128
+    return ptrs
 
 
 @triton.jit
-def _scale_once(total, scale_ptrs, GROUP: tl.constexpr, H: tl.constexpr):
-    """The sum over all inputs, scaled where columns have one factor for all of them."""
-    if GROUP == H:
-        return total * tl.load(scale_ptrs)[None, :]
+def _step_scale(scale_ptrs, k, GROUP: tl.constexpr, H: tl.constexpr):
+    """The scales of a step that begins at input k, or of the last one; nobody's where steps have none of their own.
+
+    They are loaded a step ahead: the compiler's pipeline fetches nothing but what goes into a dot.
+    """
+    if GROUP == 0 or GROUP == H:
+        scale = tl.full((1,), 1.0, tl.float32)
+    else:
+        scale = tl.load(scale_ptrs + tl.minimum(k, H - GROUP) // GROUP * 128)
+    return scale
+
+
+@triton.jit
+def _add_product(total, a, codes, scale, GROUP: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a . codes, times `scale` if the step has scales of its own."""
+    weights = _decode(codes, a.dtype)
+    if GROUP == 0 or GROUP == H:
+        total = tl.dot(a, weights, total, input_precision=PRECISION)
+    else:
+        total += tl.dot(a, weights, input_precision=PRECISION) * scale[None, :]
     return total
 
 
 @triton.jit
-def _add_product(total, a, codes, scale_ptrs, k, GROUP: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr):
-    """total + a . codes, scaled if columns have a factor for these inputs of their own; `k`: the first input."""
-    if GROUP == 0 or GROUP == H:
-        return tl.dot(a, _decode(codes, a.dtype), total, input_precision=PRECISION)
-    scale = tl.load(scale_ptrs + k // GROUP * 128)
-    return total + tl.dot(a, _decode(codes, a.dtype), input_precision=PRECISION) * scale[None, :]
+def _scale_sum(total, scale_ptrs, GROUP: tl.constexpr, H: tl.constexpr):
+    """The sum over all inputs, scaled where they share a scale."""
+    if GROUP == H:
+        total *= tl.load(scale_ptrs)[None, :]
+    return total
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -167,7 +183,7 @@ def ragged_up_kernel(
     Grid: (num_m_blocks * num_n_tiles,), num_n_tiles = ceil(widest / BLOCK_N). `x` [T, H]. `hidden`
     [blocks * BLOCK_M (or blocks with ONE_ROUTE), >= widest]. H must be a multiple of BLOCK_K. FUSED: one product with
     2 * BLOCK_N interleaved rows instead of two with BLOCK_N. GROUP: inputs that share a scale, a multiple of BLOCK_K; 0
-    for weights that are no codes. TMA (with FUSED and no codes): `w13` is a descriptor of blocks [2 * BLOCK_N, BLOCK_K].
+    for weights that are no codes. TMA (with FUSED, no codes): `w13` is a descriptor of blocks [2 * BLOCK_N, BLOCK_K].
     """
     pid_m, pid_n = _tile(num_m_blocks, num_n_tiles, GROUP_M)
     if CHAINED:
@@ -195,23 +211,33 @@ def ragged_up_kernel(
             rows_2n = tl.where(offs_2n < 2 * width, offs_2n, 0)
             w_ptrs = w13 + (slab * 128 + rows_2n)[None, :] * H + offs_k[:, None]
             scale_ptrs = _scale_ptrs(w13_scale, slab, rows_2n, GROUP, H)
+            scale = _step_scale(scale_ptrs, 0, GROUP, H)
             for k in range(0, H, BLOCK_K):
+                next_scale = _step_scale(scale_ptrs, k + BLOCK_K, GROUP, H)
                 a = tl.load(x_ptrs + k, mask=valid[:, None], other=0.0)
-                both = _add_product(both, a, tl.load(w_ptrs + k), scale_ptrs, k, GROUP, H, PRECISION)
-            both = _scale_once(both, scale_ptrs, GROUP, H)
+                both = _add_product(both, a, tl.load(w_ptrs + k), scale, GROUP, H, PRECISION)
+                scale = next_scale
+            both = _scale_sum(both, scale_ptrs, GROUP, H)
         gate, up = tl.split(both.reshape(BLOCK_M, BLOCK_N, 2))
     else:
         neurons = tl.where(offs_n < width, offs_n, 0)
         gate_ptrs = w13 + (slab * 128 + 2 * neurons)[None, :] * H + offs_k[:, None]
         gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        scale_ptrs = _scale_ptrs(w13_scale, slab, 2 * neurons, GROUP, H)
+        gate_scale_ptrs = _scale_ptrs(w13_scale, slab, 2 * neurons, GROUP, H)
+        up_scale_ptrs = _scale_ptrs(w13_scale, slab, 2 * neurons + 1, GROUP, H)
+        gate_scale = _step_scale(gate_scale_ptrs, 0, GROUP, H)
+        up_scale = _step_scale(up_scale_ptrs, 0, GROUP, H)
         for k in range(0, H, BLOCK_K):
+            next_gate_scale = _step_scale(gate_scale_ptrs, k + BLOCK_K, GROUP, H)
+            next_up_scale = _step_scale(up_scale_ptrs, k + BLOCK_K, GROUP, H)
             a = tl.load(x_ptrs + k, mask=valid[:, None], other=0.0)
-            gate = _add_product(gate, a, tl.load(gate_ptrs + k), scale_ptrs, k, GROUP, H, PRECISION)
-            up = _add_product(up, a, tl.load(gate_ptrs + H + k), scale_ptrs + 1, k, GROUP, H, PRECISION)
-        gate = _scale_once(gate, scale_ptrs, GROUP, H)
-        up = _scale_once(up, scale_ptrs + 1, GROUP, H)
+            gate = _add_product(gate, a, tl.load(gate_ptrs + k), gate_scale, GROUP, H, PRECISION)
+            up = _add_product(up, a, tl.load(gate_ptrs + H + k), up_scale, GROUP, H, PRECISION)
+            gate_scale = next_gate_scale
+            up_scale = next_up_scale
+        gate = _scale_sum(gate, gate_scale_ptrs, GROUP, H)
+        up = _scale_sum(up, up_scale_ptrs, GROUP, H)
     product = gate / (1 + tl.exp(-gate)) * up
     tl.store(
         hidden + rows[:, None] * stride_hm + offs_n[None, :],
@@ -229,15 +255,15 @@ def ragged_down_kernel(
     H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     ONE_ROUTE: tl.constexpr, PRECISION: tl.constexpr,
-    GROUP: tl.constexpr, SCALED: tl.constexpr,
+    GROUP: tl.constexpr, BY_CHANNEL: tl.constexpr,
     TMA: tl.constexpr, CHAINED: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """routed[route] = down_e(hidden of that route) [num_routes, H], over the expert's own width.
 
     Grid: (num_m_blocks * num_n_tiles,), num_n_tiles = H / BLOCK_N. `hidden` as written by `ragged_up_kernel`. H must be
-    a multiple of BLOCK_N, and 64 of BLOCK_K, so that the loop ends exactly at the expert's width. SCALED: what codes'
-    scales are multiplied with: "inputs" or, where their type has too little range for it, "weights", if neurons have
-    one per GROUP of outputs (a multiple of BLOCK_N); "outputs" if outputs have one. TMA (BLOCK_K 64, no codes):
+    a multiple of BLOCK_N, and 64 of BLOCK_K, so that the loop ends exactly at the expert's width. GROUP:
+    outputs that share a neuron's scale, a multiple of BLOCK_N, with which weights are multiplied; BY_CHANNEL: outputs
+    have a scale, with which sums are; 0 and False for weights that are no codes. TMA (BLOCK_K 64, no codes):
     `hidden` and `w2` are descriptors of blocks [BLOCK_M, 64] and, of slabs' rows [rows / 64 * H, 64], [BLOCK_N, 64].
     PREFETCH (with CHAINED, without TMA): slabs of `w2` to bring into L2 while `ragged_up_kernel` drains.
     """
@@ -268,16 +294,14 @@ def ragged_down_kernel(
         for k in range(0, width, BLOCK_K):
             a = tl.load(hidden_ptrs + k, mask=valid[:, None], other=0.0)
             b = tl.load(w2_ptrs + tl.multiple_of((k // 64) * (64 * H) + k % 64, 16))
-            b = _decode(b, a.dtype)
-            if SCALED == "inputs" or SCALED == "weights":
+            if GROUP == 0 or BY_CHANNEL:
+                b = _decode(b, a.dtype)
+            else:
                 group = (slab + k // 64) * (H // GROUP) + pid_n * BLOCK_N // GROUP
                 scale = tl.load(w2_scale + group * 64 + k % 64 + offs_k)
-                if SCALED == "inputs":
-                    a = (a * scale[None, :]).to(a.dtype)
-                else:
-                    b = (b * scale[:, None]).to(b.dtype)
+                b = (_decode(b, tl.float32) * scale[:, None]).to(a.dtype)
             total = tl.dot(a, b, total, input_precision=PRECISION)
-        if SCALED == "outputs":
+        if BY_CHANNEL:
             total *= tl.load(w2_scale + slot.to(tl.int64) * H + offs_n)[None, :]
     tl.store(
         routed + routes.to(tl.int64)[:, None] * H + offs_n[None, :],

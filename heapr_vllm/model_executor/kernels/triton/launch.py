@@ -147,7 +147,7 @@ def down_projection(
         ONE_ROUTE=config.one_route,
         PRECISION=_precision(hidden.dtype),
         GROUP=group_size(experts),
-        SCALED=scaled_operand(experts, hidden.dtype),
+        BY_CHANNEL=_is_by_channel(experts),
         PREFETCH=PREFETCHED_SLABS if config.prefetch else 0,
         **tile.meta(),
         **config.launch(),
@@ -212,9 +212,7 @@ def layer_shape(slot_map: torch.Tensor, experts: ExpertRows, top_k: int, dtype: 
     """Returns the shape of a layer with stored experts; `dtype`: of its tokens."""
     num_slots = num_stored(slot_map, experts)
     rows, hidden_size = experts.w2.shape
-    return LayerShape(
-        hidden_size, top_k, num_slots, rows // num_slots, experts.max_width, dtype, scheme_of(experts)
-    )
+    return LayerShape(hidden_size, top_k, num_slots, rows // num_slots, experts.max_width, dtype, scheme_of(experts))
 
 
 def scheme_of(experts: ExpertRows) -> ExpertScheme | None:
@@ -222,7 +220,7 @@ def scheme_of(experts: ExpertRows) -> ExpertScheme | None:
     if experts.scales is None:
         return None
     kind = "int" if experts.w2.dtype == torch.int8 else "float"
-    if experts.scales.is_by_channel(experts.w2.shape[1]):
+    if _is_by_channel(experts):
         return ExpertScheme(kind, strategy="channel", group_size=None)
     return ExpertScheme(kind, group_size=group_size(experts))
 
@@ -230,18 +228,6 @@ def scheme_of(experts: ExpertRows) -> ExpertScheme | None:
 def group_size(experts: ExpertRows) -> int:
     """Returns how many of the inputs of gate and up share a scale; 0 in the model's dtype."""
     return experts.w13.shape[1] // experts.scales.w13.shape[1] if experts.scales else 0
-
-
-def scaled_operand(experts: ExpertRows, dtype: torch.dtype) -> str:
-    """Returns what `ragged_down_kernel` multiplies by the scales; "" in the model's dtype, which is `dtype`.
-
-    Intermediates of fp16 have no range for it: they would underflow.
-    """
-    if experts.scales is None:
-        return ""
-    if experts.scales.is_by_channel(experts.w2.shape[1]):
-        return "outputs"
-    return "weights" if dtype == torch.float16 else "inputs"
 
 
 def warm_up(
@@ -257,6 +243,10 @@ def warm_up(
     routes = Routes(x.new_ones(1, top_k, dtype=torch.float32), slot_map.new_zeros(1, top_k), slot_map)
     for config in configs_up_to(layer_shape(slot_map, experts, top_k, x.dtype), max_tokens):
         triton_ragged_moe(torch.empty_like(x), x, routes, experts, config=config)
+
+
+def _is_by_channel(experts: ExpertRows) -> bool:
+    return experts.scales is not None and experts.scales.is_by_channel(experts.w2.shape[1])
 
 
 def _weights(weights: torch.Tensor, config: TileConfig) -> torch.Tensor:
