@@ -47,10 +47,23 @@ SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.GtE: ast.Gt,
     ast.Eq: ast.NotEq,
 }
-KERNELS = ("_place", "_tile", "_block", "ragged_up_kernel", "ragged_down_kernel", "combine_kernel")
-LAUNCHED = KERNELS[3:]
+LAUNCHED = ("ragged_up_kernel", "ragged_down_kernel", "combine_kernel")
+HELPERS = ("_place", "_tile", "_block", "_decode", "_scale_ptrs", "_step_scale", "_add_product", "_scale_sum")
+KERNELS = (*HELPERS, *LAUNCHED)
 ROUTE_BLOCKS = ("align_routes", "max_blocks", "build")
-LAUNCHER = ("pack", "index_tables", "up_projection", "down_projection", "combine", "triton_ragged_moe")
+LAUNCHER = (
+    "pack",
+    "_interleave",
+    "_make_slabs",
+    "_moved_as",
+    "index_tables",
+    "up_projection",
+    "down_projection",
+    "combine",
+    "triton_ragged_moe",
+    "group_size",
+    "_weights",
+)
 EQUIVALENT = {
     "ragged_up_kernel: pid_n * BLOCK_N >= width  ->  pid_n * BLOCK_N > width": "an idle tile, masked at the store",
     "ragged_up_kernel: offs_n < width  ->  offs_n <= width": "reads one row too many, masked at the store",
@@ -131,7 +144,7 @@ def _check(mutant: Mutant) -> None:
         load(mutant, folder)
         if sys.modules[f"{PACKAGE}.route_blocks"].max_blocks(40, 8, 16) != 10:
             os._exit(1)  # more would only cost time
-        for case in moe_cases.CASES:
+        for case in (*moe_cases.CASES, *moe_cases.FEW_IN_8_BITS):
             layer = moe_cases.build(case, torch.float32)
             with moe_cases.fenced_scratch():
                 output = layer.run(case.config)

@@ -55,6 +55,7 @@ class Case(NamedTuple):
         return self._replace(config=config, scheme=scheme)
 
 
+STRATEGIES = ("group", "channel")
 CASES = [
     Case(1, [64, 128, 64, 192, 64, 64, 64, 64], 2, 64, DECODE),  # decode: a block per route, no alignment
     Case(1, [0, 64, 0, 0, 0, 64, 0, 128], 2, 64, DECODE),  # decode, mostly dead experts
@@ -76,14 +77,18 @@ CASES = [
     Case(9, [64, 128], 1, 64, DECODE),  # a block per route although routes are many
     Case(70, [64, 128] * 3, 2, 128, None),  # default tiles
 ]
-KINDS = (("int", "bits"), ("float", "bits"), ("float", "cast"))
 CASES_IN_8_BITS = [
-    case.in_8_bits(kind, strategy, decode)
-    for case in CASES
-    for kind, decode in KINDS
-    for strategy in ("group", "channel")
-    if case.config or decode == "bits"
+    *(case.in_8_bits(kind, strategy) for case in CASES for kind in ("int", "float") for strategy in STRATEGIES),
+    *(case.in_8_bits("float", strategy, "cast") for case in CASES[3:6] for strategy in STRATEGIES),
 ]
+FEW_IN_8_BITS = [
+    Case(40, [64, 192, 128, 64], 2, 64).in_8_bits("int", "group"),
+    Case(20, [64, 0, 192, 128], 2, 64, UNFUSED).in_8_bits("float", "group"),
+    Case(9, [64, 128], 1, 64, DECODE).in_8_bits("int", "channel"),
+    Case(33, [64, 64, 128], 2, 64, TALL, (0,), "nobody").in_8_bits("float", "group"),
+    Case(20, [64, 0, 192, 128], 2, 64, UNFUSED).in_8_bits("int", "channel"),
+    Case(2, [64, 128] * 8, 2, 64, DECODE, (3, 5, 7), "nobody").in_8_bits("float", "channel", "cast"),
+]  # what `tools/mutants.py` has time for
 
 
 class Layer(NamedTuple):

@@ -2,7 +2,8 @@
 """Which tiles the Triton kernels use: tuned ones from JSON where there are any, otherwise by routes per expert.
 
 A tuned file covers one hidden size, top-k, dtype, way to store experts and GPU, and holds per width profile and token
-count the fastest tiles found by `heapr tune`. Folders are searched in this order: HEAPR_CONFIG_FOLDER, the user's cache, the package.
+count the fastest tiles found by `heapr tune`. Folders are searched in this order: HEAPR_CONFIG_FOLDER, the user's
+cache, the package.
 """
 
 from __future__ import annotations
@@ -202,8 +203,8 @@ def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = Non
     """Tiles by routes per expert, for shapes without a tuned configuration.
 
     Blocks are as tall as those of the files that vLLM ships for H200s. Smaller GPUs than Hopper get smaller tiles; fp32
-    is there to be right, not fast. E4M3 is cast where that takes fewer instructions and is sure to compile: 2 per weight
-    against 3.7 by bits. `hopper` defaults to whether the GPU at hand has as much shared memory.
+    is there to be right, not fast. E4M3 is cast on GPUs like Hopper: 2 instructions per weight against 3.7 by bits.
+    `hopper` defaults to whether the GPU at hand has as much shared memory.
     """
     hopper = _has_hoppers_memory() if hopper is None else hopper
     routes = num_tokens * shape.top_k / max(shape.num_experts, 1)
