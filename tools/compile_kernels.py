@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ from tools import ptx
 
 ARCHES = {"sm_90a": 90, "sm_80": 80}
 TOKENS = (1, 8, 32, 64, 256, 1024, 4096, 8192)
+TOKENS_IN_8_BITS = (1, 8, 32, 256, 512, 1024)  # one for every default tile of Qwen3-30B-A3B
 POINTERS = {
     "x": "*bf16",
     "w13": "*bf16",
@@ -129,8 +130,8 @@ def launches(arch: str) -> Iterator[Launch]:
             switched = ways_to_run(default) if is_hopper and name == next(iter(PAPER_SHAPES)) else []
             for config in (default, *switched):
                 yield Launch(shape.hidden_size, shape.top_k, config)
-            if name == next(iter(PAPER_SHAPES)):
-                yield from launches_in_8_bits(shape, tokens, is_hopper)
+        if name == next(iter(PAPER_SHAPES)):
+            yield from launches_in_8_bits(shape, is_hopper)
     for path in PACKAGED_FOLDER.glob("*.json") if is_hopper else ():
         hidden_size, top_k = map(int, re.findall(r"(?:hidden_size|top_k)=(\d+),", path.name))
         for profile in json.loads(path.read_text())["profiles"]:
@@ -138,9 +139,9 @@ def launches(arch: str) -> Iterator[Launch]:
                 yield Launch(hidden_size, top_k, TileConfig.from_dict(entry))
 
 
-def launches_in_8_bits(shape: LayerShape, tokens: int, is_hopper: bool) -> Iterator[Launch]:
-    """Those of a model with every kind of 8-bit experts, with default tiles and every decode that this GPU has."""
-    for scheme in SCHEMES:
+def launches_in_8_bits(shape: LayerShape, is_hopper: bool) -> Iterator[Launch]:
+    """Those of a model with every kind of 8-bit experts: default tiles, and every decode that this GPU has."""
+    for scheme, tokens in product(SCHEMES, TOKENS_IN_8_BITS):
         config = default_config(tokens, replace(shape, scheme=scheme), hopper=is_hopper)
         decodes = DECODES if is_hopper and scheme.type == "float" else ("bits",)
         for decode in decodes:

@@ -211,11 +211,12 @@ def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = Non
     if shape.dtype.itemsize > 2:
         config = TileConfig(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2))
     elif routes <= 10:
-        config = TileConfig(16, Tile(32, 128, 4, 4) if num_tokens <= 8 else Tile(64, 64, 4, 3), Tile(64, 64, 4, 4))
+        is_long = num_tokens <= 8 or shape.has_groups  # a step per group has the fewest sums
+        config = TileConfig(16, Tile(32, 128, 4, 4) if is_long else Tile(64, 64, 4, 3), Tile(64, 64, 4, 4))
     elif routes <= 40:
         config = TileConfig(32 if routes <= 20 else 64, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4))
-    elif hopper and shape.has_groups:  # sums of a step and of all, scales of this and the next: registers are short
-        config = TileConfig(128, Tile(32, 128, 8, 3, 8), Tile(128, 64, 8, 3, 8))
+    elif shape.has_groups:  # sums of a step and of all, scales of this and the next: registers are short
+        config = TileConfig(128, Tile(32, 128 if hopper else 64, 8, 3, 8), Tile(128, 64, 8, 3, 8))
     elif hopper:
         config = TileConfig(128, Tile(128, 64, 8, 4, 8), Tile(256, 64, 8, 3, 8))
     else:

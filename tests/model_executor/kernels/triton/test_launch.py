@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -81,6 +82,13 @@ def test_bits_of_e4m3_in_bf16() -> None:
     numbers, expected = bits.view(torch.bfloat16) * BF16_OVER_E4M3.value, codes.to(torch.bfloat16)
     is_number = ~expected.isnan()
     assert numbers.dtype == torch.bfloat16 and torch.equal(numbers[is_number], expected[is_number])
+
+
+def test_decodes_are_as_chosen() -> None:
+    codes = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    by_bits, by_cast = (launch._weights(codes, replace(SMALL, decode=decode)).dtype for decode in ("bits", "cast"))
+    assert (by_bits, by_cast) == (torch.uint8, torch.float8_e4m3fn)
+    assert launch._weights(codes.view(torch.int8), SMALL).dtype == torch.int8
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
