@@ -64,7 +64,7 @@ def test_weights_come_by_wide_asynchronous_copies(rows: list[dict[str, str]]) ->
 
 
 def test_scales_of_weights_come_with_them(rows: list[dict[str, str]]) -> None:
-    """Asynchronously: four bytes per thread and stage; Triton 3.6 copies them again and again, 16 bytes at a time too."""
+    """Asynchronously: four bytes per thread and stage; Triton 3.6 copies the same ones for every row of threads."""
     for row in filter(scales_its_weights, rows):
         stages = int(row["num_stages"])
         if row["triton"].startswith("3.6."):
