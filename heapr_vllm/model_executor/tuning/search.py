@@ -233,7 +233,10 @@ def candidates(kind: str, shape: LayerShape, block_m: int, num_tokens: int) -> l
     """
     routes = num_tokens * shape.top_k / shape.num_experts
     group_sizes = (1, 8) if routes > block_m else (1,)
-    axes = ((16, 32, 64, 128, 256), (64, 128, 256) if kind == "up" else (64,), (4, 8), (2, 3, 4, 5), group_sizes)
+    lengths = (64, 128, 256) if kind == "up" else (64,)
+    if kind == "up" and _inputs_of_a_step(shape) % 64:
+        lengths = (32,)
+    axes = ((16, 32, 64, 128, 256), lengths, (4, 8), (2, 3, 4, 5), group_sizes)
     default = getattr(default_config(num_tokens, shape), kind).meta()
     ordinary = sorted(
         (Tile(*sizes) for sizes in itertools.product(*axes)),
@@ -262,8 +265,13 @@ def _fits(kind: str, tile: Tile, shape: LayerShape, block_m: int) -> bool:
     accumulators = sums * halves * block_m * tile.block_n / (32 * tile.num_warps)
     step = block_m * shape.dtype.itemsize + halves * tile.block_n * shape.weight_dtype.itemsize
     shared = tile.num_stages * tile.block_k * step
-    fits_hidden_size = (shape.group_size or shape.hidden_size) % hidden_tile == 0
+    fits_hidden_size = _inputs_of_a_step(shape) % hidden_tile == 0
     return fits_hidden_size and accumulators <= MAX_ACCUMULATORS and shared <= SHARED_MEMORY
+
+
+def _inputs_of_a_step(shape: LayerShape) -> int:
+    """What tiles must divide along the hidden size."""
+    return shape.group_size or shape.hidden_size
 
 
 def _gemm_calls(layer: SyntheticLayer, batches: list[Batch], block_m: int) -> tuple[Callable, Callable]:

@@ -102,6 +102,13 @@ def test_candidates_in_8_bits(quantize: str, tokens: int) -> None:
                 assert halves * block_m * tile.block_n <= search.MAX_ACCUMULATORS * 32 * tile.num_warps
 
 
+def test_candidates_in_groups_of_32() -> None:
+    shape = LayerShape(96, 2, 8, 128, 192, torch.bfloat16, ExpertScheme.for_hidden_size("int8", 96))
+    assert shape.group_size == 32
+    assert {tile.block_k for tile in search.candidates("up", shape, 16, 8)} == {32}
+    assert {tile.block_n for tile in search.candidates("down", shape, 16, 8)} == {16, 32}
+
+
 @pytest.mark.parametrize("strategy", ["group", "channel"])
 @pytest.mark.parametrize("kind", ["int", "float"])
 def test_a_synthetic_layer_in_8_bits(kind: str, strategy: str) -> None:

@@ -137,7 +137,7 @@ def _scale_ptrs(w13_scale, slab, rows, GROUP: tl.constexpr, H: tl.constexpr):
 
 @triton.jit
 def _step_scale(scale_ptrs, k, GROUP: tl.constexpr, H: tl.constexpr):
-    """The scales of a step that begins at input k, or of the last one; nobody's where steps have none of their own.
+    """Scales of columns in the step from input k on, or in the last one; a placeholder where all steps share them.
 
     They are loaded a step ahead: the compiler's pipeline fetches nothing but what goes into a dot.
     """
@@ -150,7 +150,7 @@ def _step_scale(scale_ptrs, k, GROUP: tl.constexpr, H: tl.constexpr):
 
 @triton.jit
 def _add_product(total, a, codes, scale, GROUP: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr):
-    """total + a . codes, times `scale` if the step has scales of its own."""
+    """total + a . codes, their product times `scale` if the step has scales of its own."""
     weights = _decode(codes, a.dtype)
     if GROUP == 0 or GROUP == H:
         total = tl.dot(a, weights, total, input_precision=PRECISION)

@@ -30,11 +30,13 @@ from tests.model_executor.kernels.moe_cases import (
     CASES,
     CASES_IN_8_BITS,
     DEVICE,
+    HAS_CAST,
     SMALL,
     STRATEGIES,
     TOLERANCE,
     Case,
     build,
+    copied,
     fenced_scratch,
     is_fenced,
 )
@@ -67,7 +69,7 @@ def test_every_code_is_decoded_exactly(stored: torch.dtype, dtype: torch.dtype) 
     codes = torch.arange(256, dtype=torch.uint8, device=DEVICE)
     expected = codes.view(torch.float8_e4m3fn if stored == torch.uint8 else stored).to(dtype)
     numbers = torch.empty_like(expected)
-    if stored == torch.float8_e4m3fn and DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+    if stored == torch.float8_e4m3fn and not HAS_CAST:
         pytest.skip("this GPU does not cast E4M3")
     decode_kernel[(1,)](codes.view(stored), numbers, 256)
     is_number = ~expected.isnan()
@@ -262,6 +264,26 @@ def test_packing_of_codes_and_scales(dtype: torch.dtype) -> None:
     kept = by_output.w2.clone()
     pack(w13, w2, layout, by_output)
     assert torch.equal(by_output.w2, kept)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_kernel_takes_codes_and_scales(strategy: str) -> None:
+    """`TritonKernel` by the interface of all kernels: from parameters as they were loaded to an output."""
+    pytest.importorskip("vllm")
+    from heapr_vllm.model_executor.kernels.triton.kernel import TritonKernel
+
+    kernel, dtype = TritonKernel(), torch.float16
+    case = Case(9, [64, 128, 64], 2, 64).in_8_bits("float", strategy)
+    assert kernel.layer_obstacle(dtype, 64, case.scheme) is None
+    layer, layout = build(case, dtype), RaggedLayout.build(case.widths, case.widths)
+    experts = copied(layer.plain, torch.clone)
+    kernel.pack(experts.w13, experts.w2, layout, experts.scales)
+    slots, table = (tensor.to(DEVICE) for tensor in kernel.index_tables(layout.slots, layout))
+    experts = replace(experts, table=table)
+    kernel.warm_up(slots, experts, 2, 1, dtype)
+    output = torch.empty_like(layer.x)
+    kernel.run(output, layer.x, replace(layer.routes, slots=slots), experts)
+    assert layer.error(output) < TOLERANCE[dtype]
 
 
 def test_warm_up_in_8_bits_needs_the_models_dtype() -> None:
