@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,18 +24,28 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from heapr_vllm.formats.quantized import CODE_DTYPES, GROUP_SIZE, ExpertScheme
 from heapr_vllm.model_executor.kernels.triton.jit import combine_kernel, ragged_down_kernel, ragged_up_kernel
 from heapr_vllm.model_executor.kernels.triton.launch import PREFETCHED_SLABS
-from heapr_vllm.model_executor.kernels.triton.tiles import PACKAGED_FOLDER, LayerShape, TileConfig, default_config
+from heapr_vllm.model_executor.kernels.triton.tiles import (
+    DECODES,
+    PACKAGED_FOLDER,
+    LayerShape,
+    TileConfig,
+    default_config,
+)
 from heapr_vllm.model_executor.tuning.synthetic import PAPER_SHAPES
 from tools import ptx
 
 ARCHES = {"sm_90a": 90, "sm_80": 80}
 TOKENS = (1, 8, 32, 64, 256, 1024, 4096, 8192)
+TOKENS_IN_8_BITS = (1, 8, 32, 256, 512, 1024)  # one for every default tile of Qwen3-30B-A3B
 POINTERS = {
     "x": "*bf16",
     "w13": "*bf16",
+    "w13_scale": "*fp32",
     "w2": "*bf16",
+    "w2_scale": "*fp32",
     "hidden": "*bf16",
     "routed": "*bf16",
     "output": "*bf16",
@@ -46,41 +56,59 @@ POINTERS = {
     "block_slots": "*i32",
     "num_rows": "*i32",
 }
+SCHEMES = [
+    ExpertScheme(kind, strategy=strategy, group_size=GROUP_SIZE if strategy == "group" else None)
+    for kind in CODE_DTYPES
+    for strategy in ("group", "channel")
+]
 ARGUMENTS = chain(ragged_up_kernel.arg_names, ragged_down_kernel.arg_names, combine_kernel.arg_names)
 CONSTEXPRS = tuple(dict.fromkeys(name for name in ARGUMENTS if name.isupper()))
 
 
 class Launch(NamedTuple):
-    """One call of the Triton path: sizes and tiles."""
+    """One call of the Triton path: sizes, tiles, and how experts are stored."""
 
     hidden_size: int
     top_k: int
     config: TileConfig
+    scheme: ExpertScheme | None = None
 
 
 class Variant(NamedTuple):
-    """A kernel as it is compiled: its constexprs, warps and stages."""
+    """A kernel as it is compiled: its constexprs, warps and stages, and the type of its weights' pointers."""
 
     kernel: Any
     meta: dict[str, Any]
+    weights: str = ""
 
     @property
     def key(self) -> tuple:
-        return (self.kernel.fn.__name__, *self.meta.values())
+        return (self.kernel.fn.__name__, self.weights, *self.meta.values())
 
 
 def variants_of(launch: Launch) -> Iterator[Variant]:
     """The kernels of `triton_ragged_moe` with the constexprs that it passes for bf16."""
-    hidden_size, top_k, config = launch
+    hidden_size, top_k, config, scheme = launch
+    weights = pointer_type(scheme, config)
+    group = (scheme.group_size or hidden_size) if scheme else 0
+    by_channel = scheme is not None and scheme.strategy == "channel"
     shared = {"H": hidden_size, **config.launch()}
-    blocks = {"BLOCK_M": config.block_m, "ONE_ROUTE": config.one_route, "PRECISION": "tf32"}
-    yield Variant(ragged_up_kernel, shared | {"TOP_K": top_k, "FUSED": config.fused} | blocks | config.up.meta())
-    yield Variant(
-        ragged_down_kernel,
-        shared | {"PREFETCH": PREFETCHED_SLABS if config.prefetch else 0} | blocks | config.down.meta(),
-    )
+    blocks = {"BLOCK_M": config.block_m, "ONE_ROUTE": config.one_route, "PRECISION": "tf32", "GROUP": group}
+    up = {"TOP_K": top_k, "FUSED": config.fused}
+    down = {"BY_CHANNEL": by_channel, "PREFETCH": PREFETCHED_SLABS if config.prefetch else 0}
+    yield Variant(ragged_up_kernel, shared | up | blocks | config.up.meta(), weights)
+    yield Variant(ragged_down_kernel, shared | down | blocks | config.down.meta(), weights)
     block_n = min(1024, triton.next_power_of_2(hidden_size))  # ty: ignore[invalid-argument-type]  # it takes itself
     yield Variant(combine_kernel, shared | {"TOP_K": top_k, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 3})
+
+
+def pointer_type(scheme: ExpertScheme | None, config: TileConfig) -> str:
+    """The type of a pointer to weights in Triton's spelling, without the star."""
+    if scheme is None:
+        return "bf16"
+    if scheme.type == "int":
+        return "i8"
+    return {"bits": "u8", "cast": "fp8e4nv"}[config.decode]
 
 
 def launches(arch: str) -> Iterator[Launch]:
@@ -102,11 +130,22 @@ def launches(arch: str) -> Iterator[Launch]:
             switched = ways_to_run(default) if is_hopper and name == next(iter(PAPER_SHAPES)) else []
             for config in (default, *switched):
                 yield Launch(shape.hidden_size, shape.top_k, config)
+        if name == next(iter(PAPER_SHAPES)):
+            yield from launches_in_8_bits(shape, is_hopper)
     for path in PACKAGED_FOLDER.glob("*.json") if is_hopper else ():
         hidden_size, top_k = map(int, re.findall(r"(?:hidden_size|top_k)=(\d+),", path.name))
         for profile in json.loads(path.read_text())["profiles"]:
             for entry in profile["tokens"].values():
                 yield Launch(hidden_size, top_k, TileConfig.from_dict(entry))
+
+
+def launches_in_8_bits(shape: LayerShape, is_hopper: bool) -> Iterator[Launch]:
+    """Those of a model with every kind of 8-bit experts: default tiles, and every decode that this GPU has."""
+    for scheme, tokens in product(SCHEMES, TOKENS_IN_8_BITS):
+        config = default_config(tokens, replace(shape, scheme=scheme), hopper=is_hopper)
+        decodes = DECODES if is_hopper and scheme.type == "float" else ("bits",)
+        for decode in decodes:
+            yield Launch(shape.hidden_size, shape.top_k, replace(config, decode=decode), scheme)
 
 
 def ways_to_run(config: TileConfig) -> list[TileConfig]:
@@ -129,13 +168,15 @@ def variants(arch: str) -> list[Variant]:
 def source_of(variant: Variant) -> ASTSource:
     """The kernel with the argument types and alignments of a launch."""
     kernel, meta, names = variant.kernel, variant.meta, variant.kernel.arg_names
-    types = POINTERS | (descriptors(variant) if meta.get("TMA") else {})
-    signature = {name: "constexpr" if name in meta else types.get(name, "i32") for name in names}
-    constexprs = {(i,): meta[name] for i, name in enumerate(names) if name in meta}
+    types = POINTERS | {"w13": f"*{variant.weights}", "w2": f"*{variant.weights}"}
+    types |= descriptors(variant) if meta.get("TMA") else {}
+    fixed = meta if meta.get("GROUP") else meta | {"w13_scale": None, "w2_scale": None}
+    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
+    constexprs = {(i,): fixed[name] for i, name in enumerate(names) if name in fixed}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if types.get(name, "").startswith("*") or name.startswith("stride")
+        if name not in fixed and (types.get(name, "").startswith("*") or name.startswith("stride"))
     }
     return ASTSource(kernel, signature, constexprs, aligned)
 
@@ -160,6 +201,7 @@ def compile_one(arch: str, variant: Variant) -> dict[str, Any]:
         "triton": triton.__version__,
         "arch": arch,
         "kernel": variant.kernel.fn.__name__,
+        "weights": variant.weights,
         **{name: variant.meta.get(name, "") for name in (*CONSTEXPRS, "num_warps", "num_stages")},
         "registers": registers,
         "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),

@@ -47,10 +47,23 @@ SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.GtE: ast.Gt,
     ast.Eq: ast.NotEq,
 }
-KERNELS = ("_place", "_tile", "_block", "ragged_up_kernel", "ragged_down_kernel", "combine_kernel")
-LAUNCHED = KERNELS[3:]
+LAUNCHED = ("ragged_up_kernel", "ragged_down_kernel", "combine_kernel")
+HELPERS = ("_place", "_tile", "_block", "_decode", "_scale_ptrs", "_step_scale", "_add_product", "_scale_sum")
+KERNELS = (*HELPERS, *LAUNCHED)
 ROUTE_BLOCKS = ("align_routes", "max_blocks", "build")
-LAUNCHER = ("pack", "index_tables", "up_projection", "down_projection", "combine", "triton_ragged_moe")
+LAUNCHER = (
+    "pack",
+    "_interleave",
+    "_make_slabs",
+    "_moved_as",
+    "index_tables",
+    "up_projection",
+    "down_projection",
+    "combine",
+    "triton_ragged_moe",
+    "group_size",
+    "_weights",
+)
 EQUIVALENT = {
     "ragged_up_kernel: pid_n * BLOCK_N >= width  ->  pid_n * BLOCK_N > width": "an idle tile, masked at the store",
     "ragged_up_kernel: offs_n < width  ->  offs_n <= width": "reads one row too many, masked at the store",
@@ -59,6 +72,11 @@ EQUIVALENT = {
     "index_tables: slot < layout.num_slots  ->  slot <= layout.num_slots": "vLLM's alignment notices",
     "align_routes: block_starts < ends[-1]  ->  block_starts <= ends[-1]": "an idle block, whose slot nobody uses",
     "build: len(table) - len(slot_map)  ->  len(table) + len(slot_map)": "more idle blocks: test_blocks_are_not_wasted",
+    "_decode: (bits << 4 & -30736).to(tl.bfloat16, bitcast=True) * BF16_OVER_E4M3  ->  "
+    "(bits << 4 & -30736).to(tl.bfloat16, bitcast=True) + BF16_OVER_E4M3": "the interpreter has no right bf16",
+    "_decode: bits << 4  ->  bits >> 4": "as above: test_bits_of_e4m3_in_bf16",
+    "_step_scale: H - GROUP  ->  H + GROUP": "what is loaded for a step after the last one is not used",
+    "_weights: config.decode == 'bits'  ->  config.decode != 'bits'": "both are exact: test_decodes_are_as_chosen",
 }  # each stands for one place: where the same expression occurs twice, later places are numbered
 
 
@@ -131,7 +149,7 @@ def _check(mutant: Mutant) -> None:
         load(mutant, folder)
         if sys.modules[f"{PACKAGE}.route_blocks"].max_blocks(40, 8, 16) != 10:
             os._exit(1)  # more would only cost time
-        for case in moe_cases.CASES:
+        for case in (*moe_cases.CASES, *moe_cases.FEW_IN_8_BITS):
             layer = moe_cases.build(case, torch.float32)
             with moe_cases.fenced_scratch():
                 output = layer.run(case.config)

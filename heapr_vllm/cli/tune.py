@@ -40,6 +40,9 @@ def add_tune(commands: options.Commands) -> None:
         help="token counts per step",
     )
     command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the model's")
+    command.add_argument(
+        "--quantize", choices=("int8", "fp8"), help="experts in 8 bits; default: as the model has them"
+    )
     command.add_argument("--tensor-parallel-size", type=options.positive, default=1, metavar="N")
     command.add_argument(
         "--time-budget",
@@ -67,9 +70,11 @@ def run_tune(args: argparse.Namespace) -> None:
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     jobs = (
-        jobs_of_model(args.model, dtype, args.tensor_parallel_size)
+        jobs_of_model(args.model, dtype, args.tensor_parallel_size, args.quantize)
         if args.model
-        else jobs_of_shapes(args.shape, args.sparsity, dtype or torch.bfloat16, args.tensor_parallel_size)
+        else jobs_of_shapes(
+            args.shape, args.sparsity, dtype or torch.bfloat16, args.tensor_parallel_size, args.quantize
+        )
     )
     written, missing = tune(jobs, args.tokens, args.output or user_folder(), args.time_budget, overwrite=args.overwrite)
     for path in written:

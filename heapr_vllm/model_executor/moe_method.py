@@ -90,6 +90,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         config = get_current_vllm_config()
         self.needs_weights = config.load_config.load_format != "dummy"
         self.max_tokens = config.scheduler_config.max_num_batched_tokens * config.parallel_config.data_parallel_size
+        self.dtype = params_dtype
         self.kernel = select_kernel(params_dtype, hidden_size, self.scheme)
         self.storage = self._plan_storage(layer, hidden_size, params_dtype)
         attributes = {key: value for key, value in extra_weight_attrs.items() if key not in OWN_ATTRIBUTES}
@@ -152,7 +153,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         self.kernel.pack(w13, w2, self.storage.layout, scales)
         self._register_tables(layer)
         rows = ExpertRows(w13, w2, layer.heapr_table, self.storage.layout.max_width, scales=scales)
-        self.kernel.warm_up(layer.heapr_slots, rows, self.moe.experts_per_token, self.max_tokens)
+        self.kernel.warm_up(layer.heapr_slots, rows, self.moe.experts_per_token, self.max_tokens, self.dtype)
         if self.moe_kernel is None:
             self._build_kernel(layer)
             self._log()

@@ -81,7 +81,7 @@ def test_code_of_a_checkpoint_is_never_run(qwen3: Path, corpus: Path, tmp_path: 
         str(tmp_path / "calib"),
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "heapr_vllm", *command, "--num-calibration-samples", "2"],
+        [sys.executable, "-m", "heapr_vllm", *command],
         input="yes\n" * 5,
         capture_output=True,
         text=True,
@@ -175,8 +175,8 @@ def test_the_last_resort(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
     monkeypatch.setattr(prune_command, "run_inspect", broken)
     assert main(["inspect", str(tmp_path)]) == 1
     assert capsys.readouterr().err == (
-        "heapr: unexpected ZeroDivisionError: nobody thought of it. Please report it, with the output of `heapr env` and "
-        "of the same command with HEAPR_DEBUG=1\n"
+        "heapr: unexpected ZeroDivisionError: nobody thought of it. Please report it, with the output of `heapr env` "
+        "and of the same command with HEAPR_DEBUG=1\n"
     )
     with pytest.raises(ZeroDivisionError):
         main(["inspect", str(tmp_path), "--debug"])

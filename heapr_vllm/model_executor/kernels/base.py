@@ -96,8 +96,15 @@ class RaggedKernel(ABC):
         """
         return slots_table(slots, layout), torch.tensor(layout.expert_table(), dtype=torch.int32).view(-1, 2)
 
-    def warm_up(self, slots: torch.Tensor, experts: ExpertRows, top_k: int, max_tokens: int) -> None:
-        """Compiles what calls of up to `max_tokens` tokens may need."""
+    def warm_up(
+        self,
+        slots: torch.Tensor,
+        experts: ExpertRows,
+        top_k: int,
+        max_tokens: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Compiles what calls of up to `max_tokens` tokens of `dtype`, or None for the weights' own, may need."""
         return
 
     @abstractmethod

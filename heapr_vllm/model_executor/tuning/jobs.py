@@ -13,6 +13,7 @@ from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.names import natural_order
 from heapr_vllm.formats.pruned import read_masks
+from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, LayerShape
 from heapr_vllm.model_executor.storage.layout import round_up
 from heapr_vllm.model_executor.storage.shares import tensor_parallel_shares
@@ -23,51 +24,69 @@ SIMILAR = 1.25  # layers whose mean widths differ by less share one job
 
 @dataclass(frozen=True)
 class Job:
-    """Stored widths of one layer to tune for."""
+    """Stored widths of one layer to tune for.
+
+    `dtype`: the model's. `scheme`: of 8-bit experts; None in `dtype`.
+    """
 
     moe: MoEShape
     widths: tuple[int, ...]
     dtype: torch.dtype
+    scheme: ExpertScheme | None = None
 
     @property
     def shape(self) -> LayerShape:
-        return LayerShape.of(list(self.widths), self.moe.hidden_size, self.moe.top_k, self.dtype)
+        return LayerShape.of(list(self.widths), self.moe.hidden_size, self.moe.top_k, self.dtype, self.scheme)
 
 
 def jobs_of_shapes(
-    names: Sequence[str], sparsities: Sequence[float], dtype: torch.dtype, tp_size: int = 1
+    names: Sequence[str],
+    sparsities: Sequence[float],
+    dtype: torch.dtype,
+    tp_size: int = 1,
+    quantize: str | None = None,
 ) -> list[Job]:
-    """One job per named shape of the paper and sparsity. Raises HeaprError for an unknown name."""
+    """One job per named shape of the paper and sparsity, for experts in `dtype`, or "int8" or "fp8".
+
+    Raises HeaprError for an unknown name.
+    """
     jobs = []
     for name in names:
         if name not in PAPER_SHAPES:
             raise HeaprError(f"unknown shape {name!r}; choose from {', '.join(PAPER_SHAPES)}, or pass a pruned model")
         moe = PAPER_SHAPES[name]
-        jobs += [
-            Job(moe, _stored(ragged_widths(moe.num_experts, moe.moe_intermediate_size, sparsity), tp_size), dtype)
-            for sparsity in sparsities
-        ]
+        scheme = ExpertScheme.for_hidden_size(quantize, moe.hidden_size) if quantize else None
+        for sparsity in sparsities:
+            widths = ragged_widths(moe.num_experts, moe.moe_intermediate_size, sparsity)
+            jobs.append(Job(moe, _stored(widths, tp_size), dtype, scheme))
     return jobs
 
 
-def jobs_of_model(directory: Path, dtype: torch.dtype | None = None, tp_size: int = 1) -> list[Job]:
+def jobs_of_model(
+    directory: Path, dtype: torch.dtype | None = None, tp_size: int = 1, quantize: str | None = None
+) -> list[Job]:
     """Jobs for a masks repository or compact checkpoint: layers of similar mean width share one.
 
-    `dtype` None takes the model's. Raises HeaprError if `directory` holds no masks or its config names no top-k.
+    `dtype` None and `quantize` None ("int8", "fp8") take the model's. Raises HeaprError if `directory` holds no masks,
+    or its config names no top-k or experts that no kernel decodes.
     """
     masks = read_masks(directory)
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise HeaprError(f"{config_file} is missing; pass the directory that `heapr prune` or `heapr export` wrote")
-    text = Checkpoint(directory).text
+    checkpoint = Checkpoint(directory)
+    text = checkpoint.text
     top_k, hidden_size = text.num_experts_per_tok, text.hidden_size
     if not top_k or not hidden_size:
         raise HeaprError(f"{config_file} names no num_experts_per_tok or hidden_size; tune a --shape instead")
     dtype = dtype or getattr(torch, str(text.dtype or text.torch_dtype or "bfloat16"))
+    scheme = checkpoint.pruning.expert_scheme if checkpoint.pruning else None
+    if quantize:
+        scheme = ExpertScheme.for_hidden_size(quantize, hidden_size)
     jobs: list[Job] = []
     for prefix in sorted(masks.keep, key=lambda prefix: (int(masks.widths[prefix].sum()), natural_order(prefix))):
         widths = _stored(masks.widths[prefix].tolist(), tp_size)
-        job = Job(MoEShape(len(widths), top_k, hidden_size, masks.keep[prefix].shape[1]), widths, dtype)
+        job = Job(MoEShape(len(widths), top_k, hidden_size, masks.keep[prefix].shape[1]), widths, dtype, scheme)
         if any(widths) and not (jobs and job.shape.distance(jobs[-1].shape) < SIMILAR):
             jobs.append(job)
     return jobs

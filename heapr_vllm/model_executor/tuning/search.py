@@ -29,6 +29,7 @@ from triton.errors import TritonError
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.atomic import atomic_file
+from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels.triton.launch import down_projection, triton_ragged_moe, up_projection
 from heapr_vllm.model_executor.kernels.triton.route_blocks import RouteBlocks
 from heapr_vllm.model_executor.kernels.triton.tiles import (
@@ -112,7 +113,8 @@ def tune(
             return list(written), len(work) - number
         if layer is None or built_for is not job:
             layer = None  # frees the last one's weights first
-            layer, built_for = SyntheticLayer.build(job.moe, list(job.widths), job.dtype, device, copies=2), job
+            layer = SyntheticLayer.build(job.moe, list(job.widths), job.dtype, device, copies=2, scheme=job.scheme)
+            built_for = job
         config, seconds = fastest(layer, count, time.monotonic() + share)
         bar.set_postfix_str(f"{count} tokens: {1e6 * seconds:.1f} us, block_m {config.block_m}")
         _record(path, job.shape, count, config, seconds)
@@ -157,7 +159,7 @@ def fastest(layer: SyntheticLayer, num_tokens: int, deadline: float) -> tuple[Ti
             best, best_seconds = config, seconds
     for change in changes(layer.shape, num_tokens):
         config = change(best)
-        if time.monotonic() > deadline or not config.is_possible(layer.shape.hidden_size):
+        if time.monotonic() > deadline or not _is_possible(config, layer.shape):
             continue
         if (seconds := layer_seconds(config)) < best_seconds:
             best, best_seconds = config, seconds
@@ -166,15 +168,22 @@ def fastest(layer: SyntheticLayer, num_tokens: int, deadline: float) -> tuple[Ti
     return best, best_seconds
 
 
+def _is_possible(config: TileConfig, shape: LayerShape) -> bool:
+    return config.is_possible(shape.hidden_size, shape.group_size)
+
+
 def changes(shape: LayerShape, num_tokens: int) -> list[Callable[[TileConfig], TileConfig]]:
     """Ways to run the kernels, each to be tried on the best configuration so far.
 
     Aligned or one block per route is a question near the border between them only. TMA and programmatic dependent
-    launches need Hopper, and only its wgmma is wider for a fused product.
+    launches need Hopper, and only its wgmma is wider for a fused product. There are two decodes of E4M3 where
+    GPUs cast it.
     """
     found: list[Callable[[TileConfig], TileConfig]] = []
     if use_one_route_blocks(num_tokens, shape.top_k, 4 * shape.num_experts) and num_tokens > 1:
         found.append(lambda config: replace(config, one_route=not config.one_route))
+    if shape.weight_dtype == torch.float8_e4m3fn and _has_cast():
+        found.append(lambda config: replace(config, decode="bits" if config.decode == "cast" else "cast"))
     if _has_hopper():
         found += [
             lambda config: replace(config, fused=not config.fused),
@@ -189,6 +198,11 @@ def changes(shape: LayerShape, num_tokens: int) -> list[Callable[[TileConfig], T
 @cache
 def _has_hopper() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+
+
+@cache
+def _has_cast() -> bool:
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
 
 
 def batches_for(layer: SyntheticLayer, num_tokens: int) -> list[Batch]:
@@ -219,7 +233,10 @@ def candidates(kind: str, shape: LayerShape, block_m: int, num_tokens: int) -> l
     """
     routes = num_tokens * shape.top_k / shape.num_experts
     group_sizes = (1, 8) if routes > block_m else (1,)
-    axes = ((16, 32, 64, 128, 256), (64, 128, 256) if kind == "up" else (64,), (4, 8), (2, 3, 4, 5), group_sizes)
+    lengths = (64, 128, 256) if kind == "up" else (64,)
+    if kind == "up" and _inputs_of_a_step(shape) % 64:
+        lengths = (32,)
+    axes = ((16, 32, 64, 128, 256), lengths, (4, 8), (2, 3, 4, 5), group_sizes)
     default = getattr(default_config(num_tokens, shape), kind).meta()
     ordinary = sorted(
         (Tile(*sizes) for sizes in itertools.product(*axes)),
@@ -244,9 +261,17 @@ def stock_tiles(kind: str, block_m: int) -> list[Tile]:
 def _fits(kind: str, tile: Tile, shape: LayerShape, block_m: int) -> bool:
     """Whether hidden size, registers and shared memory allow this tile."""
     halves, hidden_tile = (2, tile.block_k) if kind == "up" else (1, tile.block_n)
-    accumulators = halves * block_m * tile.block_n / (32 * tile.num_warps)
-    shared = tile.num_stages * tile.block_k * (block_m + halves * tile.block_n) * shape.dtype.itemsize
-    return shape.hidden_size % hidden_tile == 0 and accumulators <= MAX_ACCUMULATORS and shared <= SHARED_MEMORY
+    sums = 2 if kind == "up" and shape.has_groups else 1  # of all steps, and of one
+    accumulators = sums * halves * block_m * tile.block_n / (32 * tile.num_warps)
+    step = block_m * shape.dtype.itemsize + halves * tile.block_n * shape.weight_dtype.itemsize
+    shared = tile.num_stages * tile.block_k * step
+    fits_hidden_size = _inputs_of_a_step(shape) % hidden_tile == 0
+    return fits_hidden_size and accumulators <= MAX_ACCUMULATORS and shared <= SHARED_MEMORY
+
+
+def _inputs_of_a_step(shape: LayerShape) -> int:
+    """What tiles must divide along the hidden size."""
+    return shape.group_size or shape.hidden_size
 
 
 def _gemm_calls(layer: SyntheticLayer, batches: list[Batch], block_m: int) -> tuple[Callable, Callable]:
@@ -262,14 +287,14 @@ def _gemm_calls(layer: SyntheticLayer, batches: list[Batch], block_m: int) -> tu
     def up_calls(tile: Tile) -> list[Callable[[], None]]:
         config = replace(default, up=tile)
         return [
-            partial(up_projection, hidden, batch.x, experts.w13, experts.table, top_k, block, config)
+            partial(up_projection, hidden, batch.x, experts, top_k, block, config)
             for batch, experts, block in zip(batches, copies, blocks, strict=True)
         ]
 
     def down_calls(tile: Tile) -> list[Callable[[], None]]:
         config = replace(default, down=tile)
         return [
-            partial(down_projection, routed, hidden, experts.w2, experts.table, block, config)
+            partial(down_projection, routed, hidden, experts, block, config)
             for experts, block in zip(copies, blocks, strict=True)
         ]
 
@@ -307,7 +332,7 @@ def try_stopwatch(calls: Sequence[Callable[[], object]], device: torch.device) -
 def _compile_all(work: list[tuple[Job, int]]) -> None:
     """Compiles all candidates in parallel processes; this one then finds them in Triton's cache on disk."""
     kernels = {
-        (job.shape.hidden_size, job.shape.top_k, job.dtype, one_route, block_m, kind, tile)
+        (job.shape.hidden_size, job.shape.top_k, job.dtype, job.scheme, one_route, block_m, kind, tile)
         for job, count in work
         for one_route in [use_one_route_blocks(count, job.shape.top_k, job.shape.num_experts)]
         for block_m in block_sizes(job.shape, count)
@@ -327,12 +352,19 @@ def _compile_all(work: list[tuple[Job, int]]) -> None:
 
 
 def _compile(
-    hidden_size: int, top_k: int, dtype: torch.dtype, one_route: bool, block_m: int, kind: str, tile: Tile
+    hidden_size: int,
+    top_k: int,
+    dtype: torch.dtype,
+    scheme: ExpertScheme | None,
+    one_route: bool,
+    block_m: int,
+    kind: str,
+    tile: Tile,
 ) -> None:
     """Runs one kernel on the smallest layer that uses it."""
     device = torch.device("cuda")
     moe = MoEShape(4 * top_k if one_route else top_k, top_k, hidden_size, 64)
-    layer = SyntheticLayer.build(moe, [64] * moe.num_experts, dtype, device)
+    layer = SyntheticLayer.build(moe, [64] * moe.num_experts, dtype, device, scheme=scheme)
     up_calls, down_calls = _gemm_calls(layer, [random_batch(1, moe, dtype, device)], block_m)
     with suppress(TritonError, RuntimeError):
         (up_calls if kind == "up" else down_calls)(tile)[0]()

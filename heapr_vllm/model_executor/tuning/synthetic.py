@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes, slots_table
+from heapr_vllm.formats.quantized import BITWISE, LARGEST_CODE, NAN_CODE, ExpertScheme
+from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes, Scales, slots_table
 from heapr_vllm.model_executor.kernels.reference import ragged_moe_reference
 from heapr_vllm.model_executor.kernels.triton import launch
 from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, LayerShape
@@ -81,6 +83,7 @@ class SyntheticLayer:
 
     copies: the packed experts. slot_map: their `Routes.slots`.
     plain: experts of copy 0 before packing. plain_slots: their `Routes.slots`.
+    dtype: of tokens, and of weights unless a `scheme` says how they are stored in 8 bits.
     """
 
     moe: MoEShape
@@ -89,25 +92,34 @@ class SyntheticLayer:
     slot_map: torch.Tensor
     plain: ExpertRows
     plain_slots: torch.Tensor
+    dtype: torch.dtype
+    scheme: ExpertScheme | None = None
 
     @classmethod
     def build(
-        cls, moe: MoEShape, widths: list[int], dtype: torch.dtype, device: torch.device, copies: int = 1
+        cls,
+        moe: MoEShape,
+        widths: list[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        copies: int = 1,
+        scheme: ExpertScheme | None = None,
     ) -> SyntheticLayer:
         """`widths` are multiples of 64, one per expert, 0 for dead ones."""
         layout = RaggedLayout.build(widths, widths)
-        packed = [_random_rows(layout, moe.hidden_size, dtype, device) for _ in range(copies)]
-        plain = replace(packed[0], w13=packed[0].w13.clone(), w2=packed[0].w2.clone())
+        make = partial(_random_codes, scheme=scheme) if scheme else partial(_random_rows, dtype=dtype)
+        packed = [make(layout, moe.hidden_size, device=device) for _ in range(copies)]
+        plain = _cloned(packed[0])
         plain_slots = slots_table(layout.slots, layout).to(device)
         slot_map, table = launch.index_tables(layout.slots, layout)
         for experts in packed:
-            launch.pack(experts.w13, experts.w2, layout)
+            launch.pack(experts.w13, experts.w2, layout, experts.scales)
         packed = [replace(experts, table=table.to(device)) for experts in packed]
-        return cls(moe, widths, packed, slot_map.to(device), plain, plain_slots)
+        return cls(moe, widths, packed, slot_map.to(device), plain, plain_slots, dtype, scheme)
 
     @property
     def shape(self) -> LayerShape:
-        return LayerShape.of(self.widths, self.moe.hidden_size, self.moe.top_k, self.plain.w2.dtype)
+        return LayerShape.of(self.widths, self.moe.hidden_size, self.moe.top_k, self.dtype, self.scheme)
 
     def arguments(self, batch: Batch, copy: int = 0) -> tuple[torch.Tensor, Routes, ExpertRows]:
         """Returns the arguments of `triton_ragged_moe` after `output`."""
@@ -121,9 +133,32 @@ class SyntheticLayer:
 
 
 def _random_rows(layout: RaggedLayout, hidden_size: int, dtype: torch.dtype, device: torch.device) -> ExpertRows:
+    """Normal weights."""
     w13 = torch.empty(2 * layout.num_rows, hidden_size, dtype=dtype, device=device)
     w2 = torch.empty(layout.num_rows, hidden_size, dtype=dtype, device=device)
     for weight in (w13, w2):
         weight.normal_(std=hidden_size**-0.5)
-    table = torch.tensor(layout.expert_table(), dtype=torch.int32, device=device).view(-1, 2)
-    return ExpertRows(w13, w2, table, layout.max_width)
+    return ExpertRows(w13, w2, _table(layout, device), layout.max_width)
+
+
+def _random_codes(layout: RaggedLayout, hidden_size: int, scheme: ExpertScheme, device: torch.device) -> ExpertRows:
+    """All codes but NaN, each as likely, and scales that differ."""
+    rows, groups = layout.num_rows, hidden_size // (scheme.group_size or hidden_size)
+    scales = [(2 * rows, groups), (rows, groups) if scheme.group_size else (layout.num_slots, hidden_size)]
+    largest = 2 * hidden_size**-0.5 / LARGEST_CODE[scheme.type]
+    w13_scale, w2_scale = (torch.empty(shape, device=device).uniform_(0.5, 1).mul_(largest) for shape in scales)
+    w13, w2 = (torch.randint(0, 2 * NAN_CODE, (n, hidden_size), dtype=BITWISE, device=device) for n in (2 * rows, rows))
+    for bits in (w13, w2):
+        bits += bits >= NAN_CODE  # leaves it out, and its negative by the upper end
+    w13, w2 = w13.view(scheme.code_dtype), w2.view(scheme.code_dtype)
+    return ExpertRows(w13, w2, _table(layout, device), layout.max_width, scales=Scales(w13_scale, w2_scale))
+
+
+def _cloned(experts: ExpertRows) -> ExpertRows:
+    scales = experts.scales and Scales(experts.scales.w13.clone(), experts.scales.w2.clone())
+    return replace(experts, w13=experts.w13.clone(), w2=experts.w2.clone(), scales=scales)
+
+
+def _table(layout: RaggedLayout, device: torch.device) -> torch.Tensor:
+    """int32 [num_slots, 2]: first row and stored width."""
+    return torch.tensor(layout.expert_table(), dtype=torch.int32, device=device).view(-1, 2)

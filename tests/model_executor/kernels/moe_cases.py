@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random MoE layers of variable width: the table of edge cases that every kernel is held against."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -9,14 +9,16 @@ from unittest.mock import patch
 
 import torch
 
-from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes, slots_table
+from heapr_vllm.formats.quantized import BITWISE, NAN_CODE, ExpertScheme, quantize_rows
+from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes, Scales, slots_table
 from heapr_vllm.model_executor.kernels.reference import ragged_moe_reference
-from heapr_vllm.model_executor.kernels.triton.launch import index_tables, pack, triton_ragged_moe
+from heapr_vllm.model_executor.kernels.triton.launch import index_tables, pack, scheme_of, triton_ragged_moe
 from heapr_vllm.model_executor.kernels.triton.tiles import LayerShape, Tile, TileConfig
 from heapr_vllm.model_executor.storage.layout import RaggedLayout, round_up
 
 FENCE = 1024  # elements
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HAS_CAST = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (8, 9)  # of E4M3
 SMALL = TileConfig(16, Tile(32, 32), Tile(32, 32))
 DECODE = replace(SMALL, one_route=True)
 WIDE = TileConfig(16, Tile(128, 64, group_m=4), Tile(64, 64, group_m=2))
@@ -36,11 +38,25 @@ class Case(NamedTuple):
     config: TileConfig | None = SMALL
     remote: tuple[int, ...] = ()  # experts on another rank
     routing: str = "random"
+    scheme: ExpertScheme | None = None  # of experts in 8 bits
 
     def __str__(self) -> str:
-        return f"T{self.tokens}-{'_'.join(map(str, self.widths[:6]))}-{self.routing}"
+        kind = f"-{self.scheme.name}-{self.scheme.strategy}" if self.scheme else ""
+        decode = f"-{self.config.decode}" if self.scheme and self.config else ""
+        return f"T{self.tokens}-{'_'.join(map(str, self.widths[:6]))}-{self.routing}{kind}{decode}"
+
+    def in_8_bits(self, kind: str, strategy: str, decode: str = "bits") -> "Case":
+        """The case with experts as codes, in the smallest groups that its tiles allow; without TMA."""
+        config, group_size = self.config, 32
+        if config:
+            up, down = (replace(tile, tma=False) for tile in (config.up, config.down))
+            config = replace(config, up=up, down=down, decode=decode)
+            group_size = max(group_size, up.block_k, down.block_n)
+        scheme = ExpertScheme(kind, strategy=strategy, group_size=group_size if strategy == "group" else None)
+        return self._replace(config=config, scheme=scheme)
 
 
+STRATEGIES = ("group", "channel")
 CASES = [
     Case(1, [64, 128, 64, 192, 64, 64, 64, 64], 2, 64, DECODE),  # decode: a block per route, no alignment
     Case(1, [0, 64, 0, 0, 0, 64, 0, 128], 2, 64, DECODE),  # decode, mostly dead experts
@@ -62,6 +78,18 @@ CASES = [
     Case(9, [64, 128], 1, 64, DECODE),  # a block per route although routes are many
     Case(70, [64, 128] * 3, 2, 128, None),  # default tiles
 ]
+CASES_IN_8_BITS = [
+    *(case.in_8_bits(kind, strategy) for case in CASES for kind in ("int", "float") for strategy in STRATEGIES),
+    *(case.in_8_bits("float", strategy, "cast") for case in CASES[3:6] for strategy in STRATEGIES if HAS_CAST),
+]
+FEW_IN_8_BITS = [
+    Case(40, [64, 192, 128, 64], 2, 64).in_8_bits("int", "group"),
+    Case(20, [64, 0, 192, 128], 2, 64, UNFUSED).in_8_bits("float", "group"),
+    Case(9, [64, 128], 1, 64, DECODE).in_8_bits("int", "channel"),
+    Case(33, [64, 64, 128], 2, 64, TALL, (0,), "nobody").in_8_bits("float", "group"),
+    Case(20, [64, 0, 192, 128], 2, 64, UNFUSED).in_8_bits("int", "channel"),
+    Case(2, [64, 128] * 8, 2, 64, DECODE, (3, 5, 7), "nobody").in_8_bits("float", "channel", "cast"),
+]  # what `tools/mutants.py` has time for
 
 
 class Layer(NamedTuple):
@@ -84,7 +112,8 @@ class Layer(NamedTuple):
     @property
     def shape(self) -> LayerShape:
         widths = self.plain.table[:, 1].tolist()
-        return LayerShape.of(widths, self.x.shape[1], self.routes.ids.shape[1], self.x.dtype)
+        scheme = scheme_of(self.plain)
+        return LayerShape.of(widths, self.x.shape[1], self.routes.ids.shape[1], self.x.dtype, scheme)
 
     def expected(self) -> torch.Tensor:
         """The reference's output in float64."""
@@ -110,7 +139,7 @@ class Layer(NamedTuple):
 
 
 def build(case: Case, dtype: torch.dtype, seed: int = 0) -> Layer:
-    """Random weights and routing for `case`; padding neurons are zero."""
+    """Random weights of `dtype`, or codes and scales, and routing for `case`; padding neurons are zero."""
     generator = torch.Generator(DEVICE).manual_seed(seed + case.tokens)
     local = [width if expert not in case.remote else 0 for expert, width in enumerate(case.widths)]
     layout = RaggedLayout.build(local, [round_up(width, 64) for width in local])
@@ -129,17 +158,45 @@ def build(case: Case, dtype: torch.dtype, seed: int = 0) -> Layer:
     weights = weights.where(is_local[ids], torch.nan)  # of experts that are not here, which nobody may use
     x = torch.randn(case.tokens, case.hidden_size, generator=generator, device=DEVICE).to(dtype)
     places = torch.tensor(layout.expert_table(), dtype=torch.int32, device=DEVICE).view(-1, 2)
-    plain = ExpertRows(w13.clone(), w2.clone(), places, layout.max_width)
-    pack(w13, w2, layout)
+    plain = ExpertRows(w13, w2, places, layout.max_width)
+    if case.scheme:
+        plain = in_8_bits(plain, case.scheme)
+    experts = copied(plain, torch.clone)
+    pack(experts.w13, experts.w2, layout, experts.scales)
     slot_map, table = (tensor.to(DEVICE) for tensor in index_tables(layout.slots, layout))
-    experts = ExpertRows(fenced(w13), fenced(w2), fenced(table), layout.max_width)
+    experts = replace(copied(experts, fenced), table=fenced(table))
     routes = Routes(fenced(weights), fenced(ids), fenced(slot_map))
     return Layer(fenced(x), routes, experts, plain, slots_table(layout.slots, layout).to(DEVICE))
 
 
+def in_8_bits(plain: ExpertRows, scheme: ExpertScheme) -> ExpertRows:
+    """Unpacked experts as codes and scales."""
+    hidden_size = plain.w2.shape[1]
+    w13, w13_scale = quantize_rows(plain.w13, scheme.group_size or hidden_size, scheme.type)
+    if scheme.group_size:
+        w2, w2_scale = quantize_rows(plain.w2, scheme.group_size, scheme.type)
+        return replace(plain, w13=w13, w2=w2, scales=Scales(w13_scale, w2_scale))
+    w2 = torch.empty_like(plain.w2, dtype=BITWISE)
+    w2_scale = torch.empty(len(plain.table), hidden_size, device=w2.device)
+    for slot, (row, width) in enumerate(plain.table.tolist()):
+        codes, scale = quantize_rows(plain.w2[row : row + width].T, width, scheme.type)
+        w2[row : row + width] = codes.view(BITWISE).T
+        w2_scale[slot] = scale[:, 0]
+    return replace(plain, w13=w13, w2=w2.view(w13.dtype), scales=Scales(w13_scale, w2_scale))
+
+
+def copied(experts: ExpertRows, copy: Callable[[torch.Tensor], torch.Tensor]) -> ExpertRows:
+    """Experts with copies of weights and scales."""
+    scales = experts.scales and Scales(copy(experts.scales.w13), copy(experts.scales.w2))
+    return replace(experts, w13=copy(experts.w13), w2=copy(experts.w2), scales=scales)
+
+
 def fenced(tensor: torch.Tensor) -> torch.Tensor:
     """A copy with a page of NaN, or of absurd integers, before and after it."""
-    poison = torch.nan if tensor.is_floating_point() else 2**24
+    if tensor.dtype == torch.float8_e4m3fn:
+        return fenced(tensor.view(BITWISE)).view(tensor.dtype)
+    poison = {torch.int8: 127, BITWISE: NAN_CODE}.get(tensor.dtype, 2**24)
+    poison = torch.nan if tensor.is_floating_point() else poison
     memory = tensor.new_full((tensor.numel() + 2 * FENCE,), poison)
     view = memory[FENCE : FENCE + tensor.numel()].view(tensor.shape)
     return view.copy_(tensor)

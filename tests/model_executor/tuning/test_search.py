@@ -12,7 +12,9 @@ import torch
 
 from heapr_vllm.cli.main import main
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels.triton import tiles
+from heapr_vllm.model_executor.kernels.triton.launch import triton_ragged_moe
 from heapr_vllm.model_executor.kernels.triton.tiles import (
     LayerShape,
     Tile,
@@ -22,7 +24,13 @@ from heapr_vllm.model_executor.kernels.triton.tiles import (
 )
 from heapr_vllm.model_executor.tuning import search
 from heapr_vllm.model_executor.tuning.jobs import Job, jobs_of_model, jobs_of_shapes
-from heapr_vllm.model_executor.tuning.synthetic import PAPER_SHAPES, MoEShape, SyntheticLayer, ragged_widths
+from heapr_vllm.model_executor.tuning.synthetic import (
+    PAPER_SHAPES,
+    MoEShape,
+    SyntheticLayer,
+    ragged_widths,
+    random_batch,
+)
 
 JOB = Job(MoEShape(3, 1, 64, 128), (64, 128, 0), torch.float16)
 TILES = [Tile(16, 64), Tile(32, 64), Tile(64, 64)]
@@ -55,6 +63,63 @@ def test_the_plugin_uses_what_was_tuned(folder: Path) -> None:
         assert entry["up"]["block_n"] == config.up.block_n and entry["microseconds"] > 0
         default = default_config(int(tokens), JOB.shape)
         assert (config.up, config.down) == (default.up, default.down) or {config.up, config.down} <= set(TILES)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+def test_tuning_for_experts_in_8_bits(quantize: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command line, with real candidates, to what a layer of such experts is run with."""
+    monkeypatch.undo()
+    monkeypatch.setenv("HEAPR_CONFIG_FOLDER", str(folder))
+    command = ["tune", "--shape", "tiny", "--sparsity", "0", "--tokens", "3", "--time-budget", "2s"]
+    assert main([*command, "--quantize", quantize, "--dtype", "float16"]) == 0
+    (job,) = jobs_of_shapes(["tiny"], [0], torch.float16, quantize=quantize)
+    (path,) = folder.glob("*.json")
+    assert path.name == job.shape.file_name(tiles.device_name()) and f"experts={quantize}_group128" in path.name
+    config = choose_config(job.shape, 3)
+    config.check(128, 128)
+    entry = results(folder)["3"]
+    assert (entry["up"]["block_n"], entry["decode"]) == (config.up.block_n, config.decode)
+
+
+def test_both_decodes_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    fp8, int8 = (jobs_of_shapes(["tiny"], [0], torch.float16, quantize=name)[0].shape for name in ("fp8", "int8"))
+    config = default_config(200, fp8)
+    tried = {change(config).decode for change in search.changes(fp8, 200)}
+    assert tried == {"bits", "cast"} - {config.decode} and not search.changes(int8, 200)
+    monkeypatch.setattr(search, "_has_cast", lambda: False)
+    assert not search.changes(fp8, 200)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 1024])
+def test_candidates_in_8_bits(quantize: str, tokens: int) -> None:
+    """Within groups; twice the accumulators where every step has sums of its own."""
+    shape = jobs_of_shapes(["Qwen3-30B-A3B"], [0.25], torch.bfloat16, quantize=quantize)[0].shape
+    for block_m in search.block_sizes(shape, tokens):
+        for kind, halves in (("up", 4), ("down", 1)):
+            for tile in search.candidates(kind, shape, block_m, tokens):
+                assert 128 % (tile.block_k if kind == "up" else tile.block_n) == 0
+                assert halves * block_m * tile.block_n <= search.MAX_ACCUMULATORS * 32 * tile.num_warps
+
+
+def test_candidates_in_groups_of_32() -> None:
+    shape = LayerShape(96, 2, 8, 128, 192, torch.bfloat16, ExpertScheme.for_hidden_size("int8", 96))
+    assert shape.group_size == 32
+    assert {tile.block_k for tile in search.candidates("up", shape, 16, 8)} == {32}
+    assert {tile.block_n for tile in search.candidates("down", shape, 16, 8)} == {16, 32}
+
+
+@pytest.mark.parametrize("strategy", ["group", "channel"])
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_a_synthetic_layer_in_8_bits(kind: str, strategy: str) -> None:
+    scheme = ExpertScheme(kind, strategy=strategy, group_size=32 if strategy == "group" else None)
+    moe = MoEShape(3, 2, 64, 128)
+    layer = SyntheticLayer.build(moe, [64, 128, 0], torch.float16, torch.device("cpu"), scheme=scheme)
+    batch = random_batch(5, moe, torch.float16, torch.device("cpu"))
+    output = torch.empty_like(batch.x)
+    triton_ragged_moe(output, *layer.arguments(batch))
+    torch.testing.assert_close(output, layer.expected(batch), rtol=2e-2, atol=2e-3)
+    assert layer.shape.scheme == scheme and not layer.plain.w13.float().isnan().any()
 
 
 def test_a_killed_run_continues(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +239,13 @@ def test_jobs_of_a_model(masks_repository: Path, monkeypatch: pytest.MonkeyPatch
     assert all(width % 64 == 0 for width in whole.widths) and 0 in whole.widths
     (half,) = jobs_of_model(masks_repository, torch.bfloat16, tp_size=2)
     assert sum(half.widths) < sum(whole.widths) and half.dtype == torch.bfloat16
+    (codes,) = jobs_of_model(masks_repository, quantize="fp8")
+    assert codes.scheme == ExpertScheme("float", group_size=64) and codes.dtype == torch.float32
+    config = json.loads((masks_repository / "config.json").read_text())
+    config["quantization_config"] = {**config.get("quantization_config", {}), "experts": ExpertScheme().to_dict()}
+    monkeypatch.setattr(Path, "read_text", lambda path: json.dumps(config))
+    assert jobs_of_model(masks_repository)[0].scheme == ExpertScheme(), "as the model's experts are stored"
+    monkeypatch.undo()
     with pytest.raises(HeaprError, match="unknown shape 'nope'; choose from Qwen3-30B-A3B"):
         jobs_of_shapes(["nope"], [0.25], torch.bfloat16)
     with pytest.raises(HeaprError, match="heapr prune"):

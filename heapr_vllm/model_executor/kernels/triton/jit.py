@@ -8,7 +8,8 @@ Rows ("routes") are token-expert pairs, numbered token * TOP_K + k. A block is B
   num_rows     int32 [1]                 rows in use, a multiple of BLOCK_M
 
 With ONE_ROUTE (decoding) block i is route i alone, in row 0 of the block; then `route_ids` are the routes' expert ids
-[T * TOP_K], negative for absent ones. Nothing comes from the host but sizes that depend on the token count.
+[T * TOP_K], negative for absent ones, and `block_slots` [1 + num_experts] is -1, then every expert's slot or -1.
+Nothing comes from the host but sizes that depend on the token count.
 
 Widths are multiples of 64, a slab. `table` int64 [num_experts + 1 + num_slots] says where an expert's neurons lie,
 first slab << 32 | number of slabs: by global expert id, then 0 for an absent id, then by slot, widest expert first, so
@@ -17,9 +18,10 @@ that the longest tiles start first. One load finds an expert, and all sizes are 
 `w13` [2 * rows, H] has gate row and up row of every neuron side by side; `w2` [rows / 64, H, 64] has down_proj as slabs
 of 64 neurons, so that a (BLOCK_N, 64) tile is one contiguous piece of memory.
 
-CHAINED (sm_90): a kernel starts while the one before it drains and waits where it needs that one's output
-(programmatic dependent launch). Only `up` may run ahead of kernels that are not ours, so it waits before it reads
-anything; what `up` read is then complete for `down` and `combine` too, which wait for the intermediates only.
+Experts in 8 bits are codes int8, float8e4nv, or uint8 for float8e4nv to be decoded by bits, in the same places. Their
+float32 scales per neuron and GROUP of H lie beside them in slabs, so that a tile's are contiguous as well: `w13_scale`
+[rows / 64, H / GROUP, 128] and `w2_scale` [rows / 64, H / GROUP, 64]. By channel, a neuron's gate and up row have one
+each (GROUP is H), and `w2_scale` [num_slots, H] is one per expert and output.
 """
 
 import triton
@@ -28,6 +30,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # compiled once for all values
 SIZES = ("num_routes", "num_experts", "num_m_blocks", "num_n_tiles")
+# 2 to the difference of exponent biases from E4M3, 7, to fp16, 15, and bf16, 127
+FP16_OVER_E4M3 = tl.constexpr(2.0**8)
+BF16_OVER_E4M3 = tl.constexpr(2.0**120)
 
 
 @triton.jit
@@ -60,14 +65,15 @@ def _block(
     BLOCK_M: tl.constexpr,
     ONE_ROUTE: tl.constexpr,
 ):
-    """(routes [BLOCK_M], rows int64 [BLOCK_M], first row, first slab, slabs) of a block; 0 slabs if it has no work.
+    """(routes [BLOCK_M], rows int64 [BLOCK_M], first row, slot, first slab, slabs) of a block; 0 slabs for no work.
 
-    All loads but the table's are independent of each other.
+    All loads but the table's, and with ONE_ROUTE the slot's, are independent of each other.
     """
     offs_m = tl.arange(0, BLOCK_M)
     if ONE_ROUTE:
         first_row = pid_m
         expert = tl.load(route_ids + pid_m)
+        slot = tl.load(block_slots + 1 + tl.maximum(expert, -1))
         slab, slabs = _place(table, tl.where(expert < 0, num_experts, expert))
         routes = tl.where(offs_m == 0, pid_m, num_routes)
         rows = tl.where(offs_m == 0, pid_m, 0).to(tl.int64)
@@ -79,15 +85,17 @@ def _block(
         rows = (first_row + offs_m).to(tl.int64)
         slab, slabs = _place(table, num_experts + 1 + tl.maximum(slot, 0))
         slabs = tl.where(first_row < total, slabs, 0)
-    return routes, rows, first_row, slab, slabs
+    return routes, rows, first_row, slot, slab, slabs
 
 
 @triton.jit
 def _prefetch(w2, slab, slabs, pid_n, H: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr):
-    """Asks L2 for this tile's part of an expert's first AHEAD slabs; a row of a 16-bit slab is a line of 128 bytes."""
-    line = tl.arange(0, AHEAD * BLOCK_N)
-    ahead = tl.minimum(line // BLOCK_N, tl.maximum(slabs - 1, 0))
-    lines = w2 + (slab + ahead) * (64 * H) + (pid_n * BLOCK_N + line % BLOCK_N) * 64
+    """Asks L2 for this tile's part of an expert's first AHEAD slabs, in lines of 128 bytes."""
+    LENGTH: tl.constexpr = 1024 // w2.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = BLOCK_N * 64 // LENGTH
+    line = tl.arange(0, AHEAD * LINES)
+    ahead = tl.minimum(line // LINES, tl.maximum(slabs - 1, 0))
+    lines = w2 + (slab + ahead) * (64 * H) + (pid_n * LINES + line % LINES) * LENGTH
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
         "=r,l",
@@ -98,29 +106,90 @@ def _prefetch(w2, slab, slabs, pid_n, H: tl.constexpr, BLOCK_N: tl.constexpr, AH
     )
 
 
+@triton.jit
+def _decode(codes, dtype: tl.constexpr):
+    """Codes as numbers of `dtype`, all of them exactly; weights that are no codes as they are.
+
+    By bits, exponent and mantissa go where the wider type has them, which makes a number too small by a power of two:
+    a subnormal one of a subnormal one. Casts of E4M3 go by fp32, whose conversion to bf16 takes two numbers at once.
+    """
+    if codes.dtype == tl.float8e4nv:
+        numbers = codes.to(tl.float16).to(tl.float32)
+    elif codes.dtype != tl.uint8:
+        numbers = codes
+    elif dtype == tl.bfloat16:
+        bits = codes.to(tl.int8, bitcast=True).to(tl.int16)  # copies of the sign before it
+        numbers = (bits << 4 & -0x7810).to(tl.bfloat16, bitcast=True) * BF16_OVER_E4M3
+    else:
+        bits = codes.to(tl.int8, bitcast=True).to(tl.int16)
+        numbers = (bits << 7 & -0x4080).to(tl.float16, bitcast=True) * FP16_OVER_E4M3
+    return numbers.to(dtype)
+
+
+@triton.jit
+def _scale_ptrs(w13_scale, slab, rows, GROUP: tl.constexpr, H: tl.constexpr):
+    """Pointers [len(rows)] to the scales of an expert's interleaved rows for its first inputs."""
+    ptrs = rows
+    if GROUP != 0:
+        ptrs = w13_scale + (slab + rows // 128) * (H // GROUP * 128) + rows % 128
+    return ptrs
+
+
+@triton.jit
+def _step_scale(scale_ptrs, k, GROUP: tl.constexpr, H: tl.constexpr):
+    """Scales of columns in the step from input k on, or in the last one; a placeholder where all steps share them.
+
+    They are loaded a step ahead: the compiler's pipeline fetches nothing but what goes into a dot.
+    """
+    if GROUP == 0 or GROUP == H:
+        scale = tl.full((1,), 1.0, tl.float32)
+    else:
+        scale = tl.load(scale_ptrs + tl.minimum(k, H - GROUP) // GROUP * 128)
+    return scale
+
+
+@triton.jit
+def _add_product(total, a, codes, scale, GROUP: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a . codes, their product times `scale` if the step has scales of its own."""
+    weights = _decode(codes, a.dtype)
+    if GROUP == 0 or GROUP == H:
+        total = tl.dot(a, weights, total, input_precision=PRECISION)
+    else:
+        total += tl.dot(a, weights, input_precision=PRECISION) * scale[None, :]
+    return total
+
+
+@triton.jit
+def _scale_sum(total, scale_ptrs, GROUP: tl.constexpr, H: tl.constexpr):
+    """The sum over all inputs, scaled where they share a scale."""
+    if GROUP == H:
+        total *= tl.load(scale_ptrs)[None, :]
+    return total
+
+
 @triton.jit(do_not_specialize=SIZES)
 def ragged_up_kernel(
     x, stride_xm,
-    w13, table, hidden,
+    w13, w13_scale, table, hidden,
     stride_hm, route_ids, block_slots, num_rows,
     num_routes, num_experts, num_m_blocks, num_n_tiles,
     H: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     ONE_ROUTE: tl.constexpr, PRECISION: tl.constexpr,
-    FUSED: tl.constexpr, TMA: tl.constexpr, CHAINED: tl.constexpr,
+    FUSED: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """hidden[row, n] = silu(gate_n . x) * (up_n . x) for n below the expert's width, rows in block order.
 
     Grid: (num_m_blocks * num_n_tiles,), num_n_tiles = ceil(widest / BLOCK_N). `x` [T, H]. `hidden`
     [blocks * BLOCK_M (or blocks with ONE_ROUTE), >= widest]. H must be a multiple of BLOCK_K. FUSED: one product with
-    2 * BLOCK_N interleaved rows instead of two with BLOCK_N. TMA (with FUSED): `w13` is a descriptor of blocks
-    [2 * BLOCK_N, BLOCK_K].
+    2 * BLOCK_N interleaved rows instead of two with BLOCK_N. GROUP: inputs that share a scale, a multiple of BLOCK_K; 0
+    for weights that are no codes. TMA (with FUSED, no codes): `w13` is a descriptor of blocks [2 * BLOCK_N, BLOCK_K].
     """
     pid_m, pid_n = _tile(num_m_blocks, num_n_tiles, GROUP_M)
     if CHAINED:
         gdc_wait()
         gdc_launch_dependents()
-    routes, rows, _, slab, slabs = _block(
+    routes, rows, _, _, slab, slabs = _block(
         route_ids, block_slots, num_rows, table, pid_m, num_routes, num_experts, BLOCK_M, ONE_ROUTE
     )
     width = slabs * 64
@@ -141,19 +210,34 @@ def ragged_up_kernel(
             offs_2n = pid_n * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
             rows_2n = tl.where(offs_2n < 2 * width, offs_2n, 0)
             w_ptrs = w13 + (slab * 128 + rows_2n)[None, :] * H + offs_k[:, None]
+            scale_ptrs = _scale_ptrs(w13_scale, slab, rows_2n, GROUP, H)
+            scale = _step_scale(scale_ptrs, 0, GROUP, H)
             for k in range(0, H, BLOCK_K):
+                next_scale = _step_scale(scale_ptrs, k + BLOCK_K, GROUP, H)
                 a = tl.load(x_ptrs + k, mask=valid[:, None], other=0.0)
-                both = tl.dot(a, tl.load(w_ptrs + k), both, input_precision=PRECISION)
+                both = _add_product(both, a, tl.load(w_ptrs + k), scale, GROUP, H, PRECISION)
+                scale = next_scale
+            both = _scale_sum(both, scale_ptrs, GROUP, H)
         gate, up = tl.split(both.reshape(BLOCK_M, BLOCK_N, 2))
     else:
         neurons = tl.where(offs_n < width, offs_n, 0)
         gate_ptrs = w13 + (slab * 128 + 2 * neurons)[None, :] * H + offs_k[:, None]
         gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        gate_scale_ptrs = _scale_ptrs(w13_scale, slab, 2 * neurons, GROUP, H)
+        up_scale_ptrs = _scale_ptrs(w13_scale, slab, 2 * neurons + 1, GROUP, H)
+        gate_scale = _step_scale(gate_scale_ptrs, 0, GROUP, H)
+        up_scale = _step_scale(up_scale_ptrs, 0, GROUP, H)
         for k in range(0, H, BLOCK_K):
+            next_gate_scale = _step_scale(gate_scale_ptrs, k + BLOCK_K, GROUP, H)
+            next_up_scale = _step_scale(up_scale_ptrs, k + BLOCK_K, GROUP, H)
             a = tl.load(x_ptrs + k, mask=valid[:, None], other=0.0)
-            gate = tl.dot(a, tl.load(gate_ptrs + k), gate, input_precision=PRECISION)
-            up = tl.dot(a, tl.load(gate_ptrs + H + k), up, input_precision=PRECISION)
+            gate = _add_product(gate, a, tl.load(gate_ptrs + k), gate_scale, GROUP, H, PRECISION)
+            up = _add_product(up, a, tl.load(gate_ptrs + H + k), up_scale, GROUP, H, PRECISION)
+            gate_scale = next_gate_scale
+            up_scale = next_up_scale
+        gate = _scale_sum(gate, gate_scale_ptrs, GROUP, H)
+        up = _scale_sum(up, up_scale_ptrs, GROUP, H)
     product = gate / (1 + tl.exp(-gate)) * up
     tl.store(
         hidden + rows[:, None] * stride_hm + offs_n[None, :],
@@ -165,23 +249,26 @@ def ragged_up_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def ragged_down_kernel(
     hidden, stride_hm,
-    w2, table, routed,
+    w2, w2_scale, table, routed,
     route_ids, block_slots, num_rows,
     num_routes, num_experts, num_m_blocks, num_n_tiles,
     H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     ONE_ROUTE: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, BY_CHANNEL: tl.constexpr,
     TMA: tl.constexpr, CHAINED: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """routed[route] = down_e(hidden of that route) [num_routes, H], over the expert's own width.
 
     Grid: (num_m_blocks * num_n_tiles,), num_n_tiles = H / BLOCK_N. `hidden` as written by `ragged_up_kernel`. H must be
-    a multiple of BLOCK_N, and 64 of BLOCK_K, so that the loop ends exactly at the expert's width. TMA (BLOCK_K 64):
+    a multiple of BLOCK_N, and 64 of BLOCK_K, so that the loop ends exactly at the expert's width. GROUP:
+    outputs that share a neuron's scale, a multiple of BLOCK_N, with which weights are multiplied; BY_CHANNEL: outputs
+    have a scale, with which sums are; 0 and False for weights that are no codes. TMA (BLOCK_K 64, no codes):
     `hidden` and `w2` are descriptors of blocks [BLOCK_M, 64] and, of slabs' rows [rows / 64 * H, 64], [BLOCK_N, 64].
     PREFETCH (with CHAINED, without TMA): slabs of `w2` to bring into L2 while `ragged_up_kernel` drains.
     """
     pid_m, pid_n = _tile(num_m_blocks, num_n_tiles, GROUP_M)
-    routes, rows, first_row, slab, slabs = _block(
+    routes, rows, first_row, slot, slab, slabs = _block(
         route_ids, block_slots, num_rows, table, pid_m, num_routes, num_experts, BLOCK_M, ONE_ROUTE
     )
     if PREFETCH:
@@ -207,7 +294,15 @@ def ragged_down_kernel(
         for k in range(0, width, BLOCK_K):
             a = tl.load(hidden_ptrs + k, mask=valid[:, None], other=0.0)
             b = tl.load(w2_ptrs + tl.multiple_of((k // 64) * (64 * H) + k % 64, 16))
+            if GROUP == 0 or BY_CHANNEL:
+                b = _decode(b, a.dtype)
+            else:
+                group = (slab + k // 64) * (H // GROUP) + pid_n * BLOCK_N // GROUP
+                scale = tl.load(w2_scale + group * 64 + k % 64 + offs_k)
+                b = (_decode(b, tl.float32) * scale[:, None]).to(a.dtype)
             total = tl.dot(a, b, total, input_precision=PRECISION)
+        if BY_CHANNEL:
+            total *= tl.load(w2_scale + slot.to(tl.int64) * H + offs_n)[None, :]
     tl.store(
         routed + routes.to(tl.int64)[:, None] * H + offs_n[None, :],
         total.to(routed.dtype.element_ty),

@@ -34,8 +34,6 @@ class TritonKernel(RaggedKernel):
         return None
 
     def layer_obstacle(self, dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None) -> str | None:
-        if scheme is not None:
-            return f"it does not decode {scheme.name} experts; choose reference"
         if hidden_size % 16:
             return f"the hidden size {hidden_size} is no multiple of 16; choose reference"
         if dtype == torch.bfloat16 and _is_interpreted():
@@ -45,17 +43,24 @@ class TritonKernel(RaggedKernel):
     def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scales | None = None) -> None:
         from heapr_vllm.model_executor.kernels.triton import launch
 
-        launch.pack(w13, w2, layout)
+        launch.pack(w13, w2, layout, scales)
 
     def index_tables(self, slots: Sequence[int], layout: RaggedLayout) -> tuple[torch.Tensor, torch.Tensor]:
         from heapr_vllm.model_executor.kernels.triton import launch
 
         return launch.index_tables(slots, layout)
 
-    def warm_up(self, slots: torch.Tensor, experts: ExpertRows, top_k: int, max_tokens: int) -> None:
+    def warm_up(
+        self,
+        slots: torch.Tensor,
+        experts: ExpertRows,
+        top_k: int,
+        max_tokens: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         from heapr_vllm.model_executor.kernels.triton import launch
 
-        launch.warm_up(slots, experts, top_k, max_tokens)
+        launch.warm_up(slots, experts, top_k, max_tokens, dtype)
 
     def run(self, output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows) -> None:
         from heapr_vllm.model_executor.kernels.triton import launch

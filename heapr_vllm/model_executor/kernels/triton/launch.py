@@ -13,7 +13,8 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes
+from heapr_vllm.formats.quantized import BITWISE, ExpertScheme
+from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes, Scales
 from heapr_vllm.model_executor.kernels.triton.jit import combine_kernel, ragged_down_kernel, ragged_up_kernel
 from heapr_vllm.model_executor.kernels.triton.route_blocks import RouteBlocks
 from heapr_vllm.model_executor.kernels.triton.tiles import (
@@ -28,18 +29,38 @@ from heapr_vllm.model_executor.storage.layout import RaggedLayout
 PREFETCHED_SLABS = 4
 
 
-def pack(w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout) -> None:
-    """Brings both flat parameters into the kernels' layout, in place.
+def pack(w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scales | None = None) -> None:
+    """Brings the flat parameters into the kernels' layout, in place.
 
     `w13` [2 * rows, H]: from a gate and an up block per expert to gate row and up row of every neuron side by side.
-    `w2` [rows, H]: from neurons as rows to slabs [rows / 64, H, 64].
+    `w2` [rows, H]: from neurons as rows to slabs [rows / 64, H, 64]. Their scales in groups of g likewise, and both to
+    slabs, [rows / 64, H / g, 128] and [rows / 64, H / g, 64].
     """
-    hidden_size = w2.shape[1]
+    w13, w2 = w13.view(_moved_as(w13)), w2.view(_moved_as(w2))
     for row, width in layout.expert_table():
-        both = w13[2 * row : 2 * (row + width)]
-        both.copy_(both.view(2, width, hidden_size).transpose(0, 1).contiguous().view(both.shape))
-        slabs = w2[row : row + width]
-        slabs.copy_(slabs.view(-1, TRITON_UNIT, hidden_size).transpose(1, 2).contiguous().view(slabs.shape))
+        both, neurons = slice(2 * row, 2 * (row + width)), slice(row, row + width)
+        _interleave(w13[both])
+        _make_slabs(w2[neurons], TRITON_UNIT)
+        if scales is None:
+            continue
+        _interleave(scales.w13[both])
+        _make_slabs(scales.w13[both], 2 * TRITON_UNIT)
+        if not scales.is_by_channel(w2.shape[1]):
+            _make_slabs(scales.w2[neurons], TRITON_UNIT)
+
+
+def _interleave(rows: torch.Tensor) -> None:
+    """[2 * width, C]: from all gate rows before all up rows to pairs of both."""
+    rows.copy_(rows.view(2, -1, rows.shape[1]).transpose(0, 1).contiguous().view(rows.shape))
+
+
+def _make_slabs(rows: torch.Tensor, height: int) -> None:
+    """[n * height, C]: from rows to n slabs [C, height]."""
+    rows.copy_(rows.view(-1, height, rows.shape[1]).transpose(1, 2).contiguous().view(rows.shape))
+
+
+def _moved_as(weights: torch.Tensor) -> torch.dtype:
+    return BITWISE if weights.dtype == torch.float8_e4m3fn else weights.dtype
 
 
 def index_tables(slots: Sequence[int], layout: RaggedLayout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,8 +80,7 @@ def index_tables(slots: Sequence[int], layout: RaggedLayout) -> tuple[torch.Tens
 def up_projection(
     hidden: torch.Tensor,
     x: torch.Tensor,
-    w13: torch.Tensor,
-    table: torch.Tensor,
+    experts: ExpertRows,
     top_k: int,
     blocks: RouteBlocks,
     config: TileConfig,
@@ -68,12 +88,15 @@ def up_projection(
     """Launches `ragged_up_kernel`: `x` [T, H] to `hidden` [blocks.hidden_rows, max_width]."""
     tile = config.up
     n_tiles = triton.cdiv(hidden.shape[1], tile.block_n)
-    weights = TensorDescriptor.from_tensor(w13, [2 * tile.block_n, tile.block_k]) if tile.tma else w13
+    weights = _weights(experts.w13, config)
+    if tile.tma:
+        weights = TensorDescriptor.from_tensor(weights, [2 * tile.block_n, tile.block_k])
     ragged_up_kernel[(blocks.num_blocks * n_tiles,)](
         x,
         x.stride(0),
         weights,
-        table,
+        experts.scales.w13 if experts.scales else None,
+        experts.table,
         hidden,
         hidden.stride(0),
         blocks.route_ids,
@@ -87,6 +110,7 @@ def up_projection(
         ONE_ROUTE=config.one_route,
         PRECISION=_precision(x.dtype),
         FUSED=config.fused,
+        GROUP=group_size(experts),
         **tile.meta(),
         **config.launch(),
     )
@@ -95,23 +119,23 @@ def up_projection(
 def down_projection(
     routed: torch.Tensor,
     hidden: torch.Tensor,
-    w2: torch.Tensor,
-    table: torch.Tensor,
+    experts: ExpertRows,
     blocks: RouteBlocks,
     config: TileConfig,
 ) -> None:
     """Launches `ragged_down_kernel`: `hidden` as `up_projection` left it to `routed` [T * k, H]."""
     tile = config.down
     n_tiles = routed.shape[1] // tile.block_n
-    inputs, weights = hidden, w2
+    inputs, weights = hidden, _weights(experts.w2, config)
     if tile.tma:
         inputs = TensorDescriptor.from_tensor(hidden, [config.block_m, tile.block_k])
-        weights = TensorDescriptor.from_tensor(w2.view(-1, TRITON_UNIT), [tile.block_n, tile.block_k])
+        weights = TensorDescriptor.from_tensor(weights.view(-1, TRITON_UNIT), [tile.block_n, tile.block_k])
     ragged_down_kernel[(blocks.num_blocks * n_tiles,)](
         inputs,
         hidden.stride(0),
         weights,
-        table,
+        experts.scales.w2 if experts.scales else None,
+        experts.table,
         routed,
         blocks.route_ids,
         blocks.block_slots,
@@ -122,6 +146,8 @@ def down_projection(
         BLOCK_M=config.block_m,
         ONE_ROUTE=config.one_route,
         PRECISION=_precision(hidden.dtype),
+        GROUP=group_size(experts),
+        BY_CHANNEL=_is_by_channel(experts),
         PREFETCH=PREFETCHED_SLABS if config.prefetch else 0,
         **tile.meta(),
         **config.launch(),
@@ -167,13 +193,13 @@ def triton_ragged_moe(
         return
     weights, ids = routes.weights.contiguous(), routes.ids.contiguous()
     if config is None:
-        config = choose_config(layer_shape(routes.slots, experts, top_k), num_tokens)
-    config.check(hidden_size)
+        config = choose_config(layer_shape(routes.slots, experts, top_k, x.dtype), num_tokens)
+    config.check(hidden_size, group_size(experts))
     blocks = RouteBlocks.build(ids, routes.slots, experts.table, config)
     hidden = x.new_empty(blocks.hidden_rows, experts.max_width)
     routed = x.new_empty(num_tokens * top_k, hidden_size)
-    up_projection(hidden, x, experts.w13, experts.table, top_k, blocks, config)
-    down_projection(routed, hidden, experts.w2, experts.table, blocks, config)
+    up_projection(hidden, x, experts, top_k, blocks, config)
+    down_projection(routed, hidden, experts, blocks, config)
     combine(output, routed, weights, ids, experts.table, num_experts, config)
 
 
@@ -182,24 +208,51 @@ def num_stored(slot_map: torch.Tensor, experts: ExpertRows) -> int:
     return len(experts.table) - len(slot_map)
 
 
-def layer_shape(slot_map: torch.Tensor, experts: ExpertRows, top_k: int) -> LayerShape:
-    """Returns the shape of a layer with stored experts."""
+def layer_shape(slot_map: torch.Tensor, experts: ExpertRows, top_k: int, dtype: torch.dtype) -> LayerShape:
+    """Returns the shape of a layer with stored experts; `dtype`: of its tokens."""
     num_slots = num_stored(slot_map, experts)
     rows, hidden_size = experts.w2.shape
-    return LayerShape(hidden_size, top_k, num_slots, rows // num_slots, experts.max_width, experts.w2.dtype)
+    return LayerShape(hidden_size, top_k, num_slots, rows // num_slots, experts.max_width, dtype, scheme_of(experts))
 
 
-def warm_up(slot_map: torch.Tensor, experts: ExpertRows, top_k: int, max_tokens: int) -> None:
+def scheme_of(experts: ExpertRows) -> ExpertScheme | None:
+    """Returns how experts are stored, as far as tiles depend on it; None in the model's dtype."""
+    if experts.scales is None:
+        return None
+    kind = "int" if experts.w2.dtype == torch.int8 else "float"
+    if _is_by_channel(experts):
+        return ExpertScheme(kind, strategy="channel", group_size=None)
+    return ExpertScheme(kind, group_size=group_size(experts))
+
+
+def group_size(experts: ExpertRows) -> int:
+    """Returns how many of the inputs of gate and up share a scale; 0 in the model's dtype."""
+    return experts.w13.shape[1] // experts.scales.w13.shape[1] if experts.scales else 0
+
+
+def warm_up(
+    slot_map: torch.Tensor, experts: ExpertRows, top_k: int, max_tokens: int, dtype: torch.dtype | None = None
+) -> None:
     """Compiles the kernels for all tiles that calls of up to `max_tokens` tokens may choose.
 
-    Every configuration runs once on a token of zeros.
+    Every configuration runs once on a token of zeros of `dtype`; None for the weights'.
     """
     if num_stored(slot_map, experts) == 0:
         return
-    x = experts.w2.new_zeros(1, experts.w2.shape[1])
+    x = experts.table.new_zeros(1, experts.w2.shape[1], dtype=dtype or experts.w2.dtype)
     routes = Routes(x.new_ones(1, top_k, dtype=torch.float32), slot_map.new_zeros(1, top_k), slot_map)
-    for config in configs_up_to(layer_shape(slot_map, experts, top_k), max_tokens):
+    for config in configs_up_to(layer_shape(slot_map, experts, top_k, x.dtype), max_tokens):
         triton_ragged_moe(torch.empty_like(x), x, routes, experts, config=config)
+
+
+def _is_by_channel(experts: ExpertRows) -> bool:
+    return experts.scales is not None and experts.scales.is_by_channel(experts.w2.shape[1])
+
+
+def _weights(weights: torch.Tensor, config: TileConfig) -> torch.Tensor:
+    """Weights as the kernels take them: E4M3 that is decoded by bits as those."""
+    is_by_bits = weights.dtype == torch.float8_e4m3fn and config.decode == "bits"
+    return weights.view(BITWISE) if is_by_bits else weights
 
 
 def _precision(dtype: torch.dtype) -> str:

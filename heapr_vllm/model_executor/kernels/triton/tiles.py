@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tiles the Triton kernels use: tuned ones from JSON where there are any, otherwise by routes per expert.
 
-A tuned file covers one hidden size, top-k, dtype and GPU, and holds per width profile and token count the fastest
-tiles found by `heapr tune`. Folders are searched in this order: HEAPR_CONFIG_FOLDER, the user's cache, the package.
+A tuned file covers one hidden size, top-k, dtype, way to store experts and GPU, and holds per width profile and token
+count the fastest tiles found by `heapr tune`. Folders are searched in this order: HEAPR_CONFIG_FOLDER, the user's
+cache, the package.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from typing import Any
 
 import torch
 
+from heapr_vllm.formats.quantized import ExpertScheme
+
 TRITON_UNIT = 64  # the Triton kernels store widths in steps of it; also the slab of their w2
 
 FORMAT_VERSION = 2
 PACKAGED_FOLDER = Path(__file__).parent / "tile_configs"
+DECODES = ("bits", "cast")
 BATCH_INVARIANT_ROUTES = 40  # per expert: the middle of the default tiles
 MAX_RATIO = 1.6  # a tuned profile serves shapes whose number of experts times mean width differ by less than this
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures loggers below its own name only
@@ -61,7 +65,7 @@ class TileConfig:
 
     `fused`: gate and up in one product of twice the width. `chained`: programmatic dependent launch, sm_90. `prefetch`:
     the first slabs of w2 go to L2 while the up GEMM drains. `one_route`: every route is a block of its own, which needs
-    no alignment.
+    no alignment. `decode`: E4M3 to wider types by "bits", anywhere, or by the GPU's own "cast", sm_89.
     """
 
     block_m: int
@@ -71,17 +75,27 @@ class TileConfig:
     chained: bool = False
     prefetch: bool = False
     one_route: bool = False
+    decode: str = "bits"
 
     def launch(self) -> dict[str, bool]:
         """Launch arguments that all kernels share."""
         return {"CHAINED": True, "launch_pdl": True} if self.chained else {"CHAINED": False}
 
-    def check(self, hidden_size: int) -> None:
-        """Raises ValueError if the tiles do not fit the layout or each other."""
+    def check(self, hidden_size: int, group_size: int = 0) -> None:
+        """Raises ValueError if the tiles do not fit the layout or each other.
+
+        `group_size`: of the scales of 8-bit experts along the hidden size, which it is by channel; 0 without.
+        """
         if hidden_size % self.up.block_k or hidden_size % self.down.block_n:
             raise ValueError(f"hidden size {hidden_size} is no multiple of the tile {self}")
         if TRITON_UNIT % self.down.block_k:
             raise ValueError(f"down.block_k {self.down.block_k} does not divide {TRITON_UNIT}")
+        if group_size and (group_size % self.up.block_k or group_size % self.down.block_n):
+            raise ValueError(f"groups of {group_size} that share a scale are no multiple of the tile {self}")
+        if group_size and (self.up.tma or self.down.tma):
+            raise ValueError("tma reads no 8-bit experts")
+        if self.decode not in DECODES:
+            raise ValueError(f"decode is {self.decode!r}, not one of {', '.join(DECODES)}")
         if self.up.tma and not self.fused:
             raise ValueError("up.tma needs fused: one descriptor holds gate and up rows")
         if self.down.tma and self.down.block_k != TRITON_UNIT:
@@ -89,24 +103,27 @@ class TileConfig:
         if self.prefetch and (self.down.tma or not self.chained):
             raise ValueError("prefetch needs chained, and down without tma")
 
-    def is_possible(self, hidden_size: int) -> bool:
+    def is_possible(self, hidden_size: int, group_size: int = 0) -> bool:
         """Whether `check` finds nothing."""
         with suppress(ValueError):
-            self.check(hidden_size)
+            self.check(hidden_size, group_size)
             return True
         return False
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> TileConfig:
-        """Inverse of `dataclasses.asdict`; other keys are ignored."""
-        known: dict[str, Any] = {field.name: entry[field.name] for field in fields(cls)}
+        """Inverse of `dataclasses.asdict`; other keys are ignored, and what older files do not name is the default."""
+        known: dict[str, Any] = {field.name: entry[field.name] for field in fields(cls) if field.name in entry}
         known |= {"up": Tile(**entry["up"]), "down": Tile(**entry["down"])}
         return cls(**known)
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What the choice of tiles depends on, besides the token count. Widths are stored widths."""
+    """What the choice of tiles depends on, besides the token count. Widths are stored widths.
+
+    `dtype`: the model's. `scheme`: how 8-bit experts are stored; None in `dtype`.
+    """
 
     hidden_size: int
     top_k: int
@@ -114,16 +131,43 @@ class LayerShape:
     mean_width: int
     max_width: int
     dtype: torch.dtype
+    scheme: ExpertScheme | None = None
 
     @classmethod
-    def of(cls, widths: list[int], hidden_size: int, top_k: int, dtype: torch.dtype) -> LayerShape:
+    def of(
+        cls,
+        widths: list[int],
+        hidden_size: int,
+        top_k: int,
+        dtype: torch.dtype,
+        scheme: ExpertScheme | None = None,
+    ) -> LayerShape:
         """Shape of a layer with these stored widths, zeros included."""
         stored = [width for width in widths if width]
-        return cls(hidden_size, top_k, len(stored), sum(stored) // max(len(stored), 1), max(stored, default=0), dtype)
+        mean_width = sum(stored) // max(len(stored), 1)
+        return cls(hidden_size, top_k, len(stored), mean_width, max(stored, default=0), dtype, scheme)
+
+    @property
+    def group_size(self) -> int:
+        """How many inputs of gate and up share a scale; 0 if nothing has one."""
+        return (self.scheme.group_size or self.hidden_size) if self.scheme else 0
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether inputs of gate and up have different scales."""
+        return 0 < self.group_size < self.hidden_size
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return self.scheme.code_dtype if self.scheme else self.dtype
 
     def file_name(self, device: str) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"hidden_size={self.hidden_size},top_k={self.top_k},dtype={dtype},device={device.replace(' ', '_')}.json"
+        """Tiles are for one type of activations and, in 8 bits, one kind of experts, such as int8_group128."""
+        kinds = [f"dtype={str(self.dtype).removeprefix('torch.')}"]
+        if self.scheme:
+            kinds.append(f"experts={self.scheme.name}_{self.scheme.strategy}{self.scheme.group_size or ''}")
+        sizes = [f"hidden_size={self.hidden_size}", f"top_k={self.top_k}"]
+        return ",".join([*sizes, *kinds, f"device={device.replace(' ', '_')}.json"])
 
     def distance(self, other: LayerShape) -> float:
         """How far apart experts and widths are, as a factor of at least 1."""
@@ -159,27 +203,31 @@ def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = Non
     """Tiles by routes per expert, for shapes without a tuned configuration.
 
     Blocks are as tall as those of the files that vLLM ships for H200s. Smaller GPUs than Hopper get smaller tiles; fp32
-    is there to be right, not fast. `hopper` defaults to whether the GPU at hand has as much shared memory.
+    is there to be right, not fast. E4M3 is cast on GPUs like Hopper: 2 instructions per weight against 3.7 by bits.
+    `hopper` defaults to whether the GPU at hand has as much shared memory.
     """
     hopper = _has_hoppers_memory() if hopper is None else hopper
     routes = num_tokens * shape.top_k / max(shape.num_experts, 1)
     if shape.dtype.itemsize > 2:
         config = TileConfig(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2))
     elif routes <= 10:
-        config = TileConfig(16, Tile(32, 128, 4, 4) if num_tokens <= 8 else Tile(64, 64, 4, 3), Tile(64, 64, 4, 4))
+        is_long = num_tokens <= 8 or shape.has_groups  # a step per group has the fewest sums
+        config = TileConfig(16, Tile(32, 128, 4, 4) if is_long else Tile(64, 64, 4, 3), Tile(64, 64, 4, 4))
     elif routes <= 40:
         config = TileConfig(32 if routes <= 20 else 64, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4))
+    elif shape.has_groups:  # sums of a step and of all, scales of this and the next: registers are short
+        config = TileConfig(128, Tile(32, 128 if hopper else 64, 8, 3, 8), Tile(128, 64, 8, 3, 8))
     elif hopper:
         config = TileConfig(128, Tile(128, 64, 8, 4, 8), Tile(256, 64, 8, 3, 8))
     else:
         config = TileConfig(128, Tile(64, 64, 8, 3, 8), Tile(128, 64, 8, 3, 8))
-    up_k = largest_divisor(shape.hidden_size, config.up.block_k)
-    down_n = largest_divisor(shape.hidden_size, config.down.block_n)
+    unit = shape.group_size or shape.hidden_size
     return replace(
         config,
-        up=replace(config.up, block_k=up_k),
-        down=replace(config.down, block_n=down_n),
+        up=replace(config.up, block_k=largest_divisor(unit, config.up.block_k)),
+        down=replace(config.down, block_n=largest_divisor(unit, config.down.block_n)),
         one_route=use_one_route_blocks(num_tokens, shape.top_k, shape.num_experts),
+        decode="cast" if hopper and shape.weight_dtype == torch.float8_e4m3fn else "bits",
     )
 
 
@@ -226,7 +274,7 @@ def _tuned(shape: LayerShape, device: str) -> dict[int, TileConfig]:
     try:
         configs = {int(tokens): TileConfig.from_dict(entry) for tokens, entry in profile["tokens"].items()}
         for config in configs.values():
-            config.check(shape.hidden_size)
+            config.check(shape.hidden_size, shape.group_size)
     except (KeyError, TypeError, ValueError) as error:
         _announce(f"default tiles, {path} is damaged ({type(error).__name__}: {error}); run `heapr tune` again")
         return {}

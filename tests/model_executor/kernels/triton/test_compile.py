@@ -55,16 +55,49 @@ def test_no_access_is_narrow(rows: list[dict[str, str]]) -> None:
 
 def test_weights_come_by_wide_asynchronous_copies(rows: list[dict[str, str]]) -> None:
     """16 bytes each, and exactly the tiles of both operands in every stage; or whole tiles by TMA."""
-    for row in (row for row in rows if row["kernel"] in GEMMS):
+    for row in (row for row in rows if row["kernel"] in GEMMS and not scales_its_weights(row)):
         assert row["async_other"] == "0", row
         if row["TMA"] == "True":
             assert int(row["tma"]) > 0, row
             continue
-        block_m, block_n, block_k, stages, warps, copies = (
-            int(row[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages", "num_warps", "async_16")
-        )
-        weight_rows = 2 * block_n if row["kernel"] == "ragged_up_kernel" else block_n
-        assert copies * 16 * 32 * warps == stages * (block_m + weight_rows) * block_k * 2, row
+        assert copied_bytes(row) == tile_bytes(row), row
+
+
+def test_scales_of_weights_come_with_them(rows: list[dict[str, str]]) -> None:
+    """Asynchronously: four bytes per thread and stage; Triton 3.6 copies the same ones for every row of threads."""
+    for row in filter(scales_its_weights, rows):
+        stages = int(row["num_stages"])
+        if row["triton"].startswith("3.6."):
+            assert tile_bytes(row) < copied_bytes(row) <= 2 * tile_bytes(row) and row["async_other"] == "16", row
+        else:
+            assert tile_bytes(row) == copied_bytes(row) and int(row["async_other"]) == stages, row
+
+
+def test_every_kind_of_codes_is_compiled(rows: list[dict[str, str]]) -> None:
+    """In groups of 128 and by channel, which is a group of all 2048 inputs; casts of E4M3 need sm_89."""
+    kinds = {
+        (row["arch"], row["weights"], row["GROUP"]) for row in rows if row["kernel"] in GEMMS and row["GROUP"] != "0"
+    }
+    expected = {("sm_80", "i8"), ("sm_80", "u8"), ("sm_90a", "i8"), ("sm_90a", "u8"), ("sm_90a", "fp8e4nv")}
+    assert kinds == {(*kind, group) for kind in expected for group in ("128", "2048")}
+
+
+def scales_its_weights(row: dict[str, str]) -> bool:
+    """Whether it is a down GEMM of neurons with scales per group of outputs."""
+    return row["kernel"] == "ragged_down_kernel" and row["GROUP"] != "0" and row["BY_CHANNEL"] == "False"
+
+
+def copied_bytes(row: dict[str, str]) -> int:
+    """By asynchronous copies of 16 bytes, in all stages."""
+    return int(row["async_16"]) * 16 * 32 * int(row["num_warps"])
+
+
+def tile_bytes(row: dict[str, str]) -> int:
+    """Of both operands, in all stages."""
+    block_m, block_n, block_k, stages = (int(row[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages"))
+    weight_rows = 2 * block_n if row["kernel"] == "ragged_up_kernel" else block_n
+    bytes_of_weights = 2 if row["weights"] == "bf16" else 1
+    return stages * block_k * (2 * block_m + bytes_of_weights * weight_rows)
 
 
 def test_instructions_are_counted() -> None:

@@ -6,15 +6,21 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from heapr_vllm.formats.quantized import ExpertScheme
+from heapr_vllm.model_executor.kernels.base import Scales
 from heapr_vllm.model_executor.kernels.triton import launch, route_blocks
+from heapr_vllm.model_executor.kernels.triton.jit import BF16_OVER_E4M3, _decode
 from heapr_vllm.model_executor.kernels.triton.launch import index_tables, pack
 from heapr_vllm.model_executor.kernels.triton.route_blocks import align_routes, max_blocks
 from heapr_vllm.model_executor.kernels.triton.tiles import configs_up_to, use_one_route_blocks
@@ -22,11 +28,15 @@ from heapr_vllm.model_executor.storage.layout import RaggedLayout
 from tests.model_executor.engine import ROOT
 from tests.model_executor.kernels.moe_cases import (
     CASES,
+    CASES_IN_8_BITS,
     DEVICE,
+    HAS_CAST,
     SMALL,
+    STRATEGIES,
     TOLERANCE,
     Case,
     build,
+    copied,
     fenced_scratch,
     is_fenced,
 )
@@ -35,7 +45,7 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + CASES_IN_8_BITS, ids=str)
 def test_against_reference(case: Case, dtype: torch.dtype) -> None:
     """Scratch starts as NaN, and no memory outside of it and of the output is touched."""
     layer = build(case, dtype)
@@ -43,6 +53,55 @@ def test_against_reference(case: Case, dtype: torch.dtype) -> None:
         output = layer.run(case.config)
     assert layer.error(output) < TOLERANCE[dtype] and is_fenced(output)
     assert torch.equal(output, layer.run(case.config)), "not deterministic"
+
+
+@triton.jit
+def decode_kernel(codes, numbers, BLOCK: tl.constexpr):
+    """Grid (1,). `codes` and `numbers` [BLOCK]."""
+    places = tl.arange(0, BLOCK)
+    tl.store(numbers + places, _decode(tl.load(codes + places), numbers.dtype.element_ty))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn, torch.uint8], ids=str)
+def test_every_code_is_decoded_exactly(stored: torch.dtype, dtype: torch.dtype) -> None:
+    """Subnormal ones too; uint8 is E4M3 decoded by bits, for which the codes of NaN are numbers as well."""
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE)
+    expected = codes.view(torch.float8_e4m3fn if stored == torch.uint8 else stored).to(dtype)
+    numbers = torch.empty_like(expected)
+    if stored == torch.float8_e4m3fn and not HAS_CAST:
+        pytest.skip("this GPU does not cast E4M3")
+    decode_kernel[(1,)](codes.view(stored), numbers, 256)
+    is_number = ~expected.isnan()
+    assert torch.equal(numbers[is_number], expected[is_number]) and int(is_number.sum()) >= 254
+    assert torch.equal(numbers.signbit()[is_number], expected.signbit()[is_number]), "-0 is kept"
+
+
+def test_bits_of_e4m3_in_bf16() -> None:
+    """What `_decode` does for bf16, which the interpreter gets wrong: exact in torch, subnormal numbers too."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    bits = codes.view(torch.int8).to(torch.int16) << 4 & -0x7810
+    numbers, expected = bits.view(torch.bfloat16) * BF16_OVER_E4M3.value, codes.to(torch.bfloat16)
+    is_number = ~expected.isnan()
+    assert numbers.dtype == torch.bfloat16 and torch.equal(numbers[is_number], expected[is_number])
+
+
+def test_decodes_are_as_chosen() -> None:
+    codes = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    by_bits, by_cast = (launch._weights(codes, replace(SMALL, decode=decode)).dtype for decode in ("bits", "cast"))
+    assert (by_bits, by_cast) == (torch.uint8, torch.float8_e4m3fn)
+    assert launch._weights(codes.view(torch.int8), SMALL).dtype == torch.int8
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_scales_beyond_fp16_do_not_underflow(strategy: str) -> None:
+    """Products of small scales and of intermediates are less than fp16 has numbers for."""
+    layer = build(Case(9, [64, 128], 1, 64).in_8_bits("int", strategy), torch.float16)
+    layer.experts.scales.w2.mul_(1e-4)
+    layer.plain.scales.w2.mul_(1e-4)
+    layer.experts.scales.w13.mul_(3)
+    layer.plain.scales.w13.mul_(3)
+    assert layer.error(layer.run(SMALL)) < 10 * TOLERANCE[torch.float16]
 
 
 @settings(deadline=None, max_examples=40)
@@ -182,6 +241,64 @@ def test_packing() -> None:
         assert torch.equal(gate_up[2 * (row + neuron) + 1], w13[2 * row + width + neuron])
     for neuron, output in ((0, 0), (63, 5), (64, 0), (127, 3), (128, 1), (191, 5)):
         assert slabs.view(3, 6, 64)[neuron // 64, output, neuron % 64] == w2[neuron, output]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_packing_of_codes_and_scales(dtype: torch.dtype) -> None:
+    """Codes lie as weights do; scales beside them, in slabs of 64 neurons; scales of outputs stay where they are."""
+    layout = RaggedLayout.build([128, 0, 64], [128, 0, 64])
+    w13, w2 = (torch.randint(0, 256, (rows, 64), dtype=torch.uint8) for rows in (384, 192))
+    w13_scale, w2_scale = torch.arange(384 * 2.0).view(-1, 2), torch.arange(192 * 2.0).view(-1, 2)
+    codes, scales = (w13.clone(), w2.clone()), Scales(w13_scale.clone(), w2_scale.clone())
+    pack(codes[0].view(dtype), codes[1].view(dtype), layout, scales)
+    expected = w13.clone(), w2.clone()
+    pack(*expected, layout)
+    assert torch.equal(codes[0], expected[0]) and torch.equal(codes[1], expected[1])
+    for row, width, neuron in ((0, 128, 0), (0, 128, 127), (128, 64, 0), (128, 64, 5)):
+        slab, place = divmod(row + neuron, 64)
+        for group in (0, 1):
+            gate, up = scales.w13.view(3, 2, 64, 2)[slab, group, place].tolist()
+            assert gate == w13_scale[2 * row + neuron, group] and up == w13_scale[2 * row + width + neuron, group]
+            assert scales.w2.view(3, 2, 64)[slab, group, place] == w2_scale[row + neuron, group]
+    by_output = Scales(torch.rand(384, 1), torch.rand(2, 64))
+    kept = by_output.w2.clone()
+    pack(w13, w2, layout, by_output)
+    assert torch.equal(by_output.w2, kept)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_kernel_takes_codes_and_scales(strategy: str) -> None:
+    """`TritonKernel` by the interface of all kernels: from parameters as they were loaded to an output."""
+    pytest.importorskip("vllm")
+    from heapr_vllm.model_executor.kernels.triton.kernel import TritonKernel
+
+    kernel, dtype = TritonKernel(), torch.float16
+    case = Case(9, [64, 128, 64], 2, 64).in_8_bits("float", strategy)
+    assert kernel.layer_obstacle(dtype, 64, case.scheme) is None
+    layer, layout = build(case, dtype), RaggedLayout.build(case.widths, case.widths)
+    experts = copied(layer.plain, torch.clone)
+    kernel.pack(experts.w13, experts.w2, layout, experts.scales)
+    slots, table = (tensor.to(DEVICE) for tensor in kernel.index_tables(layout.slots, layout))
+    experts = replace(experts, table=table)
+    kernel.warm_up(slots, experts, 2, 1, dtype)
+    output = torch.empty_like(layer.x)
+    kernel.run(output, layer.x, replace(layer.routes, slots=slots), experts)
+    assert layer.error(output) < TOLERANCE[dtype]
+
+
+def test_warm_up_in_8_bits_needs_the_models_dtype() -> None:
+    layer = build(Case(1, [64, 128] * 8, 2, 64).in_8_bits("float", "group"), torch.float16)
+    launch.warm_up(layer.routes.slots, layer.experts, 2, 1, torch.float16)
+
+
+def test_tiles_are_chosen_for_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the type of tokens, and for how experts are stored."""
+    layer = build(Case(40, [64, 128] * 8, 2, 64).in_8_bits("float", "group"), torch.float16)
+    shapes = []
+    monkeypatch.setattr(launch, "choose_config", lambda shape, tokens: shapes.append(shape) or SMALL)
+    launch.triton_ragged_moe(torch.empty_like(layer.x), *layer.inputs)
+    assert shapes == [layer.shape] and layer.shape.dtype == torch.float16
+    assert layer.shape.scheme == ExpertScheme("float", group_size=32)
 
 
 def test_index_tables() -> None:

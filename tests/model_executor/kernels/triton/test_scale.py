@@ -12,17 +12,23 @@ from dataclasses import replace
 import pytest
 import torch
 
+from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels.triton import route_blocks
 from heapr_vllm.model_executor.kernels.triton.launch import triton_ragged_moe
 from heapr_vllm.model_executor.kernels.triton.tiles import Tile, TileConfig, choose_config
 from heapr_vllm.model_executor.tuning.search import block_sizes, candidates, changes
 from heapr_vllm.model_executor.tuning.synthetic import PAPER_SHAPES, MoEShape
-from tests.model_executor.kernels.moe_cases import DEVICE, TOLERANCE, Case, Layer, build
+from tests.model_executor.kernels.moe_cases import DEVICE, STRATEGIES, TOLERANCE, Case, Layer, build
 
 ON_GPU = DEVICE == "cuda"
 SHAPES = {name: shape for name, shape in PAPER_SHAPES.items() if (name == "tiny") != ON_GPU}
 TOKENS = (1, 2, 3, 8, 16, 33, 64, 129, 256, 1024, 4096, 8192) if ON_GPU else (1, 3, 17)
 DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float16,)
+SCHEMES = [
+    ExpertScheme(kind, strategy=strategy, group_size=(128 if ON_GPU else 64) if strategy == "group" else None)
+    for kind in ("int", "float")
+    for strategy in STRATEGIES
+]
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 needs_hopper = pytest.mark.skipif(not ON_GPU or torch.cuda.get_device_capability()[0] < 9, reason="needs a Hopper GPU")
 
@@ -44,15 +50,25 @@ def random_config(layer: Layer, tokens: int, seed: int) -> TileConfig:
     up, down = (draw.choice(candidates(kind, layer.shape, block_m, tokens)) for kind in ("up", "down"))
     config = TileConfig(block_m, up, down)
     for change in draw.sample(changes(layer.shape, tokens), k=min(2, len(changes(layer.shape, tokens)))):
-        config = change(config) if change(config).is_possible(layer.shape.hidden_size) else config
+        config = change(config) if is_possible(change(config), layer) else config
     return config
 
 
-def make(name: str, tokens: int, dtype: torch.dtype, routing: str = "random", seed: int = 0) -> Layer:
+def is_possible(config: TileConfig, layer: Layer) -> bool:
+    return config.is_possible(layer.shape.hidden_size, layer.shape.group_size)
+
+
+def make(
+    name: str,
+    tokens: int,
+    dtype: torch.dtype,
+    routing: str = "random",
+    seed: int = 0,
+    scheme: ExpertScheme | None = None,
+) -> Layer:
     shape = SHAPES[name]
-    return build(
-        Case(tokens, random_widths(shape, seed), shape.top_k, shape.hidden_size, None, (), routing), dtype, seed
-    )
+    widths = random_widths(shape, seed)
+    return build(Case(tokens, widths, shape.top_k, shape.hidden_size, None, (), routing, scheme), dtype, seed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,6 +76,16 @@ def make(name: str, tokens: int, dtype: torch.dtype, routing: str = "random", se
 @pytest.mark.parametrize("name", SHAPES)
 def test_against_fp64(name: str, tokens: int, dtype: torch.dtype) -> None:
     layer = make(name, tokens, dtype, seed=tokens)
+    assert layer.error(layer.run(None)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.name}-{scheme.strategy}")
+@pytest.mark.parametrize("tokens", [1, 64, 2048] if ON_GPU else [1, 17])
+@pytest.mark.parametrize("name", SHAPES)
+def test_experts_in_8_bits(name: str, tokens: int, scheme: ExpertScheme, dtype: torch.dtype) -> None:
+    """Against the experts that codes and scales stand for."""
+    layer = make(name, tokens, dtype, scheme=scheme)
     assert layer.error(layer.run(None)) < TOLERANCE[dtype]
 
 
@@ -73,8 +99,9 @@ def test_degenerate_routing(name: str, tokens: int, routing: str) -> None:
 
 @pytest.mark.parametrize("seed", range(12 if ON_GPU else 3))
 @pytest.mark.parametrize("tokens", [1, 32, 1024] if ON_GPU else [2, 30])
-def test_tiles_that_tuning_would_try(tokens: int, seed: int) -> None:
-    layer = make(next(iter(SHAPES)), tokens, DTYPES[0], seed=seed)
+@pytest.mark.parametrize("scheme", [None, *SCHEMES[::3]], ids=lambda scheme: scheme.name if scheme else "dense")
+def test_tiles_that_tuning_would_try(scheme: ExpertScheme | None, tokens: int, seed: int) -> None:
+    layer = make(next(iter(SHAPES)), tokens, DTYPES[0], seed=seed, scheme=scheme)
     assert layer.error(layer.run(random_config(layer, tokens, seed))) < TOLERANCE[DTYPES[0]]
 
 
@@ -126,12 +153,13 @@ def layer_after_layer(layer: Layer, config: TileConfig, depth: int) -> torch.Ten
 
 
 @needs_hopper
+@pytest.mark.parametrize("scheme", [None, *SCHEMES], ids=str)
 @pytest.mark.parametrize("tokens", [1, 64, 1024])
-def test_every_way_to_run_agrees(tokens: int) -> None:
-    layer = make("Qwen3-30B-A3B", tokens, torch.bfloat16)
+def test_every_way_to_run_agrees(tokens: int, scheme: ExpertScheme | None) -> None:
+    layer = make("Qwen3-30B-A3B", tokens, torch.bfloat16, scheme=scheme)
     config = choose_config(layer.shape, tokens)
     for change in changes(layer.shape, tokens):
-        if change(config).is_possible(layer.shape.hidden_size):
+        if is_possible(change(config), layer):
             assert layer.error(layer.run(change(config))) < TOLERANCE[torch.bfloat16], change(config)
 
 

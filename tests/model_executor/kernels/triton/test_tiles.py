@@ -4,11 +4,13 @@
 import json
 import logging
 from dataclasses import replace
+from math import gcd
 from pathlib import Path
 
 import pytest
 import torch
 
+from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels.triton import tiles
 from heapr_vllm.model_executor.kernels.triton.tiles import (
     LayerShape,
@@ -64,8 +66,9 @@ def test_the_nearest_token_count_and_profile_win(folder: Path) -> None:
         replace(SHAPE, hidden_size=4096),
         replace(SHAPE, top_k=4),
         replace(SHAPE, dtype=torch.float16),
+        replace(SHAPE, scheme=ExpertScheme()),
     ],
-    ids=["width", "experts", "hidden size", "top-k", "dtype"],
+    ids=["width", "experts", "hidden size", "top-k", "dtype", "codes"],
 )
 def test_other_shapes_get_defaults(folder: Path, other: LayerShape) -> None:
     write(folder, w576={"1": LARGE})
@@ -104,6 +107,60 @@ def test_default_tiles_fit_the_paper_models(tokens: int, shape: tuple[int, int, 
     num_experts, top_k, hidden = shape
     for hopper in (True, False):
         default_config(tokens, LayerShape(hidden, top_k, num_experts, 576, 768, torch.bfloat16), hopper).check(hidden)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 32, 64, 256, 1024, 4096, 8192])
+@pytest.mark.parametrize("hidden", [2048, 2880, 3584, 96])
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_default_tiles_in_8_bits(kind: str, hidden: int, tokens: int) -> None:
+    """Within groups, which are 32 where the hidden size has no larger power of two; by channel as without codes."""
+    dense = LayerShape(hidden, 8, 128, 576, 768, torch.bfloat16)
+    for hopper in (True, False):
+        for group_size in (gcd(hidden, 128), None):
+            scheme = ExpertScheme(kind, strategy="group" if group_size else "channel", group_size=group_size)
+            shape = replace(dense, scheme=scheme)
+            config = default_config(tokens, shape, hopper)
+            config.check(hidden, shape.group_size)
+            assert config.decode == ("cast" if hopper and kind == "float" else "bits")
+            if group_size is None:
+                assert replace(config, decode="bits") == default_config(tokens, dense, hopper)
+            wide = default_config(tokens, replace(shape, dtype=torch.float32), hopper)
+            assert (
+                wide.up.block_n == default_config(tokens, replace(dense, dtype=torch.float32), hopper).up.block_n == 32
+            )
+
+
+def test_names_of_tuned_files() -> None:
+    """Dense ones as they have been; 8-bit ones say how experts are stored, beside the type of tokens."""
+    by_channel = ExpertScheme("int", strategy="channel", group_size=None)
+    names = [replace(SHAPE, scheme=scheme).file_name("H 200") for scheme in (None, ExpertScheme("float"), by_channel)]
+    assert names == [
+        "hidden_size=2048,top_k=8,dtype=bfloat16,device=H_200.json",
+        "hidden_size=2048,top_k=8,dtype=bfloat16,experts=fp8_group128,device=H_200.json",
+        "hidden_size=2048,top_k=8,dtype=bfloat16,experts=int8_channel,device=H_200.json",
+    ]
+
+
+def test_entries_of_older_files_are_read() -> None:
+    entry = token_entry(SMALL, 1.0)
+    del entry["decode"]
+    assert TileConfig.from_dict(entry) == SMALL
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (TileConfig(16, Tile(32, 64), Tile(32, 32)), "groups of 32 that share a scale are no multiple"),
+        (TileConfig(16, Tile(32, 32), Tile(64, 32)), "groups of 32 that share a scale are no multiple"),
+        (TileConfig(16, Tile(32, 32, tma=True), Tile(32, 64)), "tma reads no 8-bit experts"),
+        (TileConfig(16, Tile(32, 32), Tile(32, 64, tma=True)), "tma reads no 8-bit experts"),
+        (TileConfig(16, Tile(32, 32), Tile(32, 64), decode="guess"), "decode is 'guess', not one of bits, cast"),
+    ],
+)
+def test_tiles_that_do_not_fit_codes(config: TileConfig, message: str) -> None:
+    assert not config.is_possible(64, 32)
+    with pytest.raises(ValueError, match=message):
+        config.check(64, 32)
 
 
 def test_default_blocks_are_as_tall_as_stock_vllms() -> None:
