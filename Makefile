@@ -2,10 +2,11 @@
 PYTHON ?= python3
 SPARSITY ?= 0.25
 VLLM ?= 0.26.0
+SECONDS ?= 600
 BIN := .venv/bin
 ENGINE := VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
 
-.PHONY: help setup demo soak check test test-all test-window test-gpu mutants compile-table lint
+.PHONY: help setup demo soak check test test-all test-window test-gpu fuzz mutants compile-table lint
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -48,6 +49,10 @@ test-gpu:  ## run the kernel tests on this machine's GPU
 	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "test-gpu needs a GPU that torch sees"'
 	$(PYTHON) -m pytest -q -p no:cacheprovider tests/model_executor/kernels/triton/test_launch.py \
 	    tests/model_executor/kernels/triton/test_scale.py tests/model_executor/tuning/test_search.py
+
+fuzz: setup  ## ten minutes of hostile files, guided by coverage; SECONDS=60 for less
+	$(BIN)/pip install --quiet --disable-pip-version-check atheris==2.3.0
+	$(BIN)/python -m tools.fuzz --seconds $(SECONDS)
 
 mutants: setup  ## break every index computation of the kernels in turn: some test must fail each time
 	$(BIN)/python -m tools.mutants

@@ -24,13 +24,7 @@ from typing import Any
 from benchmarks.arms import ARMS, Arm, add_models, build_arms, pruned_models
 from benchmarks.random_models import write_dense
 
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    # of the engines alone: a process that writes checkpoints must give its memory back
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592",
-}
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 MAX_MODEL_LEN = 512
 
 

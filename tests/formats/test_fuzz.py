@@ -37,6 +37,19 @@ fuzzed = settings(
     max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES <= 40, suppress_health_check=list(HealthCheck)
 )
 MASKS = "heapr/masks.safetensors"
+REPAIR = {
+    "method": "least-squares",
+    "dataset": "text.txt",
+    "dataset_fingerprint": "sha256:0",
+    "num_samples": 4,
+    "max_seq_length": 64,
+    "seed": 0,
+    "tokens": 256,
+    "prior": 32.0,
+    "experts": 3,
+    "experts_with_few_tokens": 1,
+    "output_error_removed": 0.5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -149,21 +162,8 @@ def test_records(name: str, data: st.DataObject, repository: Path) -> None:
 @fuzzed
 @given(data=st.data())
 def test_repair_record(data: st.DataObject, repository: Path) -> None:
-    valid = {
-        "method": "least-squares",
-        "dataset": "text.txt",
-        "dataset_fingerprint": "sha256:0",
-        "num_samples": 4,
-        "max_seq_length": 64,
-        "seed": 0,
-        "tokens": 256,
-        "prior": 32.0,
-        "experts": 3,
-        "experts_with_few_tokens": 1,
-        "output_error_removed": 0.5,
-    }
     masks = repository / "masks"
-    text = data.draw(documents(valid))
+    text = data.draw(documents(REPAIR))
     attack(masks, REPAIR_FILE, text, lambda: format_report(load_report(masks)))
 
 
