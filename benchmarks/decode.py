@@ -2,7 +2,7 @@
 """Decode speed of a dense model in stock vLLM and of its versions with the plugin, engines asked in turn, without HTTP.
 
     python -m benchmarks.decode --dense serving_examples/tiny_qwen3_moe --pruned build/demo/pruned
-    python -m benchmarks.decode --model Qwen3-30B-A3B-3-layers --sparsity 0.25 0.25:int8 0.5:int8 --batch 1 16 64
+    python -m benchmarks.decode --model Qwen3-30B-A3B-2-layers --sparsity 0.25 0.25:int8 0.5:int8 --batch 1 16 64
 
 Each engine is a process of its own that sleeps while the others work; a round is one `LLM.generate` of each, in
 alternating order. Arms are those of `benchmarks.serving`, which measures the same through `vllm serve`, with the front

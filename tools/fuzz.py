@@ -8,9 +8,11 @@ raise a HeaprError of one line; anything else stops the run, and libFuzzer print
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ with atheris.instrument_imports(include=["heapr_vllm"]):
 
 from tests import tiny_models
 from tests.conftest import prune
-from tests.formats.strategies import DELETED, HOLDERS, NUMBERS, TEXTS, changed, paths
+from tests.formats.strategies import DELETED, HOLDERS, KEYS, NUMBERS, TEXTS, at, changed, paths
 from tests.formats.test_fuzz import REPAIR, metadata, with_metadata
 
 VALUES = (None, True, False, DELETED, *NUMBERS, *TEXTS, *HOLDERS)
@@ -49,6 +51,10 @@ class Target:
         for _ in range(data.ConsumeIntInRange(1, 3)):
             places = list(paths(document))
             place = places[data.ConsumeIntInRange(0, len(places) - 1)]
+            if isinstance(at(document, place), dict) and data.ConsumeBool():
+                place = (*place, KEYS[data.ConsumeIntInRange(0, len(KEYS) - 1)])
+                document = changed(document, place, _value(data, is_root=True))
+                continue
             document = changed(document, place, _value(data, is_root=not place))
         text = json.dumps(document)
         if data.ConsumeIntInRange(0, 9) == 0:
@@ -105,13 +111,17 @@ def targets(work: Path) -> list[Target]:
         checkpoint.expert_shapes()
         checkpoint.export_bytes()
 
+    indexed = Path(shutil.copytree(base, work / "indexed"))
     index = {"weight_map": dict.fromkeys(list(Checkpoint(base).weight_map)[:4], "model.safetensors")}
-    (base / INDEX_FILE).write_text(json.dumps(index))
+    (indexed / INDEX_FILE).write_text(json.dumps(index))
     block = json.loads((masks / "config.json").read_text())["quantization_config"]
     parsed: list[Any] = []
 
     def put_block(text: str) -> None:
-        parsed[:] = [json.loads(text)] if text.startswith("{") and text.endswith("}") else [{}]
+        parsed[:] = [{}]
+        with suppress(ValueError):
+            document = json.loads(text)
+            parsed[:] = [document] if isinstance(document, dict) else [{}]
 
     return [
         file(masks / "config.json", lambda: (load_report(masks), read_masks(masks))),
@@ -120,7 +130,7 @@ def targets(work: Path) -> list[Target]:
         file(masks / "heapr" / FRONTIER_FILE, lambda: format_report(load_report(masks))),
         file(masks / REPAIR_FILE, lambda: RepairRecord.read(masks)),
         file(base / "config.json", base_model),
-        file(base / INDEX_FILE, lambda: Checkpoint(base).check_readable()),
+        file(indexed / INDEX_FILE, lambda: Checkpoint(indexed).check_readable()),
         tensors(masks / "heapr" / "masks.safetensors", NeuronMasks.load),
         tensors(work / "calib" / "moments.safetensors", lambda path: Selector(NeuronMoments.load(path), "heapr")),
         Target(block, put_block, lambda: PruningConfig.from_dict(parsed[0])),

@@ -33,7 +33,7 @@ def add_export(commands: options.Commands) -> None:
     )
     command.add_argument(
         "--quantize",
-        choices=("keep", "int8", "fp8", "none"),
+        choices=("none", "keep", "int8", "fp8"),
         help="what experts are stored as: keep the codes of a quantized base model (default there), 8-bit integers or "
         "floats with one scale per neuron and 128 of the hidden size, or none, the model's dtype",
     )

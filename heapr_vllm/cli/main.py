@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 
 from heapr_vllm import __version__
 from heapr_vllm.cli import options
@@ -47,18 +49,18 @@ def main(argv: list[str] | None = None) -> int:
     HEAPR_DEBUG=1 or --debug lets exceptions through, with their traceback.
     """
     args = build_parser().parse_args(argv)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminated)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not sys.stderr.isatty():
         for name, value in NO_PROGRESS_BARS.items():
             os.environ.setdefault(name, value)
     try:
-        args.run(args)
+        with _ended_cleanly_by_sigterm():
+            args.run(args)
     except HeaprError as error:
         if _is_debugging(args):
             raise
-        print(f"heapr: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of many processes with the same mistake one says so
+            print(f"heapr: error: {error}", file=sys.stderr)
         return 2
     except (OSError, UnicodeError) as error:
         if _is_debugging(args):
@@ -85,6 +87,18 @@ def _is_debugging(args: argparse.Namespace) -> bool:
     return args.debug or os.environ.get("HEAPR_DEBUG", "0") not in ("", "0")
 
 
-def _terminated(number: int, frame: object) -> None:
-    """Ends the command as Ctrl-C does, so that temporaries go."""
-    raise SystemExit(128 + number)
+@contextmanager
+def _ended_cleanly_by_sigterm() -> Generator[None]:
+    """Lets SIGTERM end the command as Ctrl-C does, so that temporaries go."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -65,9 +65,10 @@ def compare(models: list[str], settings: EvaluationSettings) -> list[dict[str, A
         raise HeaprError("the models have different tokenizers, so their perplexities cannot be compared")
     rows: list[dict[str, Any]] = []
     for name, checkpoint in zip(models, checkpoints, strict=True):
+        size = _weight_bytes(checkpoint)
         row = measure(checkpoint, texts[0], settings)
         change = row["perplexity"] / (rows[0] if rows else row)["perplexity"] - 1
-        rows.append({"model": name, "weight_bytes": _weight_bytes(checkpoint), **row, "change": change})
+        rows.append({"model": name, "weight_bytes": size, **row, "change": change})
     return rows
 
 

@@ -14,7 +14,7 @@ CALIBRATION, MASKS, CHECKPOINT = "calibration", "masks repository", "exported ch
 _MASKS_FILE, _WEIGHTS = "heapr/masks.safetensors", ("model.safetensors", "model.safetensors.index.json")
 _MOMENTS = ("moments.safetensors", "partial.safetensors", "calibration.json")
 
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(partial|replaced)\.(?P<process>\d+)")
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<state>partial|replaced)\.(?P<process>\d+)")
 
 
 def kind_of(path: Path) -> str | None:
@@ -68,15 +68,13 @@ def atomic_directory(path: Path, kind: str, *, overwrite: bool = False, inputs: 
         for file in partial.rglob("*"):
             if file.is_file():
                 _open_to_readers(file)
+        check_output(path, kind, overwrite=overwrite)  # another command may have written it meanwhile
         if path.exists():
             path.rename(replaced)
-        try:
-            partial.rename(path)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(path)
-            raise
+        partial.rename(path)
     finally:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
 
@@ -105,10 +103,14 @@ def _open_to_readers(file: Path) -> None:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes temporaries of `path` whose process was killed."""
+    """Removes temporaries of `path` whose process was killed; what was about to be replaced comes back."""
     for entry in path.parent.iterdir():
         match = _TEMPORARY.fullmatch(entry.name)
-        if match and match["name"] == path.name and not _is_other_process(int(match["process"])):
+        if not match or match["name"] != path.name or _is_other_process(int(match["process"])):
+            continue
+        if match["state"] == "replaced" and not path.exists():
+            entry.rename(path)
+        else:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 

@@ -7,16 +7,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.quantized import SCALE_SUFFIX, ExpertScheme
+from heapr_vllm.formats.schema import Positive, convert
 
 FP8_SCALE_SUFFIX = "_scale_inv"
+
+
+@dataclass(frozen=True)
+class _Fp8Config:
+    activation_scheme: str = "dynamic"
+    weight_block_size: tuple[Positive, Positive] | None = None
+
+
+@dataclass(frozen=True)
+class _Weights:
+    num_bits: int = 0
+    type: Literal["int", "float"] = "int"
+    symmetric: bool = True
+    strategy: str | None = None
+    block_structure: tuple[Positive, Positive] | None = None
+
+
+@dataclass(frozen=True)
+class _Activations:
+    dynamic: bool | str = False
+
+
+@dataclass(frozen=True)
+class _Group:
+    weights: _Weights = field(default_factory=_Weights)
+    input_activations: _Activations | None = None
+
+
+@dataclass(frozen=True)
+class _CompressedConfig:
+    config_groups: dict[str, _Group] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,35 +74,34 @@ class BaseQuantization:
 
     @classmethod
     def _fp8(cls, block: dict[str, Any], model: str) -> BaseQuantization:
-        if block.get("activation_scheme", "dynamic") != "dynamic":
+        config = convert(block, _Fp8Config, f"{model}: quantization_config", "download the model again")
+        if config.activation_scheme != "dynamic":
             raise _unsupported(model, "FP8 with static activation scales")
-        if not block.get("weight_block_size"):
+        if not config.weight_block_size:
             raise _unsupported(model, "FP8 with one scale per tensor")
-        rows, columns = block["weight_block_size"]
-        return cls("float", (rows, columns), FP8_SCALE_SUFFIX)
+        return cls("float", config.weight_block_size, FP8_SCALE_SUFFIX)
 
     @classmethod
     def _compressed_tensors(cls, block: dict[str, Any], model: str) -> BaseQuantization:
-        groups = list(block.get("config_groups", {}).values())
-        found = {cls._weights(group, model) for group in groups}
+        config = convert(block, _CompressedConfig, f"{model}: quantization_config", "download the model again")
+        found = {cls._weights(group, model) for group in config.config_groups.values()}
         if len(found) != 1:
             raise _unsupported(model, f"compressed-tensors with {len(found)} ways of storing weights")
         return found.pop()
 
     @classmethod
-    def _weights(cls, group: dict[str, Any], model: str) -> BaseQuantization:
-        weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
-        what = f"compressed-tensors {weights.get('type')} with {weights.get('num_bits')} bits"
-        if inputs and not inputs.get("dynamic"):
+    def _weights(cls, group: _Group, model: str) -> BaseQuantization:
+        weights = group.weights
+        what = f"compressed-tensors {weights.type} with {weights.num_bits} bits"
+        if group.input_activations and not group.input_activations.dynamic:
             raise _unsupported(model, "compressed-tensors with static activation scales")
-        if weights.get("num_bits") != 8 or not weights.get("symmetric", True):
+        if weights.num_bits != 8 or not weights.symmetric:
             raise _unsupported(model, what)
-        if weights.get("strategy") == "channel":
-            return cls(weights["type"], None, SCALE_SUFFIX)
-        if weights.get("strategy") == "block":
-            rows, columns = weights["block_structure"]
-            return cls(weights["type"], (rows, columns), SCALE_SUFFIX)
-        raise _unsupported(model, f"{what} and strategy {weights.get('strategy')}")
+        if weights.strategy == "channel":
+            return cls(weights.type, None, SCALE_SUFFIX)
+        if weights.strategy == "block" and weights.block_structure:
+            return cls(weights.type, weights.block_structure, SCALE_SUFFIX)
+        raise _unsupported(model, f"{what} and strategy {weights.strategy}")
 
     def scheme(self, hidden_size: int) -> ExpertScheme:
         """Returns how the experts are stored once pruned, without changing a code."""

@@ -84,6 +84,13 @@ class Checkpoint:
             raise HeaprError(f"{path} holds no config.json; MODEL is a Hugging Face checkpoint directory or Hub id")
         return checkpoint
 
+    @classmethod
+    def described(cls, name_or_path: str, revision: str | None = None) -> Checkpoint:
+        """Opens a directory, or of a Hub repository its config.json alone. Raises HeaprError if there is none."""
+        if Path(name_or_path).is_dir():
+            return cls.resolve(name_or_path)
+        return cls(download(name_or_path, "config.json", revision).parent)
+
     @property
     def commit(self) -> str | None:
         """Commit of a Hub snapshot, None for a plain directory."""
@@ -101,14 +108,14 @@ class Checkpoint:
     def weight_map(self) -> dict[str, str]:
         """Tensor name -> shard file name. Raises HeaprError if there are no safetensors or a shard is missing."""
         if (self.path / INDEX_FILE).is_file():
-            weight_map = read_json(self.path / INDEX_FILE, Index, DOWNLOAD_AGAIN).weight_map
+            weight_map = read_json(inside(self.path, INDEX_FILE), Index, DOWNLOAD_AGAIN).weight_map
             for shard in sorted(set(weight_map.values())):
                 if not inside(self.path, shard).is_file():
                     raise HeaprError(
                         f"{self.path / shard} is missing although {INDEX_FILE} lists it; download the checkpoint again"
                     )
             return weight_map
-        if not (self.path / SINGLE_FILE).is_file():
+        if not inside(self.path, SINGLE_FILE).is_file():
             raise HeaprError(f"{self.path} holds no safetensors weights; save the model with save_pretrained")
         with self.open(SINGLE_FILE) as file:
             return dict.fromkeys(file.keys(), SINGLE_FILE)
@@ -157,6 +164,8 @@ class Checkpoint:
                 continue
             if tensor.shard == "w2":
                 widths[tensor.prefix] = shape[-1]
+            if len(shape) != (3 if tensor.expert is None else 2):
+                raise HeaprError(f"{self.path}: {name} is {list(shape)}, which is no expert's weight; {DOWNLOAD_AGAIN}")
             experts = range(shape[0]) if tensor.expert is None else [tensor.expert]
             shards = ("w1", "w3") if tensor.shard == "w13" else (tensor.shard,)
             present.setdefault(tensor.prefix, set()).update(product(experts, shards))
@@ -166,11 +175,13 @@ class Checkpoint:
         shapes = {}
         for prefix in sorted(present, key=natural_order):
             num_experts = 1 + max(expert for expert, _ in present[prefix])
-            wanted = set(product(range(num_experts), ("w1", "w2", "w3")))
-            if missing := sorted(wanted - present[prefix]):
+            missing = 3 * num_experts - len(present[prefix])
+            if missing:
+                wanted = product(range(num_experts), ("w1", "w2", "w3"))
+                expert, shard = next(each for each in wanted if each not in present[prefix])
                 raise HeaprError(
-                    f"{self.path} lacks {missing[0][1]} of {prefix}.{missing[0][0]} and "
-                    f"{len(missing) - 1} more expert tensors; download the checkpoint again"
+                    f"{self.path} lacks {shard} of {prefix}.{expert} and {missing - 1} more expert tensors; "
+                    f"{DOWNLOAD_AGAIN}"
                 )
             shapes[prefix] = (num_experts, widths[prefix])
         return shapes
@@ -203,7 +214,12 @@ class Checkpoint:
 
     def tensor_bytes(self, name: str) -> int:
         dtype, shape = self.headers[name]
-        return math.prod(shape) * _ITEM_SIZE[dtype]
+        return math.prod(shape) * self._item_size(dtype)
+
+    def _item_size(self, dtype: str) -> int:
+        if dtype not in _ITEM_SIZE:
+            raise HeaprError(f"{self.path} holds tensors of type {dtype}, which is not supported")
+        return _ITEM_SIZE[dtype]
 
     def is_pruned_expert(self, name: str) -> bool:
         """Tells whether a tensor is a weight that pruning cuts."""
@@ -226,7 +242,7 @@ class Checkpoint:
             return self.tensor_bytes(name)
         shape = self.headers[owner][1]
         rows, columns = self.expert_quantization.scheme(self.hidden_size).scale_shape(where.shard, shape)
-        return rows * columns * _ITEM_SIZE[self.headers[name][0]]
+        return rows * columns * self._item_size(self.headers[name][0])
 
     def routed_weights(self) -> int:
         """Counts the weights that can be pruned."""
@@ -284,12 +300,9 @@ class Checkpoint:
     @property
     def quantization(self) -> dict[str, Any] | None:
         """`quantization_config` as config.json has it; of a pruned model that of the plugin."""
-        text = self.config.get("text_config") or {}
-        block = (
-            self.config.get("quantization_config")
-            or text.get("quantization_config")
-            or self.config.get("compression_config")
-        )
+        config, text = self.config, self.config.get("text_config")
+        nested = text.get("quantization_config") if isinstance(text, dict) else None
+        block = config.get("quantization_config") or nested or config.get("compression_config")
         if block is None:
             return None
         return convert(block, dict[str, Any], f"{self.path / 'config.json'}: quantization_config", DOWNLOAD_AGAIN)
@@ -361,6 +374,7 @@ _ITEM_SIZE = {
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
+    """Fetches the files of a Hub repository that a checkpoint may have; returns their folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -371,4 +385,17 @@ def _download(repo_id: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise HeaprError(
             f"{repo_id} is neither a local directory nor reachable on the Hub: {first_line(error)}"
+        ) from error
+
+
+def download(repo_id: str, name: str, revision: str | None) -> Path:
+    """Fetches one file of a Hub repository. Raises HeaprError if it has none, or there is no such repository."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo_id, name, revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise HeaprError(
+            f"{repo_id} is no local file or directory, and the Hub has no {name} of it: {first_line(error)}"
         ) from error

@@ -74,5 +74,7 @@ class PruningConfig:
             )
         if config.layout not in LAYOUTS:
             raise HeaprError(f"quantization_config.layout is {config.layout!r}, expected one of {', '.join(LAYOUTS)}")
+        if config.inner is not None and not isinstance(config.inner.get("quant_method"), str):
+            raise HeaprError("quantization_config.inner names no quant_method; create or download the model again")
         _ = config.expert_scheme
         return config

@@ -28,5 +28,8 @@ def inside(folder: Path, name: str) -> Path:
     except (ValueError, OSError) as error:  # a null byte, or too long
         raise HeaprError(f"{folder} mentions {name!r}, which is no name of a file ({error})") from error
     if Path(name).is_absolute() or ".." in Path(name).parts or not any(map(target.is_relative_to, allowed)):
-        raise HeaprError(f"{folder} mentions {name}, which lies outside of it; nothing outside is read or written")
+        raise HeaprError(
+            f"{folder} mentions {name}, which lies outside of it; nothing outside is read or written: "
+            "copy the file there, or link the whole folder"
+        )
     return path

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from heapr_vllm.errors import HeaprError, first_line
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.checkpoint import download
 from heapr_vllm.formats.config import MASKS_FILE, BaseModel
 from heapr_vllm.formats.schema import Count, Positive, convert
 from heapr_vllm.formats.tensorfile import load_tensors, save_tensors
@@ -144,7 +145,7 @@ class NeuronMasks:
         header = convert(metadata, MasksHeader, str(path), CREATE_AGAIN)
         for name in ("num_neurons", "kept", "format_version"):
             metadata.pop(name, None)
-        if header.num_neurons.keys() != packed.keys():
+        if not packed or header.num_neurons.keys() != packed.keys():
             raise HeaprError(f"{path} is not a masks file; `heapr prune` writes one")
         keep = {
             prefix: _unpacked(path, prefix, packed[prefix], header.num_neurons[prefix]) for prefix in sorted(packed)
@@ -192,21 +193,16 @@ class NeuronMasks:
                 )
 
 
-def find_masks(name_or_path: str, revision: str | None = None) -> Path:
-    """Finds the masks file in a file, directory or Hub repository. Raises HeaprError if there is none."""
+def find_masks(name_or_path: str, revision: str | None = None, name: str = MASKS_FILE) -> Path:
+    """Finds the masks file in a file, directory or Hub repository, where it is called `name`.
+
+    Raises HeaprError if there is none.
+    """
     path = Path(name_or_path)
     if path.is_file():
         return path
     if path.is_dir():
-        if not (path / MASKS_FILE).is_file():
-            raise HeaprError(f"{path} holds no {MASKS_FILE}; create it with `heapr prune`")
-        return path / MASKS_FILE
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(name_or_path, MASKS_FILE, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise HeaprError(
-            f"no masks at {name_or_path}: it is no local file or directory, and the Hub says: {first_line(error)}"
-        ) from error
+        if not (path / name).is_file():
+            raise HeaprError(f"{path} holds no {name}; create it with `heapr prune`")
+        return path / name
+    return download(name_or_path, name, revision)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.formats.schema import convert
+from heapr_vllm.formats.schema import Positive, convert
 
 GROUP_SIZE = 128
 MIN_GROUP_SIZE = 32  # outputs of a panel of the CPU kernel
@@ -38,7 +38,7 @@ class ExpertScheme:
     num_bits: int = 8
     symmetric: bool = True
     strategy: str = "group"
-    group_size: int | None = GROUP_SIZE
+    group_size: Positive | None = GROUP_SIZE
 
     def __post_init__(self) -> None:
         """Raises HeaprError for what no kernel decodes."""
@@ -65,7 +65,7 @@ class ExpertScheme:
         if self.group_size and (hidden_size % self.group_size or self.group_size % MIN_GROUP_SIZE):
             raise HeaprError(
                 f"8-bit experts need groups in multiples of {MIN_GROUP_SIZE} that divide the hidden size, not "
-                f"{self.group_size} for {hidden_size}; use --quantize none"
+                f"{self.group_size} for {hidden_size}; write the checkpoint with `heapr export --quantize none`"
             )
 
     @property

@@ -43,6 +43,13 @@ class TensorReader:
             )
         return self._dequantized(name, value, scale_name).to(self.dtype)
 
+    def verbatim(self, name: str) -> torch.Tensor:
+        """Reads the tensor as it is stored. Raises HeaprError if it is codes and they or their scales are damaged."""
+        value = self.stored(name)
+        if value.dtype in CODE_DTYPES.values():
+            self.tensor(name)
+        return value
+
     def _dequantized(self, name: str, codes: torch.Tensor, scale_name: str) -> torch.Tensor:
         scale = self.stored(scale_name)
         shape = tuple(codes.shape)

@@ -18,7 +18,6 @@ MAX_BYTES = 256 * 2**20  # an index of a million tensors has about 100 MB
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]  # of tokens, bytes or neurons
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
 Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 Kind = TypeVar("Kind")
 

@@ -49,7 +49,8 @@ class HeaprModelLoader(DefaultModelLoader):
             raise HeaprError(f"{model_config.model} is not a masks repository; serve it without --load-format heapr")
         if Path(model_config.model).is_dir() and Checkpoint(Path(model_config.model)).has_weights:
             return model_config
-        folder = base_checkpoint(model_config.model, PruningConfig.from_dict(block), self.base_override)
+        pruning = PruningConfig.from_dict(block)
+        folder = base_checkpoint(model_config.model, model_config.revision, pruning, self.base_override)
         source = copy.copy(model_config)
         source.model, source.revision = str(folder.path), None
         return source

@@ -24,6 +24,8 @@ from heapr_vllm.model_executor.inner_quantization import InnerQuantization
 from heapr_vllm.model_executor.kernels.choice import kernel_choice
 from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
 
+OWN_TO_A_PROCESS = ("masks", "masks_path", "bases", "inner")  # made anew by every worker
+
 
 class HeaprConfig(QuantizationConfig):
     """Travels by pickle to every worker, so it carries names only; each process reads the masks itself."""
@@ -35,13 +37,15 @@ class HeaprConfig(QuantizationConfig):
         self.revision: str | None = None
         self.num_layers: int | None = None
         self.hidden_size: int | None = None
+        self.bases: dict[str | None, Checkpoint] = {}
         self.inner = InnerQuantization()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("masks", "base", "inner")}
+        return {key: value for key, value in self.__dict__.items() if key not in OWN_TO_A_PROCESS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.bases = {}
         self.inner = InnerQuantization()
 
     @classmethod
@@ -91,25 +95,33 @@ class HeaprConfig(QuantizationConfig):
                 weights.check_readable()
                 if self.pruning.layout == "masks":
                     check_base(weights, self.masks, self.pruning)
+        self._lift_scale_format(hf_config)
 
-    @cached_property
+    def _lift_scale_format(self, hf_config: Any) -> None:
+        """Puts `scale_fmt` of the base model's block where vLLM looks for it: beside `quant_method`."""
+        scale_format = (self.inner_block or {}).get("scale_fmt")
+        if scale_format and isinstance(getattr(hf_config, "quantization_config", None), dict):
+            hf_config.quantization_config["scale_fmt"] = scale_format
+
+    @property
     def base(self) -> Checkpoint | None:
         """The model whose weights masks slice; None for compact checkpoints, and if nobody has it here.
 
-        To be asked for while a model is built: only then is it known where the user says that it is. Dummy weights need
-        none.
+        While a model is built it is known where the user says that it is. Dummy weights need none.
         """
         if self.pruning.layout == "compact":
             return None
         config = get_current_vllm_config_or_none()
         load_config = config.load_config if config else None
-        extra = load_config.model_loader_extra_config if load_config else {}
-        try:
-            return base_checkpoint(self.model_name, self.pruning, extra.get(BASE_MODEL_KEY))
-        except HeaprError:
-            if load_config is None or load_config.load_format == "dummy":
+        override = load_config.model_loader_extra_config.get(BASE_MODEL_KEY) if load_config else None
+        if override not in self.bases:
+            try:
+                self.bases[override] = base_checkpoint(self.model_name, self.revision, self.pruning, override)
+            except HeaprError:
+                if load_config is not None and load_config.load_format != "dummy":
+                    raise
                 return None
-            raise
+        return self.bases[override]
 
     @property
     def inner_block(self) -> dict[str, Any] | None:
@@ -129,9 +141,9 @@ class HeaprConfig(QuantizationConfig):
         kept = base.scheme(self.hidden_size)
         if wanted not in (None, kept):
             raise HeaprError(
-                f"experts of {self.model_name} cannot be stored as {wanted.name} while loading: the base model has "
-                f"{kept.name} codes, which are served as they are; write a checkpoint with `heapr export --quantize "
-                f"{wanted.name}`, or prune without --quantize"
+                f"experts of {self.model_name} cannot be stored as {wanted.name} by {wanted.strategy} while loading: "
+                f"the base model has {kept.name} codes by {kept.strategy}, which are served as they are; write a "
+                f"checkpoint with `heapr export --quantize {wanted.name}`, or prune without --quantize"
             )
         return kept, base
 
@@ -144,24 +156,18 @@ class HeaprConfig(QuantizationConfig):
         block = self.pruning.inner
         return BaseQuantization.from_config(block, self.model_name) if block else None
 
-    @property
+    @cached_property
     def masks_path(self) -> Path:
         """The masks file: inside the model by default, else where the user says on the command line.
 
         Raises HeaprError if it is missing, or if the model's own config.json names a place outside of the model.
         """
-        if Path(self.model_name).is_dir() and (Path(self.model_name) / self.pruning.masks).is_file():
-            self._check_named_by_user()
-            return Path(self.model_name) / self.pruning.masks
-        if self.pruning.masks == MASKS_FILE:
-            return find_masks(self.model_name, self.revision)
-        self._check_named_by_user()
+        own = Checkpoint.described(self.model_name, self.revision)
+        is_named_by_model = own.pruning is not None and own.pruning.masks == self.pruning.masks
+        if is_named_by_model or (own.path / self.pruning.masks).is_file() or self.pruning.masks == MASKS_FILE:
+            inside(own.path, self.pruning.masks)
+            return find_masks(self.model_name, self.revision, self.pruning.masks)
         return find_masks(self.pruning.masks)
-
-    def _check_named_by_user(self) -> None:
-        model = Checkpoint.resolve(self.model_name, self.revision)
-        if model.pruning and model.pruning.masks == self.pruning.masks:
-            inside(model.path, self.pruning.masks)
 
     @cached_property
     def masks(self) -> NeuronMasks:
@@ -185,7 +191,7 @@ class HeaprConfig(QuantizationConfig):
         pruned = as_pruned(layer)
         refuse_unsupported(pruned, self)
         scheme, base = self.storage_formats()
-        _note_for_graphs(scheme)
+        _note_for_graphs(scheme, self.inner_block)
         return HeaprMoEMethod(pruned.moe_config, self.layer_masks(prefix), scheme, base)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -198,7 +204,7 @@ class HeaprConfig(QuantizationConfig):
     @property
     def weight_block_size(self) -> list[int] | None:
         """vLLM asks whether a config has it, and switches its own quantization of activations by the answer."""
-        block = self.pruning.inner or {}
+        block = self.inner_block or {}
         if "weight_block_size" not in block:
             raise AttributeError("weight_block_size")
         return block["weight_block_size"]
@@ -228,12 +234,12 @@ class HeaprConfig(QuantizationConfig):
         return is_draft_layer(prefix, self.num_layers)
 
 
-def _note_for_graphs(scheme: ExpertScheme | None) -> None:
-    """Puts how experts are stored into the config that vLLM's cache of compiled graphs is keyed by.
+def _note_for_graphs(scheme: ExpertScheme | None, inner: dict[str, Any] | None) -> None:
+    """Puts how weights are stored into the config that vLLM's cache of compiled graphs is keyed by.
 
-    Masks do not say it: it may come from the base model.
+    Masks do not say it: it comes from the base model.
     """
     config = get_current_vllm_config_or_none()
     block = getattr(config.model_config.hf_config, "quantization_config", None) if config else None
     if isinstance(block, dict):
-        block["stored"] = scheme.to_dict() if scheme else None
+        block["stored"] = [scheme.to_dict() if scheme else None, inner]

@@ -20,7 +20,7 @@ def test_sizes_and_masks(name: str, tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(dense)
     num_experts = config.n_routed_experts if config.model_type == "deepseek" else config.num_experts
     shape = num_experts, config.num_experts_per_tok, config.hidden_size, config.moe_intermediate_size
-    assert shape == PAPER_SHAPES.get(name.removesuffix("-3-layers"), (32, 4, 1024, 768))
+    assert shape == PAPER_SHAPES.get(name.removesuffix("-2-layers"), (32, 4, 1024, 768))
     masks = NeuronMasks.from_pretrained(write_pruned(dense, random_masks(CONFIGS[name], 0.25), tmp_path / "pruned"))
     assert masks.sparsity == pytest.approx(0.25, abs=0.03 if config.num_hidden_layers < 4 else 0.005)
     assert len(masks.keep) == config.num_hidden_layers - (config.model_type == "deepseek")

@@ -12,6 +12,7 @@ DEEP = "[" * 100_000  # JSON that no parser should recurse into
 NUMBERS = (0, 1, -1, 7, 2**31, 2**53 + 1, 2**63, -(2**63) - 1, 10**400, 0.5, -0.5, 1e308)
 TEXTS = ("", "1", "x", "/etc/passwd", "../../x", "heapr/../../x", "\x00", "\ud800", "é" * 300)
 HOLDERS = ([], [[]], [0], [-1], ["x"], {}, {"": {}}, {"x": []}, {"model.layers.0.mlp.experts": [10**30]})
+KEYS = ("text_config", "quantization_config", "compression_config", "inner", "experts", "config_groups", "masks")
 HOSTILE = st.sampled_from([None, True, False, *NUMBERS, *TEXTS, *HOLDERS])
 
 Path = tuple[str | int, ...]
@@ -23,6 +24,13 @@ def paths(value: Any, here: Path = ()) -> Iterator[Path]:
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, entry in entries:
         yield from paths(entry, (*here, key))
+
+
+def at(document: Any, path: Path) -> Any:
+    """Returns the value at a place."""
+    for key in path:
+        document = document[key]
+    return document
 
 
 def changed(document: Any, path: Path, value: Any) -> Any:
@@ -49,6 +57,9 @@ def documents(draw: st.DrawFn, valid: Any) -> str:
     document = valid
     for _ in range(draw(st.integers(1, 2))):
         path = draw(st.sampled_from(list(paths(document))))
+        if isinstance(at(document, path), dict) and draw(st.booleans()):
+            document = changed(document, (*path, draw(st.sampled_from(KEYS))), draw(HOSTILE))
+            continue
         value = draw(st.one_of(HOSTILE, st.just(DELETED))) if path else draw(HOSTILE)
         document = changed(document, path, value)
     text = json.dumps(document)

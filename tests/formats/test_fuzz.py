@@ -30,6 +30,7 @@ from heapr_vllm.prune.calibration.moments import MOMENTS_FILE
 from heapr_vllm.prune.export.checkpoint import ExportInputs
 from heapr_vllm.prune.report.summary import FRONTIER_FILE, format_report, load_report
 from heapr_vllm.prune.selection.selector import Selector
+from tests import quantized_models
 from tests.formats.strategies import documents
 
 EXAMPLES = int(os.environ.get("HEAPR_FUZZ", "40"))  # per reader
@@ -126,6 +127,25 @@ def test_config_of_a_base_model(data: st.DataObject, repository: Path) -> None:
         checkpoint.check_unpruned()
         checkpoint.expert_shapes()
         checkpoint.fingerprint()
+        checkpoint.export_bytes()
+
+    attack(base, "config.json", text, read)
+
+
+@pytest.mark.parametrize("name", quantized_models.FORMATS)
+@fuzzed
+@given(data=st.data())
+def test_config_of_a_quantized_base_model(
+    name: str, data: st.DataObject, qwen3: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    base = tmp_path_factory.getbasetemp() / f"fuzzed-{name}"
+    if not base.is_dir():
+        quantized_models.quantized(qwen3, base, name)
+    text = data.draw(documents({"hidden_size": 64, "quantization_config": quantized_models.block(name, ["lm_head"])}))
+
+    def read() -> None:
+        checkpoint = Checkpoint.resolve(base)
+        checkpoint.check_unpruned()
         checkpoint.export_bytes()
 
     attack(base, "config.json", text, read)
@@ -228,10 +248,11 @@ def test_blocks(data: st.DataObject, repository: Path) -> None:
     """`quantization_config` as vLLM hands it to the plugin, parsed already."""
     block = content(repository / "masks" / "config.json")["quantization_config"]
     block |= {"inner": {"quant_method": "fp8", "weight_block_size": [128, 128]}, "experts": {"type": "int"}}
+    document = None
     with suppress(ValueError, RecursionError):
         document = json.loads(data.draw(documents(block)))
-        if isinstance(document, dict):
-            survives(lambda: PruningConfig.from_dict(document))
+    if isinstance(document, dict):
+        survives(lambda: PruningConfig.from_dict(document))
 
 
 def test_nothing_outside_is_read_or_written(repository: Path, tmp_path: Path) -> None:

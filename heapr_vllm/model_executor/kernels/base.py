@@ -60,8 +60,11 @@ class RaggedKernel(ABC):
     share_unit: ClassVar[int] = 16
     width_unit: ClassVar[int] = 1
 
-    def is_default(self) -> bool:
-        """Whether it is taken unasked on this machine where nothing is in its way."""
+    def is_default(self, scheme: ExpertScheme | None = None) -> bool:
+        """Whether it is taken unasked on this machine where nothing is in its way.
+
+        `scheme`: how experts are stored; None in the model's dtype.
+        """
         return True
 
     def machine_obstacle(self) -> str | None:

@@ -40,7 +40,7 @@ def select_kernel(dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | N
         _refuse(kernel, kernel.layer_obstacle(dtype, hidden_size, scheme))
         return kernel
     for kernel in kernels().values():
-        is_free = kernel.is_default() and kernel.layer_obstacle(dtype, hidden_size, scheme) is None
+        is_free = kernel.is_default(scheme) and kernel.layer_obstacle(dtype, hidden_size, scheme) is None
         if is_free and kernel.machine_obstacle() is None:
             return kernel
     raise HeaprError(

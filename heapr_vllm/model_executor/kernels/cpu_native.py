@@ -31,7 +31,7 @@ class NativeKernel(RaggedKernel):
 
     name = "native"
 
-    def is_default(self) -> bool:
+    def is_default(self, scheme: ExpertScheme | None = None) -> bool:
         return current_platform.is_cpu()
 
     def machine_obstacle(self) -> str | None:

@@ -32,6 +32,8 @@ def ragged_moe_reference(x: torch.Tensor, routes: Routes, experts: ExpertRows) -
     weights = routes.weights.flatten()
     for slot, (start, width) in enumerate(experts.table.tolist()):
         chosen = (route_slots == slot).nonzero().flatten()
+        if not len(chosen):
+            continue
         token = chosen // routes.ids.shape[1]
         w13, w2 = expert_weights(experts, slot, start, width)
         gate, up = F.linear(x[token], w13.to(x.dtype)).chunk(2, -1)

@@ -99,7 +99,8 @@ class QuantizedStorage(DenseStorage):
         if "scale" in name.rpartition(".")[2]:
             return self._load_scale(param, tensor, name, shard, expert)
         is_codes = tensor.dtype == self.scheme.code_dtype
-        if is_codes == self.rounds:
+        is_weights = tensor.is_floating_point() and tensor.itemsize > 1
+        if not (is_weights if self.rounds else is_codes):
             raise HeaprError(
                 f"{name} ({shard} of {self.masks.prefix}.{expert}) is {tensor.dtype}, and its experts are to be "
                 f"{self.scheme.name}: {_REMEDY[self.rounds]}"

@@ -80,7 +80,10 @@ def jobs_of_model(
     if not top_k or not hidden_size:
         raise HeaprError(f"{config_file} names no num_experts_per_tok or hidden_size; tune a --shape instead")
     dtype = dtype or getattr(torch, str(text.dtype or text.torch_dtype or "bfloat16"))
-    scheme = checkpoint.pruning.expert_scheme if checkpoint.pruning else None
+    pruning = checkpoint.pruning
+    scheme = pruning.expert_scheme if pruning else None
+    if pruning and pruning.layout == "masks" and checkpoint.base_quantization and not scheme:
+        scheme = checkpoint.base_quantization.scheme(hidden_size)  # of the base model
     if quantize:
         scheme = ExpertScheme.for_hidden_size(quantize, hidden_size)
     jobs: list[Job] = []

@@ -89,9 +89,9 @@ def calibrate(
             versions=versions(),
             tokens={prefix: tokens.tolist() for prefix, tokens in moments.tokens.items()},
         )
-        record.write(output)
-        _copy_side_files(checkpoint, output)
         moments.save_pretrained(output)
+        _copy_side_files(checkpoint, output)
+        record.write(output)
         state.remove()
     return moments
 
@@ -102,3 +102,5 @@ def _copy_side_files(checkpoint: Checkpoint, output: Path) -> None:
         if inside(checkpoint.path, name).is_file():
             write = partial(shutil.copyfile, checkpoint.path / name)
             atomic_file(output / name, write)
+        else:
+            (output / name).unlink(missing_ok=True)  # of the model that was calibrated here before

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.schema import Count, Positive, convert
 from heapr_vllm.formats.tensorfile import load_tensors, save_tensors
 
 MOMENTS_FILE = "moments.safetensors"
@@ -31,6 +32,20 @@ SUMS = ("activation_sq", "gradient_sq", "fisher")
 NORMS = ("gate_norm", "up_norm", "down_norm")
 OUTPUTS = ("routed_norm", "peak_norm")
 MOMENTS_VERSION = 2  # 1 lacks NORMS and OUTPUTS
+
+
+@dataclass(frozen=True)
+class MomentsHeader:
+    """What is believed of the metadata of a moments file, if it is there: `CalibrationIdentity` says what it is."""
+
+    model: str = ""
+    revision: str | None = None
+    base_fingerprint: str | None = None
+    num_calibration_samples: Positive | None = None
+    max_seq_length: Positive | None = None
+    checkpoint_bytes: Count | None = None
+    routed_bytes: Count | None = None
+    routed_weights: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -97,8 +112,6 @@ def _check_layer(path: Path, prefix: str, layer: dict[str, torch.Tensor]) -> Non
             )
         if not bool((tensor.isfinite() & (tensor >= 0)).all()):
             raise HeaprError(f"{path} is damaged: {prefix}.{name} holds negative or infinite values; calibrate again")
-    if not bool(layer["tokens"].any()):
-        raise HeaprError(f"{path} is damaged: no expert of {prefix} got a token; calibrate again")
 
 
 @dataclass(frozen=True)
@@ -140,6 +153,7 @@ class NeuronMoments:
     def load(cls, path: Path) -> NeuronMoments:
         """Reads a file written by `save`. Raises HeaprError if it is missing, damaged or incomplete."""
         tensors, metadata = load_tensors(path, MOMENTS_VERSION)
+        convert(metadata, MomentsHeader, str(path), "calibrate again")
         wanted = {"tokens", *SUMS} if metadata.pop("format_version") == 1 else {"tokens", *SUMS, *NORMS, *OUTPUTS}
         layers: dict[str, dict[str, torch.Tensor]] = {}
         for key in sorted(tensors):

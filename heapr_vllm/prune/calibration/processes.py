@@ -74,8 +74,9 @@ def joined_processes() -> Generator[Processes]:
         yield ALONE
         return
     processes, port = _torchruns()
+    opens = processes.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun did already
     try:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], port, processes.size, processes.is_first, timeout=MEETING)
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], port, processes.size, opens, timeout=MEETING)
         # the sums are on the CPU
         dist.init_process_group("gloo", store=store, rank=processes.rank, world_size=processes.size, timeout=PATIENCE)
     except (dist.DistError, RuntimeError) as error:
@@ -100,7 +101,10 @@ def _torchruns() -> tuple[Processes, int]:
                 "them with torchrun, or unset WORLD_SIZE"
             )
         numbers[name] = int(value)
-    if not numbers["RANK"] < numbers["WORLD_SIZE"]:
-        raise HeaprError(f"RANK {numbers['RANK']} is not below WORLD_SIZE {numbers['WORLD_SIZE']}; start with torchrun")
+    if not numbers["RANK"] < numbers["WORLD_SIZE"] or numbers["MASTER_PORT"] > 65535:
+        raise HeaprError(
+            f"RANK {numbers['RANK']} is not below WORLD_SIZE {numbers['WORLD_SIZE']}, or MASTER_PORT "
+            f"{numbers['MASTER_PORT']} is none; start with torchrun"
+        )
     here = Processes(rank=numbers["RANK"], size=numbers["WORLD_SIZE"], local_rank=numbers["LOCAL_RANK"])
     return here, numbers["MASTER_PORT"]

@@ -8,20 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.atomic import CHECKPOINT, atomic_directory, check_output
+from heapr_vllm.formats.base_model import base_checkpoint, check_base
 from heapr_vllm.formats.checkpoint import SIDE_FILES, Checkpoint
-from heapr_vllm.formats.config import FORMAT_VERSION, PruningConfig
+from heapr_vllm.formats.config import FORMAT_VERSION, MASKS_FILE, PruningConfig
 from heapr_vllm.formats.folder import inside
 from heapr_vllm.formats.masks import NeuronMasks
-from heapr_vllm.formats.pruned import read_masks
-from heapr_vllm.formats.repair_record import REPAIR_FILE, RepairRecord
-from heapr_vllm.prune.calibration.record import CalibrationRecord
+from heapr_vllm.formats.pruned import masks_path, read_masks
+from heapr_vllm.formats.repair_record import RepairRecord
+from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationRecord
 from heapr_vllm.prune.export.expert_storage import ExpertStorage
 from heapr_vllm.prune.export.layouts import LAYOUTS, current_name
 from heapr_vllm.prune.export.masks_repository import read_pruning_config, write_config
 from heapr_vllm.prune.export.shards import Stage, write_shards
 from heapr_vllm.prune.report.card import model_card
+from heapr_vllm.prune.report.summary import FRONTIER_FILE
 
 
 class FittedRepair(Stage, Protocol):
@@ -62,14 +63,9 @@ class ExportInputs:
         pruning = read_pruning_config(masks_dir)
         masks = read_masks(masks_dir)
         recorded = pruning.base_model
-        base = Checkpoint.resolve(model or recorded.name_or_path, recorded.revision if not model else None)
-        base.check_unpruned()
-        masks.check_fits(base.expert_shapes(), str(base.path))
-        if verify and not base.matches(recorded.fingerprint):
-            raise HeaprError(
-                f"masks do not belong to {base.path}: its fingerprint differs from that of the calibrated "
-                "model; pass the right --model, or --no-verify for a fine-tune of it"
-            )
+        base = base_checkpoint(Checkpoint(masks_dir), pruning, model, "name it with --model")
+        remedy = "pass the right --model, or --no-verify for a fine-tune of it"
+        check_base(base, masks, recorded.fingerprint if verify else None, remedy)
         calibration = CalibrationRecord.read(masks_dir / "heapr", "run `heapr prune` again")
         return cls(masks_dir=masks_dir, base=base, masks=masks, pruning=pruning, calibration=calibration)
 
@@ -108,7 +104,7 @@ def export_checkpoint(
         fitted = repair.fit(inputs.base, inputs.masks, inputs.calibration, folder)
         stages.insert(0, fitted)
     with atomic_directory(output, CHECKPOINT, overwrite=overwrite, inputs=sources) as folder:
-        write_shards(inputs.base, stages, folder, storage.is_verbatim)
+        write_shards(inputs.base, stages, folder, dtype=storage.dtype, is_verbatim=storage.is_verbatim)
         _write_side_files(inputs, layout, storage, fitted.record if fitted else None, folder)
     if fitted is not None:
         fitted.discard()
@@ -121,8 +117,11 @@ def _write_side_files(
     for name in SIDE_FILES:
         if inside(inputs.base.path, name).is_file():
             shutil.copyfile(inputs.base.path / name, folder / name)
-    ignore = shutil.ignore_patterns(Path(REPAIR_FILE).name)
-    shutil.copytree(inputs.masks_dir / "heapr", folder / "heapr", ignore=ignore)
+    (folder / MASKS_FILE).parent.mkdir()
+    shutil.copyfile(masks_path(inputs.masks_dir), folder / MASKS_FILE)
+    for name in (CALIBRATION_FILE, FRONTIER_FILE):
+        if inside(inputs.masks_dir, f"heapr/{name}").is_file():
+            shutil.copyfile(inputs.masks_dir / "heapr" / name, folder / "heapr" / name)
     if repair is not None:
         repair.write(folder)
     pruning = None
@@ -130,6 +129,7 @@ def _write_side_files(
         pruning = replace(
             inputs.pruning,
             layout="compact",
+            masks=MASKS_FILE,
             repair=repair.method if repair else None,
             inner=storage.inner,
             experts=storage.scheme.to_dict() if storage.scheme else None,

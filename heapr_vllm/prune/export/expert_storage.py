@@ -18,6 +18,7 @@ from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.names import ExpertTensor
 from heapr_vllm.formats.quantized import SCALE_SUFFIX, ExpertScheme
 from heapr_vllm.prune.export.shards import Stage
+from heapr_vllm.prune.models.module_weights import run_dtype
 
 CHOICES = ("none", "keep", "int8", "fp8")
 
@@ -70,6 +71,11 @@ class ExpertStorage:
     def inner(self) -> dict[str, Any] | None:
         """`quantization_config` of all that is not a pruned expert."""
         return None if self.choice == "none" else self.base.quantization
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What weights are dequantised to: exactly where they are rounded again, else to what the model computes in."""
+        return torch.float32 if self.scheme else run_dtype(self.base, "auto")
 
     def is_verbatim(self, name: str) -> bool:
         """Tells whether a weight of the base model is taken as it is stored, codes and scales."""

@@ -36,15 +36,18 @@ class Compact(Layout):
         where = ExpertTensor.parse(name.removesuffix(SCALE_SUFFIX))
         if where is None:
             return {name: tensor}
-        return {part_name: self._kept(part, place) for part_name, part, place in _per_expert(name, tensor, where)}
+        return {
+            part_name: self._kept(part, place, name.endswith(SCALE_SUFFIX))
+            for part_name, part, place in _per_expert(name, tensor, where)
+        }
 
-    def _kept(self, tensor: torch.Tensor, where: ExpertTensor) -> torch.Tensor:
+    def _kept(self, tensor: torch.Tensor, where: ExpertTensor, is_scale: bool) -> torch.Tensor:
         if where.prefix not in self.masks.keep:
             return tensor
         keep = self.masks.keep[where.prefix][where.expert]
         axis = 1 if where.shard == "w2" else 0
-        if tensor.shape[axis] != len(keep):
-            return tensor  # scales of down_proj by channel: one per output, whatever neurons there are
+        if tensor.shape[axis] != len(keep) and is_scale and where.shard == "w2":
+            return tensor  # by channel: one per output, whatever neurons there are
         bits = tensor.view(BITWISE) if tensor.itemsize == 1 else tensor
         return bits.index_select(axis, keep.nonzero().flatten()).view(tensor.dtype)
 

@@ -16,8 +16,9 @@ from heapr_vllm.formats.folder import inside
 from heapr_vllm.formats.masks import NeuronMasks, file_sha256
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationRecord
+from heapr_vllm.prune.calibration.saved_state import PARTIAL_FILE
 from heapr_vllm.prune.report.card import model_card
-from heapr_vllm.prune.report.summary import FRONTIER_FILE
+from heapr_vllm.prune.report.summary import FRONTIER_FILE, check_counts
 from heapr_vllm.prune.selection.sweep import Frontier
 
 
@@ -37,6 +38,9 @@ def write_masks_repository(
     HeaprError if `calibration` is no such folder or `output` may not be written.
     """
     record = CalibrationRecord.read(calibration, "`heapr calibrate` writes it")
+    if (calibration / PARTIAL_FILE).is_file():
+        raise HeaprError(f"{calibration} is not finished; run `heapr calibrate` again with --resume")
+    check_counts(masks, record, calibration)
     base = Checkpoint(calibration)  # its config.json
     with atomic_directory(output, MASKS, overwrite=overwrite, inputs=[calibration]) as folder:
         masks.save_pretrained(folder)
@@ -69,7 +73,13 @@ def read_pruning_config(masks_dir: Path) -> PruningConfig:
 
 def write_config(folder: Path, config: dict[str, Any], quantization: dict[str, Any] | None) -> None:
     """Writes config.json with `quantization` in the place of any that `config` names."""
-    config = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+    config = _unquantized(config)
+    if "text_config" in config:
+        config["text_config"] = _unquantized(config["text_config"])
     if quantization is not None:
         config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _unquantized(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}

@@ -45,21 +45,26 @@ class ShardWriter:
 
 
 def write_shards(
-    base: Checkpoint, stages: Sequence[Stage], folder: Path, is_verbatim: Callable[[str], bool] = lambda name: False
+    base: Checkpoint,
+    stages: Sequence[Stage],
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    is_verbatim: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Writes the tensors of `base` into `folder`, after they went through `stages`, in as many shards, and the index.
 
-    8-bit weights come in as bfloat16, or, where `is_verbatim` says so of their name, as codes, and their scales too.
-    Raises HeaprError if a shard is damaged.
+    8-bit weights come in as `dtype`, or, where `is_verbatim` says so of their name, as codes, and their scales too.
+    Raises HeaprError if a shard, codes or scales are damaged.
     """
     writer = ShardWriter(folder)
     for shard, names in progress(base.shards.items(), unit="shard", desc="exporting"):
         tensors: dict[str, torch.Tensor] = {}
-        with TensorReader(base) as reader:
+        with TensorReader(base, dtype) as reader:
             for name in names:
                 weight = base.weight_of(name) or name
                 if is_verbatim(weight):
-                    tensors |= through(stages, name, reader.stored(name))
+                    tensors |= through(stages, name, reader.verbatim(name))
                 elif weight == name:
                     tensors |= through(stages, name, reader.tensor(name))
         writer.add(shard, tensors)

@@ -62,7 +62,10 @@ def run_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
             or text.torch_dtype
             or next(_FLOATS[stored] for stored, _ in checkpoint.headers.values() if stored in _FLOATS)
         )
-    return getattr(torch, dtype)
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise HeaprError(f"{checkpoint.path / 'config.json'} names the dtype {dtype}, which torch does not know")
+    return found
 
 
 def model_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:

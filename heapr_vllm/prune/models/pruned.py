@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.base_model import base_checkpoint, check_base
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.names import ExpertTensor
@@ -40,16 +40,9 @@ def opened(checkpoint: Checkpoint, dtype: str, device: str) -> Generator[tuple[P
     if pruning.layout == "compact":
         yield load_compact(checkpoint, masks, dtype).to(device), masks
         return
-    base = (
-        checkpoint
-        if checkpoint.has_weights
-        else Checkpoint.resolve(pruning.base_model.name_or_path, pruning.base_model.revision)
-    )
-    if not base.matches(pruning.base_model.fingerprint):
-        raise HeaprError(
-            f"{checkpoint.path} does not belong to {base.path}: its fingerprint differs from that of the "
-            "calibrated model; restore the base model or export the masks with --no-verify"
-        )
+    base = base_checkpoint(checkpoint, pruning, None, "write a checkpoint with `heapr export --model BASE`")
+    remedy = "restore the base model, or export the masks with --no-verify"
+    check_base(base, masks, pruning.base_model.fingerprint, remedy)
     model = load_model(base, dtype, device)
     if pruning.expert_scheme:
         round_experts(model, pruning.expert_scheme)

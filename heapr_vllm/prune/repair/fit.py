@@ -28,6 +28,7 @@ from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.names import ExpertTensor, natural_order
 from heapr_vllm.formats.repair_record import RepairRecord
+from heapr_vllm.formats.schema import read_json
 from heapr_vllm.formats.tensorfile import save_tensors
 from heapr_vllm.progress import progress
 from heapr_vllm.prune.calibration.record import CalibrationRecord
@@ -42,6 +43,14 @@ from heapr_vllm.prune.text.samples import fingerprint
 
 METHODS = ("least-squares",)
 STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class RepairState:
+    """The content of state.json: what a fit depends on, and the output errors of finished modules by prefix."""
+
+    identity: str
+    errors: dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +161,7 @@ def _identity(
     inputs |= {
         "dtype": calibration.dtype,
         "batch_size": calibration.batch_size,
-        "base": [str(base.path.resolve()), base.fingerprint()],
+        "base": [str(base.path.resolve()), base.former_fingerprint()],
         "keep": hashlib.sha256(b"".join(mask.numpy().tobytes() for mask in keep.values())).hexdigest(),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -290,8 +299,10 @@ def _module_file(folder: Path, prefix: str) -> Path:
 def _load_state(folder: Path, identity: str) -> dict[str, tuple[float, float]]:
     """Reads finished modules with their output errors; empty if there are none, or of another repair."""
     path = folder / STATE_FILE
-    state = json.loads(path.read_text()) if path.is_file() else {}
-    return state["errors"] if state.get("identity") == identity else {}
+    if not path.is_file():
+        return {}
+    state = read_json(path, RepairState, f"remove {folder}")
+    return state.errors if state.identity == identity else {}
 
 
 def _discard(folder: Path) -> None:

@@ -59,6 +59,8 @@ class Selector:
         protected = self._protect(floors, protect)
         for prefix, tokens in moments.tokens.items():
             silent = tokens == 0
+            if bool(silent.all()):
+                raise HeaprError(f"no expert of {prefix} got a calibration token; calibrate again")
             if unrouted == "error" and silent.any():
                 raise HeaprError(
                     f"{int(silent.sum())} experts of {prefix} saw no calibration token; calibrate on more "

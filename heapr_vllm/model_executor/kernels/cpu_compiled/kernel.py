@@ -28,8 +28,10 @@ class CompiledKernel(RaggedKernel):
     name = "compiled"
     width_unit = WIDTH_UNIT
 
-    def is_default(self) -> bool:
+    def is_default(self, scheme: ExpertScheme | None = None) -> bool:
         override = os.environ.get("HEAPR_CPU_KERNEL")
+        if scheme is not None:  # vLLM's op does not decode, so there is no choice
+            return current_platform.is_cpu()
         if override == "native" or not current_platform.is_cpu():
             return False
         return build.isa() in TIMED or override in ("compiled", "ragged")
