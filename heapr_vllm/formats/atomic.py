@@ -56,10 +56,11 @@ def atomic_directory(path: Path, kind: str, *, overwrite: bool = False, inputs: 
 
     If `path` is a symbolic link, what it points to is replaced. Raises HeaprError as `check_output`.
     """
+    if _real(path).parent.is_dir():
+        _remove_leftovers(_real(path))
     check_output(path, kind, overwrite=overwrite, inputs=inputs)
     path = _real(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
     partial = path.parent / f".{path.name}.partial.{os.getpid()}"
     replaced = path.parent / f".{path.name}.replaced.{os.getpid()}"
     partial.mkdir()

@@ -12,12 +12,12 @@ from heapr_vllm.formats.masks import NeuronMasks
 
 
 def base_checkpoint(own: Checkpoint, pruning: PruningConfig, override: str | None, remedy: str) -> Checkpoint:
-    """Opens the base model of the masks in `own`: itself if it holds weights, else `override`, else the recorded one.
+    """Opens the base model of the masks in `own`: `override`, else `own` if its weights are whole, else the recorded.
 
     Raises HeaprError with the `remedy`, how to override it, if it cannot be read, or if a downloaded repository names
     a folder of this machine.
     """
-    if override is None and own.has_weights:
+    if override is None and own.has_weights and pruning.layout == "masks":
         return own
     recorded = pruning.base_model
     if override is None and own.commit and Path(recorded.name_or_path).exists():

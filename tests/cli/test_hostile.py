@@ -195,11 +195,11 @@ def test_numbers_beyond_64_bits(option: str, calibration: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"WORLD_SIZE": "2"}, "asks for several processes, and RANK is ''; start them with torchrun"),
-        ({"WORLD_SIZE": "many"}, "asks for several processes, and WORLD_SIZE is 'many'"),
+        ({"WORLD_SIZE": "2"}, "asks for several processes, and MASTER_ADDR is unset; start them with torchrun"),
+        ({"WORLD_SIZE": "many", "MASTER_ADDR": "127.0.0.1"}, "several processes, and WORLD_SIZE is 'many'"),
         (
-            {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
-            "RANK 2 is not below WORLD_SIZE 2",
+            {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"},
+            "or MASTER_PORT 70000 is none",
         ),
     ],
 )

@@ -21,9 +21,7 @@ def ended() -> int:
 
 
 def test_leftovers_of_a_directory(ended: int, tmp_path: Path) -> None:
-    gone = [
-        tmp_path / name for name in (f".out.partial.{ended}", f".out.replaced.{ended}", f".out.partial.{os.getpid()}")
-    ]
+    gone = [tmp_path / name for name in (f".out.partial.{ended}", f".out.partial.{os.getpid()}")]
     kept = [tmp_path / name for name in (f".out.partial.{os.getppid()}", f".other.partial.{ended}", ".out.backup.1")]
     for path in (*gone, *kept):
         path.mkdir()
@@ -92,3 +90,24 @@ def test_a_link_is_written_through_and_files_are_readable(tmp_path: Path) -> Non
     mask = os.umask(0)
     os.umask(mask)
     assert written.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_what_was_about_to_be_replaced_comes_back(ended: int, tmp_path: Path) -> None:
+    """A command was killed between the two renames: the old folder is there again, and counts."""
+    folder_of(MASKS, tmp_path / f".out.replaced.{ended}")
+    with (
+        pytest.raises(HeaprError, match="already exists"),
+        atomic_directory(tmp_path / "out", MASKS),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(SystemExit), atomic_directory(tmp_path / "out", MASKS, overwrite=True):
+        raise SystemExit(143)
+    assert (tmp_path / "out" / "heapr" / "masks.safetensors").is_file()
+
+
+def test_of_two_commands_one_wins(tmp_path: Path) -> None:
+    with pytest.raises(HeaprError, match="already exists"), atomic_directory(tmp_path / "out", MASKS):
+        folder_of(MASKS, tmp_path / "out")  # the other one, which was faster
+    assert (tmp_path / "out" / "heapr" / "masks.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

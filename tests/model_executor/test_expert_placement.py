@@ -56,6 +56,6 @@ def test_placement(
             global_num_experts=len(WIDTHS),
             _map_global_expert_id_to_local_expert_id=lambda e, local=local: local.get(e, -1),
         )
-        assert moe_method.HeaprMoEMethod(moe, first)._local_experts(layer) == experts
+        assert moe_method.HeaprMoEMethod(moe, first, None, None)._local_experts(layer) == experts
         next_layer = experts if expected is ENGINE else expected[1 - rank]
-        assert moe_method.HeaprMoEMethod(moe, second)._local_experts(layer) == next_layer
+        assert moe_method.HeaprMoEMethod(moe, second, None, None)._local_experts(layer) == next_layer

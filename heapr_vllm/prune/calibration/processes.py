@@ -93,9 +93,14 @@ def joined_processes() -> Generator[Processes]:
 def _torchruns() -> tuple[Processes, int]:
     """This process and the port to meet at, as `torchrun` says. Raises HeaprError if its variables make no sense."""
     numbers = {}
+    if "MASTER_ADDR" not in os.environ:
+        raise HeaprError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} asks for several processes, and MASTER_ADDR is unset; start them "
+            "with torchrun, or unset WORLD_SIZE"
+        )
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
         value = os.environ.get(name, "")
-        if not value.isdecimal() or "MASTER_ADDR" not in os.environ:
+        if not value.isdecimal():
             raise HeaprError(
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']} asks for several processes, and {name} is {value!r}; start "
                 "them with torchrun, or unset WORLD_SIZE"

@@ -267,6 +267,7 @@ def test_router_weight_on_input_is_not_applied_twice(kernel: RaggedKernel) -> No
     experts = HeaprExperts.__new__(HeaprExperts)
     experts.layer = SimpleNamespace(heapr_slots=routes.slots, heapr_table=rows.table)
     experts.kernel, experts.max_width, experts.uniform_experts = kernel, 64, 0
+    experts.scales = lambda layer: None
     outputs = []
     for on_input in (False, True):
         output = torch.empty_like(built.x)

@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -233,7 +234,7 @@ def test_every_way_to_run_is_tried(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert not config.chained and not config.down.tma
 
 
-def test_jobs_of_a_model(masks_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_of_a_model(masks_repository: Path, tmp_path: Path) -> None:
     (whole,) = jobs_of_model(masks_repository)
     assert whole.moe[1:3] == (2, 64) and whole.dtype == torch.float32, "from config.json"
     assert all(width % 64 == 0 for width in whole.widths) and 0 in whole.widths
@@ -243,9 +244,13 @@ def test_jobs_of_a_model(masks_repository: Path, monkeypatch: pytest.MonkeyPatch
     assert codes.scheme == ExpertScheme("float", group_size=64) and codes.dtype == torch.float32
     config = json.loads((masks_repository / "config.json").read_text())
     config["quantization_config"] = {**config.get("quantization_config", {}), "experts": ExpertScheme().to_dict()}
-    monkeypatch.setattr(Path, "read_text", lambda path: json.dumps(config))
-    assert jobs_of_model(masks_repository)[0].scheme == ExpertScheme(), "as the model's experts are stored"
-    monkeypatch.undo()
+    stored = shutil.copytree(masks_repository, tmp_path / "stored")
+    (stored / "config.json").write_text(json.dumps(config))
+    assert jobs_of_model(stored)[0].scheme == ExpertScheme(), "as the model's experts are stored"
+    inner = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    config["quantization_config"] |= {"experts": None, "inner": inner}
+    (stored / "config.json").write_text(json.dumps(config))
+    assert jobs_of_model(stored)[0].scheme == ExpertScheme("float", group_size=32), "as the base model stores them"
     with pytest.raises(HeaprError, match="unknown shape 'nope'; choose from Qwen3-30B-A3B"):
         jobs_of_shapes(["nope"], [0.25], torch.bfloat16)
     with pytest.raises(HeaprError, match="heapr prune"):
