@@ -20,6 +20,7 @@ from benchmarks.arms import Arm
 from benchmarks.decode import compare
 from benchmarks.vllm_server import serve
 from heapr_vllm.evaluation.perplexity import perplexity
+from heapr_vllm.formats import sizes
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.names import ExpertTensor
@@ -107,7 +108,7 @@ def table(
     flops = [executed_flops(m, tokens, config["hidden_size"], config["num_experts_per_tok"]) for m in (whole, masks)]
     rows = [
         ("routed-expert parameters, M", *(routed_parameters(path) / 1e6 for path in (MODEL, pruned)), 2),
-        ("weight bytes, MB", *(Checkpoint(path).num_bytes() / 1e6 for path in (MODEL, pruned)), 1),
+        ("weight bytes, MB", *(sizes.num_bytes(Checkpoint(path)) / 1e6 for path in (MODEL, pruned)), 1),
         ("executed expert FLOPs per token, M", flops[0] / 1e6, flops[1] / 1e6, 2),
         ("held-out perplexity (fp32)", *perplexities, 2),
         (f"output tokens/s, batch {BATCH}", *speeds, 0),

@@ -20,6 +20,7 @@ import atheris
 
 with atheris.instrument_imports(include=["heapr_vllm"]):
     from heapr_vllm.errors import HeaprError
+    from heapr_vllm.formats import sizes
     from heapr_vllm.formats.checkpoint import INDEX_FILE, Checkpoint
     from heapr_vllm.formats.config import PruningConfig
     from heapr_vllm.formats.masks import NeuronMasks
@@ -109,7 +110,7 @@ def targets(work: Path) -> list[Target]:
         checkpoint = Checkpoint(base)
         checkpoint.check_unpruned()
         checkpoint.expert_shapes()
-        checkpoint.export_bytes()
+        sizes.export_bytes(checkpoint)
 
     indexed = Path(shutil.copytree(base, work / "indexed"))
     index = {"weight_map": dict.fromkeys(list(Checkpoint(base).weight_map)[:4], "model.safetensors")}

@@ -13,6 +13,7 @@ from heapr_vllm.environment import install_command
 from heapr_vllm.errors import HeaprError, first_line
 from heapr_vllm.evaluation.perplexity import counted_routes, perplexity
 from heapr_vllm.evaluation.served import served_perplexity
+from heapr_vllm.formats import sizes
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.config import MASKS_FILE
 from heapr_vllm.formats.pruned import read_masks
@@ -74,7 +75,7 @@ def compare(models: list[str], settings: EvaluationSettings) -> list[dict[str, A
 
 def _weight_bytes(checkpoint: Checkpoint) -> int | None:
     """Masks have the size of the checkpoint that `heapr export` makes of them."""
-    return checkpoint.num_bytes() if checkpoint.has_weights else load_report(checkpoint.path).compact_bytes
+    return sizes.num_bytes(checkpoint) if checkpoint.has_weights else load_report(checkpoint.path).compact_bytes
 
 
 def _text(checkpoint: Checkpoint, settings: EvaluationSettings) -> torch.Tensor:

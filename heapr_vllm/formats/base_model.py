@@ -8,6 +8,7 @@ from pathlib import Path
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.config import PruningConfig
+from heapr_vllm.formats.fingerprint import matches
 from heapr_vllm.formats.masks import NeuronMasks
 
 
@@ -38,7 +39,7 @@ def check_base(base: Checkpoint, masks: NeuronMasks, expected: str | None, remed
     """
     base.check_unpruned()
     masks.check_fits(base.expert_shapes(), str(base.path))
-    if not base.matches(expected):
+    if not matches(base, expected):
         raise HeaprError(
             f"masks do not belong to {base.path}: its fingerprint differs from that of the calibrated model; {remedy}"
         )

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face checkpoint read without instantiating the model: shards, expert tensors, fingerprint."""
+"""A Hugging Face checkpoint read without instantiating the model: shards, expert tensors, formats."""
 
 from __future__ import annotations
 
-import hashlib
-import math
-import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +11,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
-from heapr_vllm.errors import HeaprError, first_line
+from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.base_quantization import BaseQuantization
 from heapr_vllm.formats.config import QUANT_METHOD, PruningConfig
 from heapr_vllm.formats.folder import inside
+from heapr_vllm.formats.hub import download, download_checkpoint
 from heapr_vllm.formats.names import ExpertTensor, is_draft_layer, natural_order
 from heapr_vllm.formats.quantized import SCALE_SUFFIX, STORED_DTYPES, ExpertScheme
 from heapr_vllm.formats.schema import Count, Positive, convert, read_json
@@ -39,10 +36,7 @@ TOKENIZER_FILES = (
 )
 SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", "preprocessor_config.json")
 
-_ROUTER = re.compile(r"(?P<module>.+)\.(gate|router)\.weight")
 DOWNLOAD_AGAIN = "download the checkpoint again"
-FINGERPRINT = "routers:"  # fingerprints start with what they are taken of
-FORMER_FINGERPRINT = "sha256:"  # of all tensors
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ class Checkpoint:
             raise HeaprError("no model is named; say which with --model or `base_model`")
         path = Path(name_or_path)
         if not path.is_dir():
-            path = _download(str(name_or_path), revision)
+            path = download_checkpoint(str(name_or_path), revision, ["*.json", "*.safetensors", *SIDE_FILES])
         checkpoint = cls(path)
         if not (path / "config.json").is_file():
             raise HeaprError(f"{path} holds no config.json; MODEL is a Hugging Face checkpoint directory or Hub id")
@@ -200,53 +194,10 @@ class Checkpoint:
                         "download the checkpoint again"
                     )
 
-    def num_bytes(self) -> int:
-        """Adds up the size of all weights."""
-        return sum(map(self.tensor_bytes, self.headers))
-
-    def dequantized_bytes(self) -> int:
-        """Adds up the size of all weights with codes as bfloat16."""
-        total = 0
-        for name, (_, shape) in self.headers.items():
-            if self.weight_of(name) is None:
-                total += 2 * math.prod(shape) if self.scale_name(name) else self.tensor_bytes(name)
-        return total
-
-    def tensor_bytes(self, name: str) -> int:
-        dtype, shape = self.headers[name]
-        return math.prod(shape) * self._item_size(dtype)
-
-    def _item_size(self, dtype: str) -> int:
-        if dtype not in _ITEM_SIZE:
-            raise HeaprError(f"{self.path} holds tensors of type {dtype}, which is not supported")
-        return _ITEM_SIZE[dtype]
-
     def is_pruned_expert(self, name: str) -> bool:
         """Tells whether a tensor is a weight that pruning cuts."""
         where = ExpertTensor.parse(name)
         return where is not None and not self.is_draft(where.prefix)
-
-    def export_bytes(self, *, routed_only: bool = False) -> int:
-        """Adds up all weights, or those that can be pruned, as `heapr export` would write them unpruned."""
-        total = 0
-        for name in self.headers:
-            owner = self.weight_of(name) or name
-            if not routed_only or self.is_pruned_expert(owner):
-                total += self._exported_bytes(name, owner)
-        return total
-
-    def _exported_bytes(self, name: str, owner: str) -> int:
-        """Size of a tensor once exported: scales of experts have every group inside one neuron then."""
-        where = ExpertTensor.parse(owner)
-        if name == owner or where is None or self.expert_quantization is None or not self.is_pruned_expert(owner):
-            return self.tensor_bytes(name)
-        shape = self.headers[owner][1]
-        rows, columns = self.expert_quantization.scheme(self.hidden_size).scale_shape(where.shard, shape)
-        return rows * columns * self._item_size(self.headers[name][0])
-
-    def routed_weights(self) -> int:
-        """Counts the weights that can be pruned."""
-        return sum(math.prod(shape) for name, (_, shape) in self.headers.items() if self.is_pruned_expert(name))
 
     @cached_property
     def text(self) -> TextConfig:
@@ -260,42 +211,6 @@ class Checkpoint:
         if self.text.hidden_size is None:
             raise HeaprError(f"{self.path / 'config.json'} has no hidden_size; {DOWNLOAD_AGAIN}")
         return self.text.hidden_size
-
-    def fingerprint(self) -> str:
-        """Computes sha256 over shapes of the routed experts and over the router weights.
-
-        Masks are valid for exactly the routers they were calibrated with, and routers are small to read. They are the
-        same in a model and its quantized siblings, which share masks.
-        """
-        digest = hashlib.sha256()
-        modules = set()
-        for prefix, shape in self.expert_shapes().items():
-            digest.update(f"{prefix} {shape}\n".encode())
-            modules.add(prefix.rpartition(".")[0])
-        for name in sorted(self.weight_map):
-            router = _ROUTER.fullmatch(name)
-            if router and router["module"] in modules:
-                with self.open(self.weight_map[name]) as file:
-                    digest.update(file.get_tensor(name).float().numpy().tobytes())
-        return f"{FINGERPRINT}{digest.hexdigest()}"
-
-    def former_fingerprint(self) -> str:
-        """Computes the fingerprint of earlier versions, over names, dtypes and shapes of all tensors too."""
-        digest = hashlib.sha256()
-        for name, header in sorted(self.headers.items()):
-            digest.update(f"{name} {header}\n".encode())
-        for shard, names in self.shards.items():
-            with self.open(shard) as file:
-                for name in filter(_ROUTER.fullmatch, names):
-                    digest.update(file.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
-        return f"{FORMER_FINGERPRINT}{digest.hexdigest()}"
-
-    def matches(self, fingerprint: str | None) -> bool:
-        """Tells whether the checkpoint, or its sibling in another dtype, has this fingerprint; None matches all."""
-        if fingerprint is None:
-            return True
-        is_former = fingerprint.startswith(FORMER_FINGERPRINT)
-        return fingerprint == (self.former_fingerprint() if is_former else self.fingerprint())
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -355,47 +270,3 @@ class Checkpoint:
         if self.pruning:
             raise HeaprError(f"{self.path} is pruned already ({self.pruning.layout}); start from the base model")
         _ = self.base_quantization
-
-
-_ITEM_SIZE = {
-    "F64": 8,
-    "I64": 8,
-    "F32": 4,
-    "I32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
-
-
-def _download(repo_id: str, revision: str | None) -> Path:
-    """Fetches the files of a Hub repository that a checkpoint may have; returns their folder."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(repo_id, revision=revision, allow_patterns=["*.json", "*.safetensors", *SIDE_FILES])
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise HeaprError(
-            f"{repo_id} is neither a local directory nor reachable on the Hub: {first_line(error)}"
-        ) from error
-
-
-def download(repo_id: str, name: str, revision: str | None) -> Path:
-    """Fetches one file of a Hub repository. Raises HeaprError if it has none, or there is no such repository."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repo_id, name, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise HeaprError(
-            f"{repo_id} is no local file or directory, and the Hub has no {name} of it: {first_line(error)}"
-        ) from error

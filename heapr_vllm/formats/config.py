@@ -17,7 +17,7 @@ LAYOUTS = ("masks", "compact")
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The unpruned model: repository id or path, revision, and `Checkpoint.fingerprint()`."""
+    """The unpruned model: repository id or path, revision, and what `formats/fingerprint.py` takes of it."""
 
     name_or_path: str = ""
     revision: str | None = None

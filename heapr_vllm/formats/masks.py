@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.formats.checkpoint import download
 from heapr_vllm.formats.config import MASKS_FILE, BaseModel
+from heapr_vllm.formats.hub import download
 from heapr_vllm.formats.schema import Count, Positive, convert
 from heapr_vllm.formats.tensorfile import load_tensors, save_tensors
 

@@ -20,8 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats import sizes
 from heapr_vllm.formats.checkpoint import INDEX_FILE, Checkpoint
 from heapr_vllm.formats.config import PruningConfig
+from heapr_vllm.formats.fingerprint import fingerprint
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.pruned import read_masks
 from heapr_vllm.formats.repair_record import REPAIR_FILE
@@ -126,8 +128,8 @@ def test_config_of_a_base_model(data: st.DataObject, repository: Path) -> None:
         checkpoint = Checkpoint.resolve(base)
         checkpoint.check_unpruned()
         checkpoint.expert_shapes()
-        checkpoint.fingerprint()
-        checkpoint.export_bytes()
+        fingerprint(checkpoint)
+        sizes.export_bytes(checkpoint)
 
     attack(base, "config.json", text, read)
 
@@ -146,7 +148,7 @@ def test_config_of_a_quantized_base_model(
     def read() -> None:
         checkpoint = Checkpoint.resolve(base)
         checkpoint.check_unpruned()
-        checkpoint.export_bytes()
+        sizes.export_bytes(checkpoint)
 
     attack(base, "config.json", text, read)
 

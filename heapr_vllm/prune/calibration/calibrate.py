@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from heapr_vllm.environment import versions
+from heapr_vllm.formats import sizes
 from heapr_vllm.formats.atomic import CALIBRATION, atomic_file, check_output
 from heapr_vllm.formats.checkpoint import SIDE_FILES, Checkpoint
+from heapr_vllm.formats.fingerprint import fingerprint as model_fingerprint
 from heapr_vllm.formats.folder import inside
 from heapr_vllm.prune.calibration.in_memory import calibrate_in_memory
 from heapr_vllm.prune.calibration.moments import MOMENTS_FILE, NeuronMoments
@@ -54,10 +56,10 @@ def calibrate(
         **asdict(replace(settings, revision=checkpoint.commit or settings.revision)),
         processes=processes.size,
         dataset_fingerprint=fingerprint(samples),
-        base_fingerprint=checkpoint.fingerprint(),
-        checkpoint_bytes=checkpoint.export_bytes(),
-        routed_bytes=checkpoint.export_bytes(routed_only=True),
-        routed_weights=checkpoint.routed_weights(),
+        base_fingerprint=model_fingerprint(checkpoint),
+        checkpoint_bytes=sizes.export_bytes(checkpoint),
+        routed_bytes=sizes.export_bytes(checkpoint, routed_only=True),
+        routed_weights=sizes.routed_weights(checkpoint),
     )
     state = SavedState(output, asdict(identity), processes)
     if resume and (finished := state.finished()):

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.formats.sizes import dequantized_bytes, tensor_bytes
 from heapr_vllm.prune.calibration.collector import ROW_MULTIPLE, MomentCollector
 from heapr_vllm.prune.calibration.settings import CalibrationSettings, calibration_samples
 from heapr_vllm.prune.models.layered import HEAD_TOKENS, LayeredModel
@@ -92,8 +93,8 @@ def _keeps_attention(config: PretrainedConfig) -> bool:
 
 def _tensor_in_flight_bytes(checkpoint: Checkpoint) -> int:
     """Computes the largest tensor while it is read; codes pass through float32, and so do their scales."""
-    largest = max(checkpoint.headers, key=checkpoint.tensor_bytes)
-    return checkpoint.tensor_bytes(largest) * (1 if checkpoint.base_quantization is None else 9)
+    largest = max(tensor_bytes(checkpoint, name) for name in checkpoint.headers)
+    return largest * (1 if checkpoint.base_quantization is None else 9)
 
 
 def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
@@ -114,7 +115,7 @@ def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
         "experts": sum(experts for experts, _ in shapes.values()),
         "neurons": neurons,
         "calibration_tokens": settings.num_calibration_samples * settings.max_seq_length,
-        "weight_bytes": checkpoint.dequantized_bytes() * scale,
+        "weight_bytes": dequantized_bytes(checkpoint) * scale,
         "accumulator_bytes": 6 * 8 * neurons,
         "logits_bytes": 2 * 4 * tokens * (text.vocab_size or 0),
         "checkpointed_activation_bytes": 4 * tokens * checkpoint.hidden_size * (text.num_hidden_layers or 0),

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.atomic import atomic_file
 from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.formats.fingerprint import former_fingerprint
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.names import ExpertTensor, natural_order
 from heapr_vllm.formats.repair_record import RepairRecord
@@ -161,7 +162,7 @@ def _identity(
     inputs |= {
         "dtype": calibration.dtype,
         "batch_size": calibration.batch_size,
-        "base": [str(base.path.resolve()), base.former_fingerprint()],
+        "base": [str(base.path.resolve()), former_fingerprint(base)],
         "keep": hashlib.sha256(b"".join(mask.numpy().tobytes() for mask in keep.values())).hexdigest(),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

@@ -17,6 +17,7 @@ from heapr_vllm.formats.pruned import read_masks
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.formats.repair_record import RepairRecord
 from heapr_vllm.formats.schema import read_json
+from heapr_vllm.formats.sizes import num_bytes
 from heapr_vllm.prune.calibration.record import CalibrationRecord
 from heapr_vllm.prune.selection.budget import format_size
 from heapr_vllm.prune.selection.sweep import Frontier
@@ -67,7 +68,7 @@ def load_report(directory: Path) -> Summary:
     check_counts(masks, calibration, directory)
     summary = summarize(masks, calibration, pruning.expert_scheme if pruning else None)
     if checkpoint.has_weights:
-        summary = replace(summary, compact_bytes=checkpoint.num_bytes())
+        summary = replace(summary, compact_bytes=num_bytes(checkpoint))
     return replace(
         summary,
         repair=RepairRecord.read(directory),

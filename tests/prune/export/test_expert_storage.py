@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats import sizes
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.names import ExpertTensor
@@ -146,7 +147,7 @@ def test_sizes(calibration: Path, awkward_masks: NeuronMasks, qwen3: Path, tmp_p
         written = load_report(tmp_path / f"{name}-compact")
         assert predicted.experts == written.experts == name
         assert predicted.compact_bytes == written.compact_bytes
-        assert written.compact_bytes == Checkpoint(tmp_path / f"{name}-compact").num_bytes()
+        assert written.compact_bytes == sizes.num_bytes(Checkpoint(tmp_path / f"{name}-compact"))
         assert name in (tmp_path / f"{name}-compact" / "README.md").read_text()
 
 

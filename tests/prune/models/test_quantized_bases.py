@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats import sizes
 from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.formats.fingerprint import fingerprint, former_fingerprint, matches
 from heapr_vllm.formats.quantized import dequantize
 from heapr_vllm.formats.reader import TensorReader
 from heapr_vllm.prune import CalibrationSettings
@@ -67,8 +69,8 @@ def test_moments_are_those_of_the_values(pair: tuple[Path, Path], corpus: Path, 
 
 def test_siblings_have_one_fingerprint(pair: tuple[Path, Path], plain: Path) -> None:
     sibling, base = (Checkpoint(path) for path in (pair[0], plain))
-    assert sibling.matches(base.fingerprint()) and base.matches(sibling.fingerprint())
-    assert base.matches(base.former_fingerprint()) and not sibling.matches(base.former_fingerprint())
+    assert matches(sibling, fingerprint(base)) and matches(base, fingerprint(sibling))
+    assert matches(base, former_fingerprint(base)) and not matches(sibling, former_fingerprint(base))
 
 
 def test_blocks_at_the_edge_are_cut() -> None:
@@ -97,6 +99,6 @@ def test_dry_run_counts_weights_as_they_are_loaded(pair: tuple[Path, Path], corp
     sibling, values = (Checkpoint(path) for path in pair)
     codes = [name for name in sibling.headers if sibling.scale_name(name)]
     as_floats = 4 * sum(torch.Size(values.headers[name][1]).numel() for name in codes)
-    sizes = plan(CalibrationSettings(model=str(sibling.path), dataset=str(corpus), max_seq_length=64))
-    assert sizes["weight_bytes"] == values.num_bytes() - as_floats // 2
-    assert sibling.export_bytes() < sizes["weight_bytes"]
+    planned = plan(CalibrationSettings(model=str(sibling.path), dataset=str(corpus), max_seq_length=64))
+    assert planned["weight_bytes"] == sizes.num_bytes(values) - as_floats // 2
+    assert sizes.export_bytes(sibling) < planned["weight_bytes"]

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ties masks to a model: sha256 of its routers and of the shapes of its experts."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import torch
+
+from heapr_vllm.formats.checkpoint import Checkpoint
+
+ROUTERS = "routers:"  # fingerprints start with what they are taken of
+ALL_TENSORS = "sha256:"  # of earlier versions
+_ROUTER = re.compile(r"(?P<module>.+)\.(gate|router)\.weight")
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Computes sha256 over shapes of the routed experts and over the router weights.
+
+    Masks are valid for exactly the routers they were calibrated with, and routers are small to read. They are the
+    same in a model and its quantized siblings, which share masks.
+    """
+    digest = hashlib.sha256()
+    modules = set()
+    for prefix, shape in checkpoint.expert_shapes().items():
+        digest.update(f"{prefix} {shape}\n".encode())
+        modules.add(prefix.rpartition(".")[0])
+    for name in sorted(checkpoint.weight_map):
+        router = _ROUTER.fullmatch(name)
+        if router and router["module"] in modules:
+            with checkpoint.open(checkpoint.weight_map[name]) as file:
+                digest.update(file.get_tensor(name).float().numpy().tobytes())
+    return f"{ROUTERS}{digest.hexdigest()}"
+
+
+def former_fingerprint(checkpoint: Checkpoint) -> str:
+    """Computes the fingerprint of earlier versions, over names, dtypes and shapes of all tensors too."""
+    digest = hashlib.sha256()
+    for name, header in sorted(checkpoint.headers.items()):
+        digest.update(f"{name} {header}\n".encode())
+    for shard, names in checkpoint.shards.items():
+        with checkpoint.open(shard) as file:
+            for name in filter(_ROUTER.fullmatch, names):
+                digest.update(file.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
+    return f"{ALL_TENSORS}{digest.hexdigest()}"
+
+
+def matches(checkpoint: Checkpoint, expected: str | None) -> bool:
+    """Tells whether the checkpoint, or its sibling in another dtype, has this fingerprint; None matches all."""
+    if expected is None:
+        return True
+    is_former = expected.startswith(ALL_TENSORS)
+    return expected == (former_fingerprint(checkpoint) if is_former else fingerprint(checkpoint))
