@@ -215,7 +215,8 @@ def test_half_of_torchruns_variables(
 def test_a_stopped_command_leaves_nothing(number: signal.Signals, masks: Path, tmp_path: Path) -> None:
     """In the middle of an export, at a moment of its own for every signal."""
     script = (
-        "import sys, time; from heapr_vllm.prune.export import shards; real = shards.save_file\n"
+        "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # jobs ignore it
+        "from heapr_vllm.prune.export import shards; real = shards.save_file\n"
         "def slow(*a, **k): real(*a, **k); print('writing', flush=True); time.sleep(60)\n"
         "shards.save_file = slow; from heapr_vllm.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
