@@ -16,8 +16,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats import sizes
@@ -33,26 +31,13 @@ from heapr_vllm.prune.export.checkpoint import ExportInputs
 from heapr_vllm.prune.report.summary import FRONTIER_FILE, format_report, load_report
 from heapr_vllm.prune.selection.selector import Selector
 from tests import quantized_models
-from tests.formats.strategies import documents
+from tests.formats.strategies import REPAIR, documents, metadata, with_metadata
 
 EXAMPLES = int(os.environ.get("HEAPR_FUZZ", "40"))  # per reader
 fuzzed = settings(
     max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES <= 40, suppress_health_check=list(HealthCheck)
 )
 MASKS = "heapr/masks.safetensors"
-REPAIR = {
-    "method": "least-squares",
-    "dataset": "text.txt",
-    "dataset_fingerprint": "sha256:0",
-    "num_samples": 4,
-    "max_seq_length": 64,
-    "seed": 0,
-    "tokens": 256,
-    "prior": 32.0,
-    "experts": 3,
-    "experts_with_few_tokens": 1,
-    "output_error_removed": 0.5,
-}
 
 
 @pytest.fixture(scope="module")
@@ -187,21 +172,6 @@ def test_repair_record(data: st.DataObject, repository: Path) -> None:
     masks = repository / "masks"
     text = data.draw(documents(REPAIR))
     attack(masks, REPAIR_FILE, text, lambda: format_report(load_report(masks)))
-
-
-def with_metadata(
-    source: Path, text: str, target: Path, edit: Callable[[dict], dict] = lambda tensors: tensors
-) -> None:
-    """A safetensors file of ours with another header entry and other tensors."""
-    with safe_open(source, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    with suppress(UnicodeEncodeError):
-        save_file(edit(tensors), target, metadata={"heapr": text})
-
-
-def metadata(source: Path) -> Any:
-    with safe_open(source, framework="pt") as file:
-        return json.loads(file.metadata()["heapr"])
 
 
 @fuzzed
