@@ -5,10 +5,11 @@
     python -m benchmarks.soak --model serving_examples/tiny_qwen3_moe --stock        # whose fault is it?
 
 Clients send completions and chats, streamed and whole, hang up in the middle of streams, and send prompts longer than
-the context. Every answer, also the part before a client hung up, must be the greedy answer that an engine gave offline
-to the same prompt alone in its batch. Weights are fp32, where batching changes logits by rounding only; prompts on
-whose answer the two best tokens are ever closer than MIN_GAP are not asked, because rounding may decide them. Fails
-(exit code 1) on an error, a wrong answer, a request left behind in the engine, or memory that grows.
+the context and requests that are wrong in some way, which must not end in a status of 500. Every answer, also the part
+before a client hung up, must be the greedy answer that an engine gave offline to the same prompt alone in its batch.
+Weights are fp32, where batching changes logits by rounding only; prompts on whose answer the two best tokens are ever
+closer than MIN_GAP are not asked, because rounding may decide them. Fails (exit code 1) on an error, a wrong answer, a
+request left behind in the engine, or memory that grows.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import psutil
 from openai import AsyncOpenAI, BadRequestError
 from openai.types import CompletionChoice
@@ -49,7 +51,21 @@ SERVE_OPTIONS = (
     "--disable-uvicorn-access-log",
 )
 MIN_GAP = 1e-3  # log-probability; logits of the same prompt in another batch differ by less than 1e-4
-KINDS = {"whole": 8, "streamed": 8, "hung up": 5, "too long": 1}  # how often
+KINDS = {"whole": 8, "streamed": 8, "hung up": 5, "too long": 1, "malformed": 4}  # how often
+WRONG_VALUES = {
+    "prompt": ([], [[]], [-1], [10**9], [0.5], [[1], "x"], {}, None, 7, "\x00", "\ud800", "x" * 10**6),
+    "messages": ([], {}, "x", [{}], [{"role": "x", "content": {}}], [{"role": "user", "content": [{"type": "x"}]}]),
+    "model": ("nobody", "", None, 7, "../../etc/passwd"),
+    "max_tokens": (-1, 0, 10**12, 2**63, "x", 0.5, None, []),
+    "temperature": (-1, 10**400, "hot", [], {}),
+    "n": (0, -1, 10**6, "x"),
+    "logprobs": (-5, 10**6, "x"),
+    "stop": (7, [7], [""] * 100, {}),
+    "stream": ("maybe", 7, {}),
+    "logit_bias": ({"x": 1}, {"999999999": 1}, [], 7),
+    "response_format": ({"type": "x"}, {"type": "json_schema", "json_schema": {"name": "x", "schema": 7}}, 7),
+    "echo": ("x", {}),
+}
 SAMPLE_SECONDS = 2
 
 
@@ -111,6 +127,7 @@ class Soak:
     def __init__(self, url: str, model: str, answers: dict[Task, str]) -> None:
         self.url, self.model, self.answers = url, model, answers
         self.client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
+        self.raw = httpx.AsyncClient(timeout=300)
         self.requests: Counter[str] = Counter()
         self.errors: list[str] = []
         self.mismatches: list[str] = []
@@ -124,6 +141,7 @@ class Soak:
         await asyncio.gather(*clients)
         sampling.cancel()
         await self.client.close()
+        await self.raw.aclose()
 
     async def _sample_memory(self, start: float) -> None:
         while True:
@@ -149,6 +167,9 @@ class Soak:
             except BadRequestError:
                 return
             raise ValueError("a prompt longer than the context was answered")
+        if kind == "malformed":
+            await self._send_malformed(task, hang_up_after)
+            return
         expected = self.answers[task]
         if kind == "whole":
             found = text_of((await self._create(task, stream=False)).choices[0])
@@ -163,6 +184,29 @@ class Soak:
         if found != expected:
             self.mismatches.append(f"{kind} {task}: {found!r} instead of {expected!r}")
 
+    async def _send_malformed(self, task: Task, seed: int) -> None:
+        """Sends a body with a wrong value, no JSON, or a part of a body; what comes back is no server error."""
+        rng = random.Random(f"{seed} {sum(self.requests.values())}")
+        body = malformed(task, self.model, rng)
+        path = f"/v1/{'chat/completions' if task.chat else 'completions'}"
+        if rng.random() < 0.2:
+            await self._cut_short(path, body)
+            return
+        headers = {"Content-Type": "application/json"}
+        response = await self.raw.post(self.url + path, content=body, headers=headers)
+        if response.status_code >= 500:
+            raise ValueError(f"status {response.status_code} for {body[:200]!r}")
+
+    async def _cut_short(self, path: str, body: bytes) -> None:
+        """Promises a whole body, sends half of it and hangs up."""
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(body) + 1}\r\n\r\n".encode() + body[: len(body) // 2])
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
     def _create(self, task: Task, stream: bool) -> Any:
         options: dict[str, Any] = {
             "model": self.model,
@@ -174,6 +218,22 @@ class Soak:
         if task.chat:
             return self.client.chat.completions.create(messages=messages(task), **options)
         return self.client.completions.create(prompt=task.prompt, **options)
+
+
+def malformed(task: Task, model: str, rng: random.Random) -> bytes:
+    """A request that is right but for one value, or is no JSON."""
+    asked = {"messages": messages(task)} if task.chat else {"prompt": task.prompt}
+    right = {"model": model, "max_tokens": 8, "temperature": 0, **asked}
+    name = rng.choice(list(WRONG_VALUES))
+    text = json.dumps({**right, name: rng.choice(WRONG_VALUES[name])})
+    kind = rng.randrange(8)
+    if kind == 0:
+        return text[: rng.randrange(len(text))].encode()
+    if kind == 1:
+        return b"[" * 50_000
+    if kind == 2:
+        return text.replace("0", "NaN", 1).encode()
+    return text.encode()
 
 
 def messages(task: Task) -> list[Any]:
