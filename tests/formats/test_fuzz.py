@@ -249,3 +249,8 @@ def test_nothing_outside_is_read_or_written(repository: Path, tmp_path: Path) ->
     for read in (load_report, read_masks):
         with pytest.raises(HeaprError, match="/etc/passwd, which lies outside"):
             read(tmp_path / "masks")
+
+
+def test_messages_are_one_line_whatever_they_quote() -> None:
+    """Neither a new line nor an escape sequence for the terminal gets through."""
+    assert str(HeaprError("a\nb\x1b[31mé\ud800")) == "a\\nb\\x1b[31mé\\ud800"
