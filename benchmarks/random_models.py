@@ -33,22 +33,23 @@ QWEN = {
 }
 QWEN2 = {**QWEN, "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "norm_topk_prob": False}
 QWEN3 = {**QWEN, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "norm_topk_prob": True}
+QWEN3_30B = {
+    **QWEN3,
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 6144,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}
 SMALL = "Qwen3-MoE-1.7GB"
 TWO_LAYERS = "Qwen3-30B-A3B-2-layers"  # 2 of its 48 layers, and as large a part of its vocabulary
 WRITTEN = (SMALL, TWO_LAYERS, "tiny")  # models whose random weights go to the disk by default
 CONFIGS: dict[str, dict[str, Any]] = {
-    "Qwen3-30B-A3B": {
-        **QWEN3,
-        "hidden_size": 2048,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "intermediate_size": 6144,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768,
-    },
+    "Qwen3-30B-A3B": QWEN3_30B,
     "Qwen1.5-MoE-A2.7B": {
         **QWEN2,
         "hidden_size": 2048,
@@ -110,19 +111,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 4,
         "moe_intermediate_size": 768,
     },
-    TWO_LAYERS: {
-        **QWEN3,
-        "vocab_size": 6336,
-        "hidden_size": 2048,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "intermediate_size": 6144,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768,
-    },
+    TWO_LAYERS: {**QWEN3_30B, "num_hidden_layers": 2, "vocab_size": 6336},
     "tiny": {
         **QWEN3,
         "vocab_size": 4096,
