@@ -35,22 +35,24 @@ class TensorReader:
         value = self.stored(name)
         if value.dtype not in CODE_DTYPES.values():
             return value
-        scale_name = self.checkpoint.scale_name(name)
-        if scale_name is None or scale_name not in self.checkpoint.weight_map:
-            raise HeaprError(
-                f"{self.checkpoint.path}: {name} is {value.dtype} and has no scales {scale_name or name + '_scale'}; "
-                "download the checkpoint again, or start from the unquantized model"
-            )
-        return self._dequantized(name, value, scale_name).to(self.dtype)
+        scale, block = self._checked_scale(name, value)
+        return dequantize(value, scale, block).to(self.dtype)
 
     def verbatim(self, name: str) -> torch.Tensor:
         """Reads the tensor as it is stored. Raises HeaprError if it is codes and they or their scales are damaged."""
         value = self.stored(name)
         if value.dtype in CODE_DTYPES.values():
-            self.tensor(name)
+            self._checked_scale(name, value)
         return value
 
-    def _dequantized(self, name: str, codes: torch.Tensor, scale_name: str) -> torch.Tensor:
+    def _checked_scale(self, name: str, codes: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Reads the scales of `codes`, and how many rows and columns share one."""
+        scale_name = self.checkpoint.scale_name(name)
+        if scale_name is None or scale_name not in self.checkpoint.weight_map:
+            raise HeaprError(
+                f"{self.checkpoint.path}: {name} is {codes.dtype} and has no scales {scale_name or name + '_scale'}; "
+                "download the checkpoint again, or start from the unquantized model"
+            )
         scale = self.stored(scale_name)
         shape = tuple(codes.shape)
         where = ExpertTensor.parse(name)
@@ -63,7 +65,7 @@ class TensorReader:
             block, wanted = base.block(shape), base.scale_shape(shape)
         check_codes(codes, name)
         check_scale(scale, wanted, scale_name)
-        return dequantize(codes, scale, block)
+        return scale, block
 
     def stored(self, name: str) -> torch.Tensor:
         """Reads the tensor as it is stored."""
