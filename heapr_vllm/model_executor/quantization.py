@@ -162,12 +162,13 @@ class HeaprConfig(QuantizationConfig):
 
         Raises HeaprError if it is missing, or if the model's own config.json names a place outside of the model.
         """
-        own = Checkpoint.described(self.model_name, self.revision)
-        is_named_by_model = own.pruning is not None and own.pruning.masks == self.pruning.masks
-        if is_named_by_model or (own.path / self.pruning.masks).is_file() or self.pruning.masks == MASKS_FILE:
-            inside(own.path, self.pruning.masks)
-            return find_masks(self.model_name, self.revision, self.pruning.masks)
-        return find_masks(self.pruning.masks)
+        own, name = Checkpoint.described(self.model_name, self.revision), self.pruning.masks
+        is_named_by_model = own.pruning is not None and own.pruning.masks == name
+        is_there = not Path(name).is_absolute() and (own.path / name).is_file()
+        if is_named_by_model or is_there or name == MASKS_FILE:
+            inside(own.path, name)
+            return find_masks(self.model_name, self.revision, name)
+        return find_masks(name)
 
     @cached_property
     def masks(self) -> NeuronMasks:

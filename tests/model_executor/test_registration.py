@@ -55,6 +55,22 @@ def test_masks_may_be_a_directory_given_by_the_user(masks_repository: Path, qwen
     assert len(config.masks.keep) == 3
 
 
+def test_masks_of_the_user_may_be_a_file_anywhere_those_of_a_model_not(
+    masks_repository: Path, qwen3: Path, tmp_path: Path
+) -> None:
+    file = masks_repository / "heapr" / "masks.safetensors"
+    config = HeaprConfig.from_config({"masks": str(file)})
+    config.maybe_update_config(str(qwen3), SimpleNamespace(num_hidden_layers=3, hidden_size=64))
+    assert config.masks_path == file
+    hostile = Path(shutil.copytree(masks_repository, tmp_path / "hostile"))
+    written = json.loads((hostile / "config.json").read_text())
+    written["quantization_config"]["masks"] = str(file)
+    (hostile / "config.json").write_text(json.dumps(written))
+    config = HeaprConfig.from_config(written["quantization_config"])
+    with pytest.raises(HeaprError, match="lies outside of it"):
+        config.maybe_update_config(str(hostile), SimpleNamespace(num_hidden_layers=3, hidden_size=64))
+
+
 def test_extra_layers_in_the_masks(masks_repository: Path) -> None:
     config = HeaprConfig.from_config({})
     with pytest.raises(HeaprError, match=r"they cover model.layers.2.mlp.experts, the model has 2 layers"):
