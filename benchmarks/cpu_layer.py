@@ -154,7 +154,7 @@ def build_arms(
         if sparsity:
             arms[f"{STOCK} zeroed {sparsity:.0%}"] = Arm.build(moe, widths, dense, dtype, native, copies)
         if compiled.machine_obstacle() is None:
-            stored = compiled.stored_widths(widths, moe.top_k, moe.hidden_size, dtype.itemsize)
+            stored = compiled.stored_widths(widths)
             ours = f"heapr {name}"
             arms[ours] = Arm.build(moe, widths, stored, dtype, compiled, copies)
             for kind in quantize:

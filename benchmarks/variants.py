@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoints of a comparison, made of a dense one and masks: compact for the plugin, zeroed for any engine."""
+"""The checkpoints of a comparison, made of a dense one and masks: for the plugin, or zeroed for any engine."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from heapr_vllm.formats.checkpoint import SIDE_FILES, Checkpoint
-from heapr_vllm.formats.config import MASKS_FILE, PruningConfig
+from heapr_vllm.formats.config import MASKS_FILE, BaseModel, PruningConfig
 from heapr_vllm.formats.masks import NeuronMasks, file_sha256
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.prune.export.expert_storage import Quantize
@@ -29,20 +30,30 @@ def write_pruned(dense: Path, masks: NeuronMasks, output: Path, scheme: ExpertSc
 
     `scheme`: how its experts are stored, None in the model's dtype.
     """
-    (output / MASKS_FILE).parent.mkdir(parents=True, exist_ok=True)
-    masks.save_pretrained(output)
-    block = PruningConfig(
-        layout="compact",
-        masks_sha256=file_sha256(output / MASKS_FILE),
-        sparsity=masks.metadata["sparsity"],
-        scope=masks.metadata["scope"],
-        align=masks.metadata["align"],
-        experts=scheme.to_dict() if scheme else None,
-    )
+    block = _save_masks(masks, output)
+    block = replace(block, layout="compact", experts=scheme.to_dict() if scheme else None)
     stages: list[Stage] = [Compact(masks)]
     if scheme:
         stages.append(Quantize(Checkpoint(dense), scheme))
     return _write(dense, stages, output, {"quantization_config": block.to_dict()})
+
+
+def write_masks(dense: Path, masks: NeuronMasks, output: Path) -> Path:
+    """Masks repository, served with `--load-format heapr` over the weights of `dense`."""
+    block = replace(_save_masks(masks, output), base_model=BaseModel(str(dense.resolve())))
+    _write_side_files(dense, output, {"quantization_config": block.to_dict()})
+    return output
+
+
+def _save_masks(masks: NeuronMasks, output: Path) -> PruningConfig:
+    (output / MASKS_FILE).parent.mkdir(parents=True, exist_ok=True)
+    masks.save_pretrained(output)
+    return PruningConfig(
+        masks_sha256=file_sha256(output / MASKS_FILE),
+        sparsity=masks.metadata["sparsity"],
+        scope=masks.metadata["scope"],
+        align=masks.metadata["align"],
+    )
 
 
 def write_zeroed(dense: Path, masks: NeuronMasks, output: Path) -> Path:
@@ -52,12 +63,17 @@ def write_zeroed(dense: Path, masks: NeuronMasks, output: Path) -> Path:
 
 def _write(dense: Path, stages: list[Stage], output: Path, extra: dict[str, Any]) -> Path:
     """config.json of `dense` with `extra`, its tokenizer, and its weights, if it has any, after `stages`."""
+    _write_side_files(dense, output, extra)
     base = Checkpoint(dense)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.json").write_text(json.dumps({**base.config, **extra}, indent=2) + "\n")
-    for name in SIDE_FILES:
-        if (dense / name).is_file():
-            shutil.copyfile(dense / name, output / name)
     if base.has_weights:
         write_shards(base, stages, output)
     return output
+
+
+def _write_side_files(dense: Path, output: Path, extra: dict[str, Any]) -> None:
+    """config.json of `dense` with `extra`, and its tokenizer."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.json").write_text(json.dumps({**Checkpoint(dense).config, **extra}, indent=2) + "\n")
+    for name in SIDE_FILES:
+        if (dense / name).is_file():
+            shutil.copyfile(dense / name, output / name)

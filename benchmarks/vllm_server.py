@@ -40,7 +40,7 @@ class Server(NamedTuple):
                 with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
                     return f"http://127.0.0.1:{self.port}"
             except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
+                time.sleep(0.1)
         ended = f"ended with status {self.process.returncode}" if self.process.returncode is not None else "is not up"
         raise RuntimeError(f"{' '.join(self.command)} {ended}; {self.log} ends:\n{self.log.read_text()[-4000:]}")
 

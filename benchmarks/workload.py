@@ -61,7 +61,7 @@ def tokens_per_second(url: str, model: Path, workload: Workload, vocabulary: int
     """
 
     def ask(prompt: list[int], length: int = workload.output_len) -> None:
-        _complete(url, model, prompt, length)
+        complete(url, model, prompt, length)
 
     pool = ThreadPoolExecutor(workload.concurrency)
     try:
@@ -74,7 +74,7 @@ def tokens_per_second(url: str, model: Path, workload: Workload, vocabulary: int
         pool.shutdown(wait=False, cancel_futures=True)  # what is still on its way ends with its server
 
 
-def _complete(url: str, model: Path, prompt: list[int], length: int) -> None:
+def complete(url: str, model: Path, prompt: list[int], length: int) -> None:
     """One request of exactly `length` output tokens, sampled at temperature 1."""
     body = {"model": str(model), "prompt": prompt, "max_tokens": length, "ignore_eos": True, "temperature": 1.0}
     request = urllib.request.Request(

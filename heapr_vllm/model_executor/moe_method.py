@@ -22,8 +22,6 @@ from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor import compat
 from heapr_vllm.model_executor.experts import HeaprExperts
 from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel
-from heapr_vllm.model_executor.kernels.choice import select_kernel
-from heapr_vllm.model_executor.kernels.op import register_op
 from heapr_vllm.model_executor.pruned_layer import PrunedLayer, as_pruned
 from heapr_vllm.model_executor.storage.dense import DenseStorage
 from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
@@ -40,22 +38,27 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers below its ow
 
 
 class HeaprMoEMethod(FusedMoEMethodBase):
-    """Method of one pruned layer: asks for a kernel, owns the storage, answers vLLM.
+    """Method of one pruned layer: owns the storage, answers vLLM.
 
-    kernel: the `RaggedKernel` that runs the layer. storage: its experts on this rank. Both exist from `create_weights`
-    on. experts: what calls the kernel, once weights are loaded.
+    kernel: the `RaggedKernel` that runs the layer. storage: its experts on this rank, from `create_weights` on.
+    experts: what calls the kernel, once weights are loaded.
     """
 
-    kernel: RaggedKernel
     storage: DenseStorage
     experts: HeaprExperts
 
     def __init__(
-        self, moe: FusedMoEConfig, masks: LayerMasks, scheme: ExpertScheme | None, base: BaseQuantization | None
+        self,
+        moe: FusedMoEConfig,
+        masks: LayerMasks,
+        kernel: RaggedKernel,
+        scheme: ExpertScheme | None,
+        base: BaseQuantization | None,
     ) -> None:
         """`scheme`: how experts are stored, None in the model's dtype; `base`: format of codes that masks slice."""
         super().__init__(moe)
         self.masks = masks
+        self.kernel = kernel
         self.scheme = scheme
         self.base = base
         self.router = compat.cpu_router()
@@ -72,9 +75,8 @@ class HeaprMoEMethod(FusedMoEMethodBase):
     ) -> None:
         """Registers `w13_weight` and `w2_weight`, of the sizes that this rank's kept neurons need, and their scales.
 
-        Raises HeaprError if the model's experts do not have the shape of the masks, or no kernel runs them here.
+        Raises HeaprError if the model's experts do not have the shape of the masks.
         """
-        register_op()
         layer = as_pruned(layer)
         expected = (layer.global_num_experts, self.moe.intermediate_size)
         if tuple(self.masks.keep.shape) != expected:
@@ -91,18 +93,17 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         self.needs_weights = config.load_config.load_format != "dummy"
         self.max_tokens = config.scheduler_config.max_num_batched_tokens * config.parallel_config.data_parallel_size
         self.dtype = params_dtype
-        self.kernel = select_kernel(params_dtype, hidden_size, self.scheme)
-        self.storage = self._plan_storage(layer, hidden_size, params_dtype)
+        self.storage = self._plan_storage(layer)
         attributes = {key: value for key, value in extra_weight_attrs.items() if key not in OWN_ATTRIBUTES}
         self.storage.create(layer, hidden_size, params_dtype, self.weight_loader, attributes)
 
-    def _plan_storage(self, layer: PrunedLayer, hidden_size: int, dtype: torch.dtype) -> DenseStorage:
+    def _plan_storage(self, layer: PrunedLayer) -> DenseStorage:
         experts = self._local_experts(layer)
         parallel = self.moe.moe_parallel_config
         kept = self.masks.keep[experts].sum(-1).tolist()
         shares = tensor_parallel_shares(kept, parallel.tp_size, parallel.tp_rank, self.kernel.share_unit)
         widths = [stop - start for start, stop in shares]
-        stored = self.kernel.stored_widths(widths, self.moe.experts_per_token, hidden_size, dtype.itemsize)
+        stored = self.kernel.stored_widths(widths)
         local_ids = {expert: local for local, expert in enumerate(experts)}
         layout = RaggedLayout.build(widths, stored)
         if self.scheme is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
@@ -21,8 +21,13 @@ from heapr_vllm.formats.names import is_draft_layer, layer_index
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.base_model import BASE_MODEL_KEY, base_checkpoint, check_base
 from heapr_vllm.model_executor.inner_quantization import InnerQuantization
-from heapr_vllm.model_executor.kernels.choice import kernel_choice
+from heapr_vllm.model_executor.kernels.choice import forced_kernel
 from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+
+    from heapr_vllm.model_executor.kernels.base import RaggedKernel
 
 OWN_TO_A_PROCESS = ("masks", "masks_path", "bases", "inner")  # made anew by every worker
 
@@ -72,12 +77,14 @@ class HeaprConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """vLLM calls it right after `from_config` with what that lacks: the model's name.
 
-        Raises HeaprError, before any worker starts, if the masks are missing, damaged or belong to another model.
+        Raises HeaprError, before any worker starts, if the masks are missing, damaged or belong to another model, or a
+        kernel is forced that cannot run here.
         """
         self.model_name, self.revision = model_name, revision
         text_config = getattr(hf_config, "text_config", None) or hf_config
         self.num_layers = getattr(text_config, "num_hidden_layers", None)
         self.hidden_size = getattr(text_config, "hidden_size", None)
+        forced_kernel()
         for prefix in self.masks.keep:
             if self.num_layers is not None and layer_index(prefix) >= self.num_layers:
                 raise HeaprError(
@@ -85,10 +92,8 @@ class HeaprConfig(QuantizationConfig):
                     f"{self.num_layers} layers; use the model they were made for"
                 )
         if isinstance(getattr(hf_config, "quantization_config", None), dict):
-            # vLLM's cache of compiled graphs is keyed by the config: make it depend on the widths, not on a path, and
-            # on the kernel, whose name is a constant of the graphs
+            # vLLM's cache of compiled graphs is keyed by the config: make it depend on the widths, not on a path
             hf_config.quantization_config["masks_sha256"] = file_sha256(self.masks_path)
-            hf_config.quantization_config["kernel"] = kernel_choice()
         if Path(model_name).is_dir() or self.pruning.layout == "masks":
             weights = Checkpoint.resolve(model_name, revision)
             if weights.has_weights:
@@ -192,8 +197,29 @@ class HeaprConfig(QuantizationConfig):
         pruned = as_pruned(layer)
         refuse_unsupported(pruned, self)
         scheme, base = self.storage_formats()
-        _note_for_graphs(scheme, self.inner_block)
-        return HeaprMoEMethod(pruned.moe_config, self.layer_masks(prefix), scheme, base)
+        masks = self.layer_masks(prefix)
+        kernel = self.kernel(pruned.moe_config, masks.keep.shape, scheme)
+        _note_for_graphs(kernel, scheme, self.inner_block)
+        return HeaprMoEMethod(pruned.moe_config, masks, kernel, scheme, base)
+
+    def kernel(self, moe: FusedMoEConfig, shape: torch.Size, scheme: ExpertScheme | None) -> RaggedKernel:
+        """Returns what runs the layers of `shape` (num_experts, moe_intermediate_size), all of them alike.
+
+        Raises HeaprError if nothing can.
+        """
+        from heapr_vllm.model_executor.kernels.choice import candidates
+        from heapr_vllm.model_executor.kernels.op import register_op
+        from heapr_vllm.model_executor.tuning.kernel_timing import TimedLayer
+        from heapr_vllm.model_executor.tuning.timed_choice import choose_kernel
+
+        register_op()
+        kept: list[int] = []
+        for keep in self.masks.keep.values():
+            kept += keep.sum(-1).tolist() if keep.shape == shape else []
+        parts = moe.moe_parallel_config.tp_size
+        widths = [-(-width // parts) for width in kept]
+        layer = TimedLayer.of(widths, moe.num_local_experts, moe.experts_per_token, moe.hidden_dim, moe.in_dtype)
+        return choose_kernel(candidates(moe.in_dtype, moe.hidden_dim, scheme), layer)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Hands on how vLLM renames modules, which the base model's block names."""
@@ -235,12 +261,12 @@ class HeaprConfig(QuantizationConfig):
         return is_draft_layer(prefix, self.num_layers)
 
 
-def _note_for_graphs(scheme: ExpertScheme | None, inner: dict[str, Any] | None) -> None:
-    """Puts how weights are stored into the config that vLLM's cache of compiled graphs is keyed by.
+def _note_for_graphs(kernel: RaggedKernel, scheme: ExpertScheme | None, inner: dict[str, Any] | None) -> None:
+    """Puts into the config, by which vLLM's cache of compiled graphs is keyed, what graphs hold beside the widths.
 
-    Masks do not say it: it comes from the base model.
+    The kernel's name is a constant of theirs, and how weights are stored comes from the base model.
     """
     config = get_current_vllm_config_or_none()
     block = getattr(config.model_config.hf_config, "quantization_config", None) if config else None
     if isinstance(block, dict):
-        block["stored"] = [scheme.to_dict() if scheme else None, inner]
+        block["stored"] = [kernel.name, scheme.to_dict() if scheme else None, inner]

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("vllm")
 from heapr_vllm.model_executor import moe_method
+from heapr_vllm.model_executor.kernels.reference import ReferenceKernel
 from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
 
 WIDTHS = (8, 1, 1, 6)
@@ -56,6 +57,6 @@ def test_placement(
             global_num_experts=len(WIDTHS),
             _map_global_expert_id_to_local_expert_id=lambda e, local=local: local.get(e, -1),
         )
-        assert moe_method.HeaprMoEMethod(moe, first, None, None)._local_experts(layer) == experts
+        assert moe_method.HeaprMoEMethod(moe, first, ReferenceKernel(), None, None)._local_experts(layer) == experts
         next_layer = experts if expected is ENGINE else expected[1 - rank]
-        assert moe_method.HeaprMoEMethod(moe, second, None, None)._local_experts(layer) == next_layer
+        assert moe_method.HeaprMoEMethod(moe, second, ReferenceKernel(), None, None)._local_experts(layer) == next_layer

@@ -50,7 +50,7 @@ class ExpertRows:
 
 
 class RaggedKernel(ABC):
-    """One way to run a layer. Stateless; `choice.py` asks all in order and takes the first default one that runs.
+    """One way to run a layer. Stateless; `choice.py` asks all in order, and where several run, they are timed.
 
     share_unit: neurons that a tensor-parallel rank's share of an expert is a multiple of.
     width_unit: neurons that stored widths are multiples of.
@@ -60,11 +60,8 @@ class RaggedKernel(ABC):
     share_unit: ClassVar[int] = 16
     width_unit: ClassVar[int] = 1
 
-    def is_default(self, scheme: ExpertScheme | None = None) -> bool:
-        """Whether it is taken unasked on this machine where nothing is in its way.
-
-        `scheme`: how experts are stored; None in the model's dtype.
-        """
+    def is_default(self) -> bool:
+        """Whether it may be taken unasked on machines of this kind."""
         return True
 
     def machine_obstacle(self) -> str | None:
@@ -78,11 +75,7 @@ class RaggedKernel(ABC):
         """
         return None
 
-    def cache_key(self) -> str:
-        """What graphs compiled by torch.compile hold of it: kernels with equal keys may share them."""
-        return self.name
-
-    def stored_widths(self, widths: list[int], top_k: int, hidden_size: int, element_size: int) -> list[int]:
+    def stored_widths(self, widths: list[int]) -> list[int]:
         """Returns the stored width of every local expert, at least its kept width."""
         return [round_up(width, self.width_unit) for width in widths]
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernel runs a layer: the one that HEAPR_KERNEL forces, otherwise the first that can.
+"""Which kernels may run a layer: the one that HEAPR_KERNEL forces, otherwise all that can.
 
-Unlike HEAPR_CPU_KERNEL, an older wish for CPUs only, HEAPR_KERNEL gives that kernel or an error, never another one, so
-that kernels can be ruled out as a cause one by one.
+HEAPR_CPU_KERNEL and HEAPR_CPU_BUCKETS are older wishes, for CPUs only: unlike HEAPR_KERNEL, which gives that kernel or
+an error, so that kernels can be ruled out as a cause one by one, they give way where what they want does not run.
 """
 
 from __future__ import annotations
@@ -11,55 +11,65 @@ import os
 from functools import cache
 
 import torch
-from vllm.platforms import current_platform
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels.base import RaggedKernel
 from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import CompiledKernel
-from heapr_vllm.model_executor.kernels.cpu_native import NativeKernel
+from heapr_vllm.model_executor.kernels.cpu_native import BucketsKernel, NativeKernel
 from heapr_vllm.model_executor.kernels.reference import ReferenceKernel
 from heapr_vllm.model_executor.kernels.triton.kernel import TritonKernel
 
 VARIABLE = "HEAPR_KERNEL"
 FORMER_NAMES = {"ragged": "compiled"}
+FORMER_WISHES = {
+    ("HEAPR_CPU_KERNEL", "native"): {"native", "buckets"},
+    ("HEAPR_CPU_KERNEL", "compiled"): {"compiled"},
+    ("HEAPR_CPU_KERNEL", "ragged"): {"compiled"},
+    ("HEAPR_CPU_BUCKETS", "always"): {"triton", "compiled", "buckets"},
+    ("HEAPR_CPU_BUCKETS", "never"): {"triton", "compiled", "native"},
+}
 
 
 @cache
 def kernels() -> dict[str, RaggedKernel]:
-    """Name to kernel, in the order in which they are asked."""
-    return {kernel.name: kernel for kernel in (TritonKernel(), CompiledKernel(), NativeKernel(), ReferenceKernel())}
+    """Name to kernel, in the order in which they are preferred where they are equally fast.
+
+    The last one is only for layers that no other runs.
+    """
+    ordered = (TritonKernel(), CompiledKernel(), NativeKernel(), BucketsKernel(), ReferenceKernel())
+    return {kernel.name: kernel for kernel in ordered}
 
 
-def select_kernel(dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None) -> RaggedKernel:
-    """Returns the kernel for a layer of this type and size, whose experts are stored as `scheme` says.
+def candidates(dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None) -> list[RaggedKernel]:
+    """Returns the kernels for a layer of this type and size, whose experts are stored as `scheme` says.
 
-    Raises HeaprError if the forced one cannot run it, or none can.
+    Never empty. Raises HeaprError if the forced one cannot run the layer, or none can.
     """
     if kernel := forced_kernel():
         _refuse(kernel, kernel.layer_obstacle(dtype, hidden_size, scheme))
-        return kernel
-    for kernel in kernels().values():
-        is_free = kernel.is_default(scheme) and kernel.layer_obstacle(dtype, hidden_size, scheme) is None
-        if is_free and kernel.machine_obstacle() is None:
-            return kernel
-    raise HeaprError(
-        f"no kernel runs pruned experts of {dtype} and hidden size {hidden_size} here: "
-        f"{ReferenceKernel().layer_obstacle(dtype, hidden_size, scheme)}"
-    )
+        return [kernel]
+    *fast, reference = kernels().values()
+    found = [
+        kernel
+        for kernel in fast
+        if kernel.is_default()
+        and kernel.layer_obstacle(dtype, hidden_size, scheme) is None
+        and kernel.machine_obstacle() is None
+    ]
+    if found:
+        return _as_wished(found)
+    if obstacle := reference.layer_obstacle(dtype, hidden_size, scheme):
+        raise HeaprError(f"no kernel runs pruned experts of {dtype} and hidden size {hidden_size} here: {obstacle}")
+    return [reference]
 
 
-def kernel_choice() -> str | None:
-    """Returns what the choice depends on apart from the layer; None on GPUs, unless it is forced.
-
-    Asked once in the front end, it has our CPU op compiled before any worker starts. Raises HeaprError if the forced
-    kernel cannot run here.
-    """
-    if kernel := forced_kernel():
-        return kernel.cache_key()
-    if not current_platform.is_cpu():
-        return None
-    return next(k.cache_key() for k in kernels().values() if k.is_default() and k.machine_obstacle() is None)
+def _as_wished(found: list[RaggedKernel]) -> list[RaggedKernel]:
+    """Those that the older variables name, of each variable that names any of them."""
+    for (variable, value), names in FORMER_WISHES.items():
+        if os.environ.get(variable) == value:
+            found = [kernel for kernel in found if kernel.name in names] or found
+    return found
 
 
 def forced_kernel() -> RaggedKernel | None:

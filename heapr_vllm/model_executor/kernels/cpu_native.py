@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variable-width experts on vLLM's native CPU MoE op, one call per bucket of equal stored width.
+"""Variable-width experts on vLLM's native CPU MoE op: padded to one width, or one call per bucket of equal width.
 
 The op (`_C::cpu_fused_moe`) wants one width per call, a multiple of 32, and hidden sizes that are multiples of 32; it
 never checks expert ids and aborts the process on anything else, so everything is checked here, before.
@@ -7,9 +7,9 @@ never checks expert ids and aborts the process on anything else, so everything i
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from vllm.platforms import current_platform
@@ -20,18 +20,15 @@ from heapr_vllm.model_executor.storage.layout import RaggedLayout, round_up
 
 WIDTH_UNIT = 32
 MAX_BUCKETS = 6
-# Sorting rows into buckets costs a fixed time per layer, however many buckets; it pays where decoding reads so much
-# less that it saves more. Figures from `python -m benchmarks.cpu_layer --buckets`, kept in docs/measurements.md.
-BUCKETING_SECONDS = 1e-4
-BYTES_PER_SECOND = 30e9
 
 
 class NativeKernel(RaggedKernel):
-    """Runs on CPUs where vLLM has the op."""
+    """Runs on CPUs where vLLM has the op, in one call of experts padded to the widest."""
 
     name = "native"
+    max_buckets: ClassVar[int] = 1
 
-    def is_default(self, scheme: ExpertScheme | None = None) -> bool:
+    def is_default(self) -> bool:
         return current_platform.is_cpu()
 
     def machine_obstacle(self) -> str | None:
@@ -44,21 +41,8 @@ class NativeKernel(RaggedKernel):
             return f"vLLM's op needs x86-64 and a hidden size in multiples of {WIDTH_UNIT}; choose reference"
         return None
 
-    def cache_key(self) -> str:
-        """Compiled graphs hold the stored widths of uniform layers."""
-        return f"{self.name}, buckets {buckets_override()}"
-
-    def stored_widths(self, widths: list[int], top_k: int, hidden_size: int, element_size: int) -> list[int]:
-        """Returns one width for all where calls dominate, else up to `MAX_BUCKETS` widths.
-
-        HEAPR_CPU_BUCKETS=always or never overrides the choice.
-        """
-        uniform, ragged = bucketed(widths, WIDTH_UNIT, 1), bucketed(widths, WIDTH_UNIT, MAX_BUCKETS)
-        if override := buckets_override():
-            return ragged if override == "always" else uniform
-        saved_rows = top_k * (sum(uniform) - sum(ragged)) / len(widths)
-        saved_seconds = saved_rows * 3 * hidden_size * element_size / BYTES_PER_SECOND
-        return ragged if saved_seconds > BUCKETING_SECONDS else uniform
+    def stored_widths(self, widths: list[int]) -> list[int]:
+        return bucketed(widths, WIDTH_UNIT, self.max_buckets)
 
     def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scales | None = None) -> None:
         """Brings both flat parameters into the op's order, in place: an expert's packed and plain sizes are equal."""
@@ -112,6 +96,13 @@ class NativeKernel(RaggedKernel):
         cpu_uniform_moe(output, x, experts.w13, experts.w2, routes.weights, routes.ids, experts.uniform_experts, isa)
 
 
+class BucketsKernel(NativeKernel):
+    """One call for each of a few stored widths: less padding, but rows are sorted into buckets first."""
+
+    name = "buckets"
+    max_buckets = MAX_BUCKETS
+
+
 @torch.compiler.assume_constant_result
 def native_isa(dtype: torch.dtype, hidden_size: int) -> str | None:
     """Returns the instruction set to ask the native op for, "amx" or "vec"; None if it cannot run this layer."""
@@ -123,12 +114,6 @@ def native_isa(dtype: torch.dtype, hidden_size: int) -> str | None:
         torch.cpu._init_amx()  # asks the kernel for the tile registers; without it the op dies with SIGILL
         return "amx"
     return "vec"
-
-
-def buckets_override() -> str | None:
-    """Returns HEAPR_CPU_BUCKETS, if it is always or never."""
-    override = os.environ.get("HEAPR_CPU_BUCKETS")
-    return override if override in ("always", "never") else None
 
 
 def cpu_uniform_moe(

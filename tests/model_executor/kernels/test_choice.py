@@ -11,6 +11,7 @@ from vllm.config import CUDAGraphMode
 from vllm.platforms import current_platform
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels import choice, cpu_native
 from heapr_vllm.model_executor.kernels.cpu_compiled import extension
 from heapr_vllm.model_executor.kernels.cpu_compiled import kernel as cpu_compiled
@@ -31,7 +32,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def on(monkeypatch: pytest.MonkeyPatch, platform: SimpleNamespace) -> None:
     monkeypatch.setattr("vllm.platforms.current_platform", platform)
-    for module in (choice, cpu_native, cpu_compiled, triton):
+    for module in (cpu_native, cpu_compiled, triton):
         monkeypatch.setattr(module, "current_platform", platform)
 
 
@@ -40,27 +41,55 @@ def capture_graphs(monkeypatch: pytest.MonkeyPatch, mode: CUDAGraphMode) -> None
     monkeypatch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: config)
 
 
+def names(dtype: torch.dtype = torch.float32, hidden_size: int = 64, scheme: ExpertScheme | None = None) -> list[str]:
+    return [kernel.name for kernel in choice.candidates(dtype, hidden_size, scheme)]
+
+
 @pytest.mark.parametrize(
-    ("environment", "kernel"),
+    ("environment", "expected"),
     [
-        ({"HEAPR_KERNEL": "triton", "TRITON_INTERPRET": "1"}, "triton"),
-        ({"HEAPR_KERNEL": "reference"}, "reference"),
-        ({"HEAPR_KERNEL": "native"}, "native"),
-        ({"HEAPR_KERNEL": "native", "HEAPR_CPU_KERNEL": "ragged"}, "native"),
-        ({"HEAPR_KERNEL": "reference", "HEAPR_CPU_KERNEL": "native"}, "reference"),
-        ({"HEAPR_KERNEL": "", "HEAPR_CPU_KERNEL": "native"}, "native"),
+        ({"HEAPR_KERNEL": "triton", "TRITON_INTERPRET": "1"}, ["triton"]),
+        ({"HEAPR_KERNEL": "reference"}, ["reference"]),
+        ({"HEAPR_KERNEL": "native"}, ["native"]),
+        ({"HEAPR_KERNEL": "buckets"}, ["buckets"]),
+        ({"HEAPR_KERNEL": "native", "HEAPR_CPU_KERNEL": "ragged"}, ["native"]),
+        ({"HEAPR_KERNEL": "reference", "HEAPR_CPU_KERNEL": "native"}, ["reference"]),
+        ({"HEAPR_KERNEL": "", "HEAPR_CPU_KERNEL": "native"}, ["native", "buckets"]),
+        ({"HEAPR_CPU_KERNEL": "native", "HEAPR_CPU_BUCKETS": "always"}, ["buckets"]),
+        ({"HEAPR_CPU_KERNEL": "native", "HEAPR_CPU_BUCKETS": "never"}, ["native"]),
+        ({"HEAPR_CPU_KERNEL": "ragged"}, ["compiled"]),
+        ({"HEAPR_CPU_KERNEL": "compiled", "HEAPR_CPU_BUCKETS": "always"}, ["compiled"]),
+        ({"HEAPR_CPU_BUCKETS": "never"}, ["compiled", "native"]),
+        ({"HEAPR_CPU_KERNEL": "typo"}, ["compiled", "native", "buckets"]),
+        ({}, ["compiled", "native", "buckets"]),
     ],
 )
-def test_forced(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], kernel: str) -> None:
+def test_candidates(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: list[str]) -> None:
+    monkeypatch.setattr(cpu_compiled, "can_run", lambda: True)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert choice.select_kernel(torch.float32, 64).name == kernel
+    assert names() == expected
+
+
+def test_candidates_that_fit_no_layer_or_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_compiled, "can_run", lambda: True)
+    assert names(hidden_size=48) == ["reference"], "panels are 32 columns wide, vLLM's op takes multiples of 32"
+    assert names(scheme=ExpertScheme("int")) == ["compiled"], "vLLM's op does not decode"
+    monkeypatch.setattr(cpu_compiled, "can_run", lambda: False)
+    monkeypatch.setenv("HEAPR_CPU_KERNEL", "compiled")
+    assert names() == ["native", "buckets"], "an older wish gives way"
+    assert names(scheme=ExpertScheme("int")) == ["reference"]
+
+
+def test_candidates_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, GPU)
+    assert names() == ["triton"]
 
 
 @pytest.mark.skipif(not extension.load(), reason="no C++ compiler")
 def test_own_op_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEAPR_KERNEL", "ragged")
-    assert choice.select_kernel(torch.float32, 64).name == "compiled", "its former name"
+    assert names() == ["compiled"], "its former name"
 
 
 def test_forced_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,19 +97,22 @@ def test_forced_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     capture_graphs(monkeypatch, CUDAGraphMode.NONE)
     for kernel in ("triton", "reference"):
         monkeypatch.setenv("HEAPR_KERNEL", kernel)
-        assert choice.select_kernel(torch.bfloat16, 64).name == kernel == choice.kernel_choice()
+        assert names(torch.bfloat16) == [kernel]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cuda", "HEAPR_KERNEL=cuda is no kernel; choose from triton, compiled, native, reference, or unset it"),
+        (
+            "cuda",
+            "HEAPR_KERNEL=cuda is no kernel; choose from triton, compiled, native, buckets, reference, or unset it",
+        ),
         ("triton", "HEAPR_KERNEL=triton cannot run here: there is no GPU; set TRITON_INTERPRET=1"),
     ],
 )
 def test_refused_before_any_worker_starts(monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
     monkeypatch.setenv("HEAPR_KERNEL", name)
-    for ask in (choice.kernel_choice, lambda: choice.select_kernel(torch.float32, 64)):
+    for ask in (choice.forced_kernel, names):
         with pytest.raises(HeaprError, match=message):
             ask()
 
@@ -91,7 +123,7 @@ def test_refused_without_triton_or_a_compiler(monkeypatch: pytest.MonkeyPatch) -
     for name, message in (("triton", "there is no Triton"), ("compiled", "cannot be compiled")):
         monkeypatch.setenv("HEAPR_KERNEL", name)
         with pytest.raises(HeaprError, match=message):
-            choice.kernel_choice()
+            choice.forced_kernel()
 
 
 @pytest.mark.parametrize("name", ["compiled", "native"])
@@ -99,7 +131,7 @@ def test_kernels_of_cpus_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch, n
     on(monkeypatch, GPU)
     monkeypatch.setenv("HEAPR_KERNEL", name)
     with pytest.raises(HeaprError, match="it is for CPUs; choose triton"):
-        choice.kernel_choice()
+        choice.forced_kernel()
 
 
 @pytest.mark.parametrize(
@@ -118,7 +150,7 @@ def test_layers_that_do_not_fit(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("HEAPR_KERNEL", name)
     with pytest.raises(HeaprError, match=message):
-        choice.select_kernel(dtype, hidden_size)
+        names(dtype, hidden_size)
 
 
 def test_reference_needs_an_eager_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,22 +159,4 @@ def test_reference_needs_an_eager_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     capture_graphs(monkeypatch, CUDAGraphMode.PIECEWISE)
     monkeypatch.setenv("HEAPR_KERNEL", "reference")
     with pytest.raises(HeaprError, match="add --enforce-eager"):
-        choice.select_kernel(torch.float32, 64)
-
-
-def test_compiled_graphs_are_not_shared_between_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`kernel_choice` is a part of the key of vLLM's cache; native graphs also hold stored widths."""
-    monkeypatch.setattr(cpu_compiled, "can_run", lambda: True)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    choices = set()
-    for kernel, buckets in (
-        ("triton", ""),
-        ("compiled", ""),
-        ("reference", ""),
-        ("native", "always"),
-        ("native", "never"),
-    ):
-        monkeypatch.setenv("HEAPR_KERNEL", kernel)
-        monkeypatch.setenv("HEAPR_CPU_BUCKETS", buckets)
-        choices.add(choice.kernel_choice())
-    assert len(choices) == 5
+        names()

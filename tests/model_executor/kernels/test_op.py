@@ -24,11 +24,11 @@ pytest.importorskip("vllm")
 from vllm.platforms import current_platform
 
 from heapr_vllm.model_executor.experts import HeaprExperts
-from heapr_vllm.model_executor.kernels import choice, cpu_native
+from heapr_vllm.model_executor.kernels import cpu_native
 from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes
 from heapr_vllm.model_executor.kernels.cpu_compiled import extension
 from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import CompiledKernel
-from heapr_vllm.model_executor.kernels.cpu_native import WIDTH_UNIT, NativeKernel, bucketed, native_isa
+from heapr_vllm.model_executor.kernels.cpu_native import WIDTH_UNIT, BucketsKernel, NativeKernel, bucketed, native_isa
 from heapr_vllm.model_executor.kernels.op import register_op
 from heapr_vllm.model_executor.kernels.reference import ReferenceKernel
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
@@ -77,7 +77,7 @@ def layer(case: tuple, dtype: torch.dtype, kernel: RaggedKernel) -> Layer:
     generator = torch.Generator().manual_seed(len(widths) * tokens)
     local = [e for e in range(len(widths)) if e not in remote]
     local_widths = [widths[e] for e in local]
-    stored = kernel.stored_widths(local_widths, top_k, hidden, dtype.itemsize)
+    stored = kernel.stored_widths(local_widths)
     if isinstance(kernel, NativeKernel):
         stored = bucketed(local_widths, WIDTH_UNIT, max_buckets)
     layout = RaggedLayout.build(local_widths, stored)
@@ -162,22 +162,6 @@ class TestCompiledOp:
     def test_no_tokens(self) -> None:
         assert layer((0, [64, 32], 2, 64, 3, ()), torch.bfloat16, CompiledKernel()).run().shape == (0, 64)
 
-    def test_choice_can_be_overridden(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("HEAPR_CPU_KERNEL", "ragged")
-        assert choice.select_kernel(torch.bfloat16, 64).name == "compiled"
-        assert choice.select_kernel(torch.bfloat16, 48).name == "reference", "panels are 32 columns wide"
-        monkeypatch.setenv("HEAPR_CPU_KERNEL", "native")
-        assert choice.select_kernel(torch.bfloat16, 64).name == "native"
-
-    def test_compiled_graphs_are_not_shared_between_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """`kernel_choice` is a part of the key of vLLM's cache."""
-        choices = set()
-        for kernel, buckets in (("compiled", ""), ("native", ""), ("native", "always"), ("native", "never")):
-            monkeypatch.setenv("HEAPR_CPU_KERNEL", kernel)
-            monkeypatch.setenv("HEAPR_CPU_BUCKETS", buckets)
-            choices.add(choice.kernel_choice())
-        assert len(choices) == 4
-
 
 @pytest.mark.parametrize("obstacle", ["compiler", "folder"])
 def test_without_a_compiler_the_native_op_is_used(obstacle: str, tmp_path: Path) -> None:
@@ -188,10 +172,10 @@ def test_without_a_compiler_the_native_op_is_used(obstacle: str, tmp_path: Path)
         import logging
         import torch
         from vllm.platforms import current_platform
-        from heapr_vllm.model_executor.kernels.choice import select_kernel
+        from heapr_vllm.model_executor.kernels.choice import candidates
         logging.basicConfig(level=logging.INFO)
         current_platform.import_kernels()
-        print("kernel", *(select_kernel(torch.float32, 64).name for _ in range(2)))
+        print("kernels", *(kernel.name for _ in range(2) for kernel in candidates(torch.float32, 64)))
     """
     environment = {
         **os.environ,
@@ -201,7 +185,9 @@ def test_without_a_compiler_the_native_op_is_used(obstacle: str, tmp_path: Path)
     }
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     printed = process.stdout + process.stderr
-    assert "kernel native native" in printed and printed.count("kernel cannot be compiled") == 1, printed
+    assert "kernels native buckets native buckets" in printed and printed.count("kernel cannot be compiled") == 1, (
+        printed
+    )
     assert "Traceback" not in printed
 
 
@@ -253,10 +239,11 @@ def test_uniform_experts_are_traced_as_a_dense_layer() -> None:
     torch.testing.assert_close(output.double(), 2 * built.expected, rtol=1e-4, atol=1e-4)
 
 
-def test_small_layers_get_one_bucket_and_large_ones_several() -> None:
-    assert len(set(NativeKernel().stored_widths([16, 48, 96, 96], 2, 256, 2))) == 1
-    large = NativeKernel().stored_widths([64 * (e % 12) for e in range(128)], 8, 2048, 2)
-    assert len(set(large) - {0}) > 2 and sum(large) < 128 * 704
+def test_one_bucket_or_several() -> None:
+    widths = [64 * (e % 12) for e in range(128)]
+    assert set(NativeKernel().stored_widths(widths)) == {704}
+    stored = BucketsKernel().stored_widths(widths)
+    assert 2 < len(set(stored) - {0}) <= 6 and all(map(int.__le__, widths, stored))
 
 
 @by_name

@@ -74,7 +74,7 @@ def layer(case: tuple, dtype: torch.dtype, kind: str, kernel: RaggedKernel) -> L
     generator = torch.Generator().manual_seed(len(widths) * tokens)
     local = [e for e in range(len(widths)) if e not in remote]
     local_widths = [widths[e] for e in local]
-    layout = RaggedLayout.build(local_widths, kernel.stored_widths(local_widths, top_k, hidden, 1))
+    layout = RaggedLayout.build(local_widths, kernel.stored_widths(local_widths))
     groups = hidden // group_size if group_size else 1
     w13, w2 = (torch.zeros(n * layout.num_rows, hidden, dtype=scheme.code_dtype) for n in (2, 1))
     w13_scale = torch.ones(2 * layout.num_rows, groups)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from vllm.platforms import current_platform
 
@@ -15,26 +13,16 @@ from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
 WIDTH_UNIT = 16  # neurons of a panel, half of its columns
 COLUMNS = 32  # outputs of a panel; hidden sizes are multiples of it
-TIMED = ("avx2", "avx512", "avx512_bf16")  # instruction sets where it was faster than vLLM's op
 
 
 class CompiledKernel(RaggedKernel):
-    """Runs on CPUs, compiled there on first use.
-
-    It is the default on AVX2 and AVX-512 without AMX: with AMX (through PyTorch's brgemm) it was never timed against
-    vLLM's op. HEAPR_CPU_KERNEL=compiled or native overrides that.
-    """
+    """Runs on CPUs, compiled there on first use."""
 
     name = "compiled"
     width_unit = WIDTH_UNIT
 
-    def is_default(self, scheme: ExpertScheme | None = None) -> bool:
-        override = os.environ.get("HEAPR_CPU_KERNEL")
-        if scheme is not None:  # vLLM's op does not decode, so there is no choice
-            return current_platform.is_cpu()
-        if override == "native" or not current_platform.is_cpu():
-            return False
-        return build.isa() in TIMED or override in ("compiled", "ragged")
+    def is_default(self) -> bool:
+        return current_platform.is_cpu()
 
     def machine_obstacle(self) -> str | None:
         if not current_platform.is_cpu():

@@ -23,7 +23,7 @@ class TritonKernel(RaggedKernel):
     share_unit = TRITON_UNIT
     width_unit = TRITON_UNIT
 
-    def is_default(self, scheme: ExpertScheme | None = None) -> bool:
+    def is_default(self) -> bool:
         return current_platform.is_cuda_alike()
 
     def machine_obstacle(self) -> str | None:
