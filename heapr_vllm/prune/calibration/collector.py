@@ -201,8 +201,9 @@ class MomentCollector:
         """Computes the experts' output [T, H] for `hidden_states` [T, H], `top_k_index`, `top_k_weights` [T, top_k].
 
         On a GPU the number of launches does not depend on the number of experts, and the host waits for nothing. Every
-        row, of T * top_k, keeps 5I values for the way back. At most R = ROWS_AT_ONCE rows are under way at a time, so
-        that temporaries stay below R (2H + 2I) values of the model's dtype, R H in float32 and 4 R I in float64.
+        row, of T * top_k, keeps at most 5I values for the way back. At most R = ROWS_AT_ONCE rows are under way at a
+        time, so that temporaries stay below R (2H + 2I) values of the model's dtype, R H in float32 and 4 R I in
+        float64.
         """
         layer = self.layers[self.prefixes[module]]
         if not layer.has_norms:
