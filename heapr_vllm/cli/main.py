@@ -48,13 +48,14 @@ def main(argv: list[str] | None = None) -> int:
 
     HEAPR_DEBUG=1 or --debug lets exceptions through, with their traceback.
     """
-    args = build_parser().parse_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if not sys.stderr.isatty():
-        for name, value in NO_PROGRESS_BARS.items():
-            os.environ.setdefault(name, value)
+    args = argparse.Namespace(debug=False, run=None)
     try:
         with _ended_cleanly_by_sigterm():
+            args = build_parser().parse_args(argv)
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+            if not sys.stderr.isatty():
+                for name, value in NO_PROGRESS_BARS.items():
+                    os.environ.setdefault(name, value)
             args.run(args)
     except HeaprError as error:
         if _is_debugging(args):
