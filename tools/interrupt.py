@@ -8,10 +8,10 @@ Each command runs once undisturbed on a tiny model. Then it is stopped at `--mom
 end, killed at half as many, and stopped during the start-up of the real executable at `--startups` moments. The others
 are processes forked from this one, which has imported everything, so that no moment costs seconds of imports.
 
-After each: the exit code is 130 or 143 (a shell says 143 of one that SIGTERM ended), or 0 if it had finished; there is no traceback; inputs are as before; the output
-is not there, what it was before, what an undisturbed run writes, or unfinished and refused by its reader; and the same
-command, with --resume where there is one, ends in what an undisturbed run leaves, temporaries included: there are none.
-Exit code 1 if anything is not so.
+After each: the exit code is 130 or 143, or what a shell shows as such, or 0 if it had finished; there is no traceback;
+inputs are as before; the output is not there, what it was before, what an undisturbed run writes, or unfinished and
+refused by its reader; and the same command, with --resume where there is one, ends in what an undisturbed run leaves,
+temporaries included: there are none. Exit code 1 if anything is not so.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +36,6 @@ from transformers import AutoModelForCausalLM
 
 from heapr_vllm.cli.main import main as heapr
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.model_executor.kernels.triton.tiles import read_profiles
 from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationRecord
 from heapr_vllm.prune.calibration.saved_state import PARTIAL_FILE
 from tests import tiny_models
@@ -73,7 +72,6 @@ class Command:
     again: tuple[str, ...] = ()
     before: str | None = None
     is_timed: bool = False
-    environment: dict[str, str] = field(default_factory=dict)
 
     def argv(self, work: Path) -> list[str]:
         return [*self.arguments, self.output_option, str(work / self.output)]
@@ -108,10 +106,9 @@ COMMANDS = (
     Command("eval", ("eval", "masks", *TEXT, "--num-samples", "4"), "eval.json"),
     Command(
         "tune",
-        ("tune", "masks", "--tokens", "1", "--time-budget", "1s"),
+        ("tune", "masks", "--tokens", "1", "2", "--time-budget", "2s"),
         "profiles",
         is_timed=True,
-        environment={"TRITON_INTERPRET": "1"},
     ),
 )
 
@@ -263,14 +260,14 @@ class Trial:
         whether a temporary was left for the next run.
         """
         self._prepare()
-        was = self.work.stat().st_mtime_ns
+        was = self._changes()
         ended = self._run(start, number, after)
         found, problems = contents(self.work), []
         if ended.status == 0:
             state = "finished"
         else:
-            state = "before" if self.work.stat().st_mtime_ns == was and found == self.earlier else "during"
-            if ended.status not in (STOPS[number], -signal.SIGTERM if number == signal.SIGTERM else None):
+            state = "before" if self._changes() == was else "during"
+            if ended.status not in (STOPS[number], -number):  # it dies of the signal before it can handle it
                 problems.append(f"exit status {ended.status}: {ended.printed[-1500:]}")
         if "Traceback" in ended.printed:
             problems.append(f"a traceback: {ended.printed[-1500:]}")
@@ -281,22 +278,24 @@ class Trial:
             problems.append(f"the output is neither whole nor absent nor refused: {sorted(output)}")
         is_left = bool(found.keys() - output.keys())
         if start is fork or problems:
-            problems += self._again(ended.status == 0)
+            problems += self._again(is_whole=output == of_output(self.whole, self.command.output))
         if contents(self.inputs) != self.untouched:
             problems.append("inputs changed")
         return state, problems, is_left
 
     def _is_whole(self, output: Contents) -> bool:
         if self.command.is_timed:
+            from heapr_vllm.model_executor.kernels.triton.tiles import read_profiles
+
             profiles = [self.work / name for name in output if name.endswith(".json")]
             return all(isinstance(read_profiles(path), list) for path in profiles)
         wanted = (of_output(each, self.command.output) for each in (self.earlier, self.whole))
         return not output or output in wanted
 
-    def _again(self, is_finished: bool) -> list[str]:
-        """Runs the command again, and says what is wrong then; a finished one says that its output is there."""
+    def _again(self, is_whole: bool) -> list[str]:
+        """Runs the command again, and says what is wrong then; where its output is whole it may say so."""
         ended = self._run(fork, is_again=True)
-        is_refused = is_finished and ended.status == 2 and "already exists" in ended.printed
+        is_refused = is_whole and ended.status == 2 and "already exists" in ended.printed
         if ended.status and not is_refused:
             return [f"the next run ended with {ended.status}: {ended.printed[-1500:]}"]
         found = contents(self.work)
@@ -304,6 +303,10 @@ class Trial:
             return [] if found.keys() == self.whole.keys() else [f"the next run left {sorted(found)}"]
         wrong = sorted(name for name in found.keys() | self.whole.keys() if found.get(name) != self.whole.get(name))
         return [f"after the next run these differ from an undisturbed one's: {wrong}"] if wrong else []
+
+    def _changes(self) -> dict[Path, int]:
+        """When something came or went in the folders where output is."""
+        return {path: path.stat().st_mtime_ns for path in (self.work, *self.work.rglob("*/"))}
 
     def _prepare(self) -> None:
         for folder in (self.work, self.scratch / "tmp"):
@@ -320,7 +323,7 @@ class Trial:
         is_again: bool = False,
     ) -> Ended:
         argv = self.command.argv(self.work) + (list(self.command.again) if is_again else [])
-        environment = {**self.command.environment, "TMPDIR": str(self.scratch / "tmp")}
+        environment = {"TMPDIR": str(self.scratch / "tmp")}
         return wait(start(argv, self.inputs, self.scratch / "log", environment), number, after)
 
 
@@ -353,6 +356,7 @@ def main() -> int:
     parser.add_argument("--startups", type=int, default=4, help="per command")
     parser.add_argument("--command", nargs="+", metavar="NAME", help="parts of names")
     args = parser.parse_args()
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
     for name in IMPORTED_BY_COMMANDS:
         import_module(name)
     chosen = [each for each in COMMANDS if not args.command or any(part in each.name for part in args.command)]

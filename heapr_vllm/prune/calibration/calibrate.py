@@ -91,6 +91,7 @@ def calibrate(
             versions=versions(),
             tokens={prefix: tokens.tolist() for prefix, tokens in moments.tokens.items()},
         )
+        (output / CALIBRATION_FILE).unlink(missing_ok=True)  # of another run: until ours is there, nothing is whole
         moments.save_pretrained(output)
         _copy_side_files(checkpoint, output)
         record.write(output)
