@@ -50,6 +50,7 @@ IMPORTED_BY_COMMANDS = (
     "matplotlib.backends.backend_agg",
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
 )
+ENVIRONMENT = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # read by what is imported above
 STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
 PATIENCE = 60  # seconds until a stopped process must be gone
 STARTUP_SECONDS = 4.0
@@ -231,10 +232,6 @@ def contents(folder: Path) -> Contents:
     return found
 
 
-def of_output(found: Contents, output: str) -> Contents:
-    return {name: data for name, data in found.items() if name.rstrip("/") == output or name.startswith(f"{output}/")}
-
-
 @dataclass
 class Trial:
     """One command on its inputs: the undisturbed run, then stops. Raises RuntimeError if that one fails."""
@@ -248,7 +245,7 @@ class Trial:
         self.work = self.scratch / "work"
         self._prepare()
         self.earlier = contents(self.work)
-        ended = self._run(fork)
+        ended = self.run()
         if ended.status:
             raise RuntimeError(f"{self.command.name} ended with {ended.status}: {ended.printed}")
         self.seconds, self.whole = ended.seconds, contents(self.work)
@@ -261,7 +258,7 @@ class Trial:
         """
         self._prepare()
         was = self._changes()
-        ended = self._run(start, number, after)
+        ended = self.run(start, number, after)
         found, problems = contents(self.work), []
         if ended.status == 0:
             state = "finished"
@@ -273,28 +270,29 @@ class Trial:
             problems.append(f"a traceback: {ended.printed[-1500:]}")
         if number != signal.SIGKILL and any((self.scratch / "tmp").iterdir()):
             problems.append("something is left in TMPDIR")
-        output = of_output(found, self.command.output)
-        if not self._is_whole(output) and not (output and self.command.refused(self.work)):
+        output = self.of_output(found)
+        if not self.is_whole(output) and not self.is_unfinished(output):
             problems.append(f"the output is neither whole nor absent nor refused: {sorted(output)}")
         is_left = bool(found.keys() - output.keys())
         if start is fork or problems:
-            problems += self._again(is_whole=output == of_output(self.whole, self.command.output))
+            problems += self.again(is_whole=output == self.of_output(self.whole))
         if contents(self.inputs) != self.untouched:
             problems.append("inputs changed")
         return state, problems, is_left
 
-    def _is_whole(self, output: Contents) -> bool:
+    def is_whole(self, output: Contents) -> bool:
+        """Whether what is under the final name is nothing, what it was before, or what an undisturbed run writes."""
         if self.command.is_timed:
             from heapr_vllm.model_executor.kernels.triton.tiles import read_profiles
 
             profiles = [self.work / name for name in output if name.endswith(".json")]
             return all(isinstance(read_profiles(path), list) for path in profiles)
-        wanted = (of_output(each, self.command.output) for each in (self.earlier, self.whole))
+        wanted = (self.of_output(each) for each in (self.earlier, self.whole))
         return not output or output in wanted
 
-    def _again(self, is_whole: bool) -> list[str]:
+    def again(self, is_whole: bool) -> list[str]:
         """Runs the command again, and says what is wrong then; where its output is whole it may say so."""
-        ended = self._run(fork, is_again=True)
+        ended = self.run(is_again=True)
         is_refused = is_whole and ended.status == 2 and "already exists" in ended.printed
         if ended.status and not is_refused:
             return [f"the next run ended with {ended.status}: {ended.printed[-1500:]}"]
@@ -303,6 +301,17 @@ class Trial:
             return [] if found.keys() == self.whole.keys() else [f"the next run left {sorted(found)}"]
         wrong = sorted(name for name in found.keys() | self.whole.keys() if found.get(name) != self.whole.get(name))
         return [f"after the next run these differ from an undisturbed one's: {wrong}"] if wrong else []
+
+    def of_output(self, found: Contents) -> Contents:
+        """What is under the final name."""
+        output = self.command.output
+        return {
+            name: data for name, data in found.items() if name.rstrip("/") == output or name.startswith(f"{output}/")
+        }
+
+    def is_unfinished(self, output: Contents) -> bool:
+        """Whether there is something under the final name that its reader does not take."""
+        return bool(output) and self.command.refused(self.work)
 
     def _changes(self) -> dict[Path, int]:
         """When something came or went in the folders where output is."""
@@ -315,13 +324,14 @@ class Trial:
         if self.command.before:
             shutil.copytree(self.inputs / self.command.before, self.work / self.command.output)
 
-    def _run(
+    def run(
         self,
-        start: Callable[..., Process],
+        start: Callable[..., Process] = fork,
         number: signal.Signals | None = None,
         after: float = 0.0,
         is_again: bool = False,
     ) -> Ended:
+        """Runs the command to its end, or stops it."""
         argv = self.command.argv(self.work) + (list(self.command.again) if is_again else [])
         environment = {"TMPDIR": str(self.scratch / "tmp")}
         return wait(start(argv, self.inputs, self.scratch / "log", environment), number, after)
@@ -356,7 +366,8 @@ def main() -> int:
     parser.add_argument("--startups", type=int, default=4, help="per command")
     parser.add_argument("--command", nargs="+", metavar="NAME", help="parts of names")
     args = parser.parse_args()
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
+    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
+        os.execve(sys.executable, [sys.executable, "-m", "tools.interrupt", *sys.argv[1:]], os.environ | ENVIRONMENT)
     for name in IMPORTED_BY_COMMANDS:
         import_module(name)
     chosen = [each for each in COMMANDS if not args.command or any(part in each.name for part in args.command)]

@@ -18,6 +18,7 @@ from heapr_vllm.cli.calibrate import add_calibrate, run_calibrate
 from heapr_vllm.cli.evaluate import add_eval
 from heapr_vllm.cli.export import add_export
 from heapr_vllm.cli.prune import add_inspect, add_prune, add_sweep
+from heapr_vllm.cli.refusals import refusal
 from heapr_vllm.cli.tune import add_tune
 from heapr_vllm.errors import HeaprError, first_line
 
@@ -66,15 +67,18 @@ def main(argv: list[str] | None = None) -> int:
             return 128 + number
         if not isinstance(error, Exception) or _is_debugging(args):
             raise
-        return _told(error)
+        return _told(error, args)
     return 0
 
 
-def _told(error: Exception) -> int:
+def _told(error: Exception, args: argparse.Namespace) -> int:
     """Prints an error in one line, and returns the exit code."""
     if isinstance(error, HeaprError):
         if os.environ.get("RANK", "0") == "0":  # of many processes with the same mistake one says so
             print(f"heapr: error: {error}", file=sys.stderr)
+        return 2
+    if message := refusal(error, args):
+        print(f"heapr: error: {message}{'; --resume continues' if args.run is run_calibrate else ''}", file=sys.stderr)
         return 2
     if isinstance(error, OSError | UnicodeError):
         print(f"heapr: error: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
