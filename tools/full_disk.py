@@ -3,11 +3,11 @@
 
     python -m tools.full_disk --command export prune   # those whose name contains one of these; all by default
 
-The disks are file systems in memory, in a mount namespace of its own, which needs root or user namespaces. Each has room
-for a share of what an undisturbed run writes. A command must end with 2 and one line that names the file or folder and a
-remedy, leave inputs and an earlier output as they are and nothing else but what it can go on with, and end in what an
-undisturbed run writes as soon as there is room. What fits after all must be whole. Exit code 1 if anything is not so, 3
-if nothing can be mounted here.
+The disks are file systems in memory, in a mount namespace of its own, which needs root or user namespaces. Each has
+room for a share of what an undisturbed run writes. A command must end with 2 and one line that names the file or folder
+and a remedy, leave inputs and an earlier output as they are and nothing else but what it can go on with, and end in
+what an undisturbed run writes as soon as there is room. What fits after all must be whole. Exit code 1 if anything is
+not so, 3 if nothing can be mounted here.
 """
 
 import argparse

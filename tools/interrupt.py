@@ -5,8 +5,8 @@
     python -m tools.interrupt --moments 50 --command export prune   # those whose name contains one of these
 
 Each command runs once undisturbed on a tiny model. Then it is stopped at `--moments` moments between its start and its
-end, killed at half as many, and stopped during the start-up of the real executable at `--startups` moments. The others
-are processes forked from this one, which has imported everything, so that no moment costs seconds of imports.
+end, killed at a fifth as many, and stopped during the start-up of the real executable at `--startups` moments. The
+others are processes forked from this one, which has imported everything, so that no moment costs seconds of imports.
 
 After each: the exit code is 130 or 143, or what a shell shows as such, or 0 if it had finished; there is no traceback;
 inputs are as before; the output is not there, what it was before, what an undisturbed run writes, or unfinished and
@@ -80,8 +80,10 @@ class Command:
     def refused(self, work: Path) -> bool:
         """Whether the reader of an output says that it is not finished, or there is none to be read."""
         folder = work / self.output
-        if self.arguments[0] != "calibrate" or (folder / PARTIAL_FILE).is_file():
-            return self.arguments[0] == "calibrate"
+        if self.arguments[0] != "calibrate":
+            return False
+        if (folder / PARTIAL_FILE).is_file():
+            return True
         try:
             CalibrationRecord.read(folder, "")
         except HeaprError:
@@ -90,7 +92,7 @@ class Command:
 
 
 TEXT = ("--dataset", "text.jsonl", "--max-seq-length", "64")
-CALIBRATE = ("calibrate", "base", *TEXT, "--num-calibration-samples", "24", "--checkpoint-every", "3")
+CALIBRATE = ("calibrate", "base", *TEXT, "--num-calibration-samples", "12", "--checkpoint-every", "2")
 COMMANDS = (
     Command("calibrate", CALIBRATE, again=("--resume",)),
     Command("calibrate --stream", (*CALIBRATE, "--stream"), again=("--resume",)),
@@ -343,7 +345,7 @@ def rows(trial: Trial, moments: int, startups: int) -> list[tuple[str, int, Coun
     stops = [signal.SIGINT, signal.SIGTERM]
     plans = (
         ("SIGINT, SIGTERM", fork, stops, moments, trial.seconds),
-        ("SIGKILL", fork, [signal.SIGKILL], moments // 2, trial.seconds),
+        ("SIGKILL", fork, [signal.SIGKILL], moments // 5, trial.seconds),
         ("start-up", execute, stops, startups, STARTUP_SECONDS),
     )
     found = []

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Outputs appear whole or not at all: written beside their place, then renamed into it."""
 
+import fcntl
 import os
 import re
 import shutil
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from heapr_vllm.errors import HeaprError
@@ -86,6 +87,32 @@ def atomic_directory(path: Path, kind: str, *, overwrite: bool = False, inputs: 
             replaced.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Generator[None]:
+    """Makes `folder`, for work that fills it bit by bit, and keeps other commands out; if it stays empty it goes again.
+
+    Raises HeaprError if another command is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HeaprError(
+                f"another command is writing {folder}; wait until it has ended, or choose another --output"
+            ) from None
+        except OSError:
+            pass  # a file system that has no locks
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                folder.rmdir()
+    finally:
+        os.close(descriptor)
 
 
 def atomic_file(path: Path, write: Callable[[Path], object]) -> None:

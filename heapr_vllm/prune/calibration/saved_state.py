@@ -55,13 +55,11 @@ class SavedState:
         return self._load(self.output / MOMENTS_FILE) if is_whole else None
 
     def remove(self) -> None:
-        """Removes the state of all processes, and the folder if nothing else is in it."""
+        """Removes the state of all processes."""
         shutil.rmtree(self.output / STREAM_FOLDER, ignore_errors=True)
         for path in self.output.glob("partial-*.safetensors"):
             path.unlink()
         (self.output / PARTIAL_FILE).unlink(missing_ok=True)
-        if self.output.is_dir() and not any(self.output.iterdir()):
-            self.output.rmdir()
 
     def _load(self, path: Path) -> NeuronMoments | None:
         """Raises HeaprError if the sums belong to other settings."""
