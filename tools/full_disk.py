@@ -26,7 +26,7 @@ SHARES = (0.0, 0.2, 0.5, 0.8)  # of what is to be written
 PAGE = os.sysconf("SC_PAGE_SIZE")
 CANNOT_MOUNT = 3
 FILLER = "filler"
-INSIDE = "HEAPR_FULL_DISK"  # set in the namespace
+INSIDE = "INSIDE_NAMESPACE"  # set in the namespace
 
 
 def mount(folder: Path, size: int, *options: str) -> None:

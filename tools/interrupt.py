@@ -264,6 +264,7 @@ class Trial:
         found, problems = contents(self.work), []
         if ended.status == 0:
             state = "finished"
+            self.seconds = min(self.seconds, ended.seconds)  # the machine may have been busy before
         else:
             state = "before" if self._changes() == was else "during"
             if ended.status not in (STOPS[number], -number):  # it dies of the signal before it can handle it
@@ -344,16 +345,16 @@ def rows(trial: Trial, moments: int, startups: int) -> list[tuple[str, int, Coun
     rng = random.Random(trial.command.name)
     stops = [signal.SIGINT, signal.SIGTERM]
     plans = (
-        ("SIGINT, SIGTERM", fork, stops, moments, trial.seconds),
-        ("SIGKILL", fork, [signal.SIGKILL], moments // 5, trial.seconds),
-        ("start-up", execute, stops, startups, STARTUP_SECONDS),
+        ("SIGINT, SIGTERM", fork, stops, moments),
+        ("SIGKILL", fork, [signal.SIGKILL], moments // 5),
+        ("start-up", execute, stops, startups),
     )
     found = []
-    for name, start, numbers, count, seconds in plans:
+    for name, start, numbers, count in plans:
         states: Counter[str] = Counter()
         problems: list[str] = []
         for turn in range(count):
-            after = rng.uniform(0, seconds)
+            after = rng.uniform(0, trial.seconds if start is fork else STARTUP_SECONDS)
             state, wrong, is_left = trial.stop(start, numbers[turn % len(numbers)], after)
             states.update([state, *(["left"] if is_left else [])])
             problems += [f"{numbers[turn % len(numbers)].name} after {after:.3f} s: {each}" for each in wrong]

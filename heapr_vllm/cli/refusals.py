@@ -18,6 +18,7 @@ REMEDIES = {
     errno.ENOENT: "create its folder, or choose another place",
     errno.ENOTDIR: "choose another place",
 }
+ABOUT_OUTPUTS = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)  # inputs may be meant too
 _CODE = re.compile(r"\(os error (\d+)\)")  # in the messages of safetensors
 
 
@@ -32,6 +33,11 @@ def refusal(error: Exception, args: argparse.Namespace) -> str | None:
     if code not in REMEDIES:
         return None
     named = getattr(error, "filename2", None) or getattr(error, "filename", None)
-    outputs = (getattr(args, name, None) for name in ("output", "plot"))
-    path: Path | str | None = named or next((each for each in outputs if each), None)
-    return f"{path or 'the output'}: {os.strerror(code)}; {REMEDIES[code]}"
+    outputs = [path for name in ("output", "plot") if (path := getattr(args, name, None))]
+    if code in ABOUT_OUTPUTS and not any(_is_near(named, output) for output in outputs):
+        return None
+    return f"{named or next(iter(outputs), 'the output')}: {os.strerror(code)}; {REMEDIES[code]}"
+
+
+def _is_near(named: str | None, output: Path) -> bool:
+    return named is not None and Path(named).resolve().is_relative_to(output.resolve().parent)
