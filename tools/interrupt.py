@@ -346,7 +346,7 @@ def rows(trial: Trial, moments: int, startups: int) -> list[tuple[str, int, Coun
     stops = [signal.SIGINT, signal.SIGTERM]
     plans = (
         ("SIGINT, SIGTERM", fork, stops, moments),
-        ("SIGKILL", fork, [signal.SIGKILL], moments // 5),
+        ("SIGKILL", fork, [signal.SIGKILL], -(-moments // 5)),
         ("start-up", execute, stops, startups),
     )
     found = []

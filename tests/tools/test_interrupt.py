@@ -44,7 +44,7 @@ def test_moments_of_every_command() -> None:
 
 
 def test_full_disks_and_read_only_folders() -> None:
-    status, rows, output = run("tools.full_disk", "--command", "prune", "export", "eval", "--plot")
+    status, rows, output = run("tools.full_disk", "--command", "prune", "export", "eval", "sweep", "inspect")
     if status == CANNOT_MOUNT:
         pytest.skip("no file system can be mounted here: neither root nor user namespaces")
     assert status == 0, output
