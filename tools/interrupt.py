@@ -16,6 +16,7 @@ temporaries included: there are none. Exit code 1 if anything is not so.
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -52,7 +53,7 @@ IMPORTED_BY_COMMANDS = (
 )
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # read by what is imported above
 STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
-PATIENCE = 60  # seconds until a stopped process must be gone
+PATIENCE = 120  # seconds that a command takes at most, and a stopped one until it is gone
 STARTUP_SECONDS = 4.0
 Contents = dict[str, bytes]
 
@@ -109,7 +110,7 @@ COMMANDS = (
     Command("eval", ("eval", "masks", *TEXT, "--num-samples", "4"), "eval.json"),
     Command(
         "tune",
-        ("tune", "masks", "--tokens", "1", "2", "--time-budget", "2s"),
+        ("tune", "masks", "--tokens", "1", "2", "--time-budget", "5s"),
         "profiles",
         is_timed=True,
     ),
@@ -126,10 +127,9 @@ class Ended(NamedTuple):
 
 def make_inputs(folder: Path) -> None:
     """Writes what the commands read: a model in many shards, text, a calibration, masks and another export."""
-    single = tiny_models.save("qwen3_moe", folder / "single")
-    AutoModelForCausalLM.from_pretrained(single).save_pretrained(folder / "base", max_shard_size="50KB")
-    tiny_models.tokenizer().save_pretrained(folder / "base")
-    tiny_models.write_corpus(folder / "text.jsonl")
+    maker = multiprocessing.get_context("fork").Process(target=_make_base, args=(folder,))
+    maker.start()  # the threads that transformers starts are not to be here when this process forks
+    maker.join()
     steps = (
         ("calibrate", "base", *TEXT, "--num-calibration-samples", "60", "-o", "calib"),
         ("prune", "calib", "--sparsity", "0.25", "-o", "masks"),
@@ -139,6 +139,13 @@ def make_inputs(folder: Path) -> None:
         ended = wait(fork(list(step), folder, folder.parent / "log", {}))
         if ended.status:
             raise RuntimeError(f"heapr {' '.join(step)} ended with {ended.status}: {ended.printed}")
+
+
+def _make_base(folder: Path) -> None:
+    single = tiny_models.save("qwen3_moe", folder / "single")
+    AutoModelForCausalLM.from_pretrained(single).save_pretrained(folder / "base", max_shard_size="50KB")
+    tiny_models.tokenizer().save_pretrained(folder / "base")
+    tiny_models.write_corpus(folder / "text.jsonl")
 
 
 class Process(NamedTuple):
@@ -206,8 +213,8 @@ def execute(argv: list[str], folder: Path, log: Path, environment: dict[str, str
 
 
 def wait(process: Process, stop: signal.Signals | None = None, after: float = 0.0) -> Ended:
-    """Waits for the end of a process, and sends `stop` when it has run for `after` seconds."""
-    deadline = process.started + after if stop else float("inf")
+    """Waits for the end of a process, and sends `stop` when it has run for `after` seconds; kills one that hangs."""
+    deadline = process.started + (after if stop else PATIENCE)
     while True:
         found, status = os.waitpid(process.number, os.WNOHANG)
         now = time.monotonic()
@@ -262,14 +269,16 @@ class Trial:
         was = self._changes()
         ended = self.run(start, number, after)
         found, problems = contents(self.work), []
+        is_python = start is execute and "/heapr_vllm/" not in ended.printed  # stopped before any of our lines ran
         if ended.status == 0:
             state = "finished"
             self.seconds = min(self.seconds, ended.seconds)  # the machine may have been busy before
         else:
             state = "before" if self._changes() == was else "during"
-            if ended.status not in (STOPS[number], -number):  # it dies of the signal before it can handle it
+            # -number: it dies of the signal before it can handle it
+            if ended.status not in (STOPS[number], -number) and not is_python:
                 problems.append(f"exit status {ended.status}: {ended.printed[-1500:]}")
-        if "Traceback" in ended.printed:
+        if "Traceback" in ended.printed and not is_python:
             problems.append(f"a traceback: {ended.printed[-1500:]}")
         if number != signal.SIGKILL and any((self.scratch / "tmp").iterdir()):
             problems.append("something is left in TMPDIR")
@@ -381,7 +390,12 @@ def main() -> int:
         inputs = Path(folder, "inputs")
         make_inputs(inputs)
         for command in chosen:
-            trial = Trial(command, inputs, Path(folder))
+            try:
+                trial = Trial(command, inputs, Path(folder))
+            except RuntimeError as error:
+                print(f"  {error}", file=sys.stderr, flush=True)
+                failed = True
+                continue
             for by, count, states, problems in rows(trial, args.moments, args.startups):
                 numbers = " | ".join(str(states[state]) for state in ("before", "during", "finished", "left"))
                 row = f"| {command.name} | {trial.seconds:.2f} | {by} | {count} | {numbers} | {len(problems)} |"

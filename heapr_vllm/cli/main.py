@@ -108,6 +108,7 @@ def _stopped_by_signals(stops: list[int]) -> Generator[None]:
 
     def end(number: int, frame: object) -> None:
         stops.append(number)
+        sys.unraisablehook = lambda _: None  # objects that were half made complain when they go
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     before = {signal.SIGTERM: signal.getsignal(signal.SIGTERM)}
