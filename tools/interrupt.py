@@ -28,6 +28,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -236,8 +237,8 @@ def contents(folder: Path) -> Contents:
             continue
         found[name] = path.read_bytes()
         if path.name == CALIBRATION_FILE:
-            record = json.loads(found[name])
-            found[name] = json.dumps({**record, "wall_time_seconds": 0}).encode()
+            with suppress(ValueError):  # half of one, in a temporary of a killed process
+                found[name] = json.dumps({**json.loads(found[name]), "wall_time_seconds": 0}).encode()
     return found
 
 

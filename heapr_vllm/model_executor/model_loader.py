@@ -64,7 +64,8 @@ class CompleteModelLoader(DefaultModelLoader):
         if self.pruned_model is None:
             super().track_weights_loading(model, loaded_weights, *args, **kwargs)
             return
-        missing = set(missing_parts(self.seen, getattr(model, "packed_modules_mapping", {})))
+        modules = {name for name, _ in model.named_modules()}
+        missing = set(missing_parts(self.seen, getattr(model, "packed_modules_mapping", {}), modules))
         if loaded_weights is not None:
             missing |= set(needed_parameters(model)) - loaded_weights
         if missing:
@@ -73,18 +74,21 @@ class CompleteModelLoader(DefaultModelLoader):
             raise HeaprError(f"{self.pruned_model} lacks {first}{more}; export or download it again")
 
 
-def missing_parts(names: set[str], fused: dict[str, list[str]]) -> Iterator[str]:
+def missing_parts(names: set[str], fused: dict[str, list[str]], modules: set[str]) -> Iterator[str]:
     """Names the weights that vLLM fuses with one of the checkpoint's `names` and that are not among them.
 
-    `fused`: name of a fused module -> names of its parts. Experts are left out, because storage/ looks after them.
+    `fused`: name of a fused module -> names of its parts; `modules`: of the model, whose outer parts vLLM may have
+    renamed. DeepSeek-V2 has a q_proj and a mapping for qkv_proj, but no such module, so both are asked. Experts are
+    left out, because storage/ looks after them.
     """
+    places = {".".join(module.split(".")[-2:]) for module in modules}
     for name in names:
         if is_expert(name):
             continue
         module_path, _, weight = name.rpartition(".")
         path, _, module = module_path.rpartition(".")
-        for parts in fused.values():
-            if module in parts and weight.startswith("weight"):
+        for whole, parts in fused.items():
+            if module in parts and weight.startswith("weight") and f"{path.rpartition('.')[2]}.{whole}" in places:
                 siblings = (f"{path}.{part}.{weight}" for part in parts)
                 yield from (sibling for sibling in siblings if sibling not in names)
 

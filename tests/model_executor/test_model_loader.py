@@ -32,7 +32,8 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.head, self.attention, self.online = (nn.Module() for _ in range(4))
-        self.norm = parameter()
+        self.norm, self.a = parameter(), nn.Module()
+        self.a.gate_up_proj = nn.Module()
         self.embed.weight = self.head.weight = parameter()
         self.attention.weight, self.attention.cache = parameter(), nn.Module()
         self.attention.cache.k_scale, self.attention.cache.quant_method = parameter(), object.__new__(Fp8KVCacheMethod)
@@ -54,11 +55,13 @@ def test_parameters_that_a_checkpoint_must_bring() -> None:
         (["self_attn.q_proj.weight", "self_attn.v_proj.weight"], {"self_attn.k_proj.weight"}),
         (["mlp.up_proj.weight_scale_inv"], {"mlp.gate_proj.weight_scale_inv"}),
         (["self_attn.k_proj.k_scale", "self_attn.o_proj.weight", "A_log"], set()),
+        (["mla.q_proj.weight"], set()),
         (["mlp.experts.3.up_proj.weight", "mlp.experts.3.up_proj.weight_scale"], set()),
     ],
 )
 def test_parts_of_fused_weights(names: list[str], missing: set[str]) -> None:
-    assert set(missing_parts({LAYER + name for name in names}, FUSED)) == {LAYER + name for name in missing}
+    modules = {f"renamed.{place}" for place in ("self_attn.qkv_proj", "mlp.gate_up_proj", "mla.q_proj")}
+    assert set(missing_parts({LAYER + name for name in names}, FUSED, modules)) == {LAYER + name for name in missing}
 
 
 def loaded(
