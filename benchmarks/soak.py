@@ -3,13 +3,14 @@
 
     python -m benchmarks.soak --model build/demo/pruned --minutes 30 --json soak.json
     python -m benchmarks.soak --model serving_examples/tiny_qwen3_moe --stock        # whose fault is it?
+    python -m benchmarks.soak --model build/demo/pruned --malformed 1000             # half of the requests are wrong
 
 Clients send completions and chats, streamed and whole, hang up in the middle of streams, and send prompts longer than
 the context and requests that are wrong in some way, which must not end in a status of 500. Every answer, also the part
 before a client hung up, must be the greedy answer that an engine gave offline to the same prompt alone in its batch.
 Weights are fp32, where batching changes logits by rounding only; prompts on whose answer the two best tokens are ever
 closer than MIN_GAP are not asked, because rounding may decide them. Fails (exit code 1) on an error, a wrong answer, a
-request left behind in the engine, or memory that grows.
+request left behind in the engine, a process of the server that is gone, or memory that grows.
 """
 
 import argparse
@@ -65,6 +66,12 @@ WRONG_VALUES = {
     "logit_bias": ({"x": 1}, {"999999999": 1}, [], 7),
     "response_format": ({"type": "x"}, {"type": "json_schema", "json_schema": {"name": "x", "schema": 7}}, 7),
     "echo": ("x", {}),
+}
+ENDS = {  # what a client sends before it hangs up, by kind: headers, and the share of the body
+    "body cut short": ("Content-Length: {more}", 0.5),
+    "endless body": ("Content-Length: 1000000000000", 1.0),
+    "chunk cut short": ("Transfer-Encoding: chunked", 0.5),
+    "no chunk size": ("Transfer-Encoding: chunked", 1.0),
 }
 SAMPLE_SECONDS = 2
 
@@ -124,8 +131,12 @@ def offline_answers(model: str, stock: bool, tasks: list[Task]) -> dict[Task, st
 class Soak:
     """What the clients of one server saw. `answers`: expected text by task."""
 
-    def __init__(self, url: str, model: str, answers: dict[Task, str]) -> None:
-        self.url, self.model, self.answers = url, model, answers
+    def __init__(self, url: str, model: str, answers: dict[Task, str], malformed: int | None = None) -> None:
+        """`malformed`: the number of malformed requests after which clients stop, instead of a time."""
+        self.url, self.model, self.answers, self.malformed = url, model, answers, malformed
+        self.kinds = KINDS | ({} if malformed is None else {"malformed": sum(KINDS.values()) - KINDS["malformed"]})
+        self.sent = 0
+        self.outcomes: Counter[str] = Counter()
         self.client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
         self.raw = httpx.AsyncClient(timeout=300)
         self.requests: Counter[str] = Counter()
@@ -140,6 +151,7 @@ class Soak:
         clients = (self._client(random.Random(f"{seed} {i}"), start + seconds) for i in range(concurrency))
         await asyncio.gather(*clients)
         sampling.cancel()
+        self.rss.append((time.monotonic() - start, resident_mib()))
         await self.client.close()
         await self.raw.aclose()
 
@@ -150,8 +162,8 @@ class Soak:
 
     async def _client(self, rng: random.Random, deadline: float) -> None:
         tasks = list(self.answers)
-        while time.monotonic() < deadline:
-            (kind,) = rng.choices(list(KINDS), list(KINDS.values()))
+        while time.monotonic() < deadline if self.malformed is None else self.sent < self.malformed:
+            (kind,) = rng.choices(list(self.kinds), list(self.kinds.values()))
             task = rng.choice(tasks)
             try:
                 await self._ask(kind, task, hang_up_after=rng.randint(1, task.max_tokens // 2))
@@ -186,26 +198,37 @@ class Soak:
 
     async def _send_malformed(self, task: Task, seed: int) -> None:
         """Sends a body with a wrong value, no JSON, or a part of a body; what comes back is no server error."""
-        rng = random.Random(f"{seed} {sum(self.requests.values())}")
-        body = malformed(task, self.model, rng)
+        self.sent += 1
+        rng = random.Random(f"{seed} {self.sent}")
+        kind, body = malformed(task, self.model, rng)
         path = f"/v1/{'chat/completions' if task.chat else 'completions'}"
         if rng.random() < 0.2:
-            await self._cut_short(path, body)
+            kind = rng.choice(list(ENDS))
+            self.outcomes[f"{kind}, {await self._hang_up(path, body, *ENDS[kind])}"] += 1
             return
         headers = {"Content-Type": "application/json"}
         response = await self.raw.post(self.url + path, content=body, headers=headers)
+        self.outcomes[f"{kind}, {response.status_code // 100}xx"] += 1
         if response.status_code >= 500:
-            raise ValueError(f"status {response.status_code} for {body[:200]!r}")
+            raise ValueError(f"status {response.status_code} for {body[:200]!r}: {response.text[:200]}")
 
-    async def _cut_short(self, path: str, body: bytes) -> None:
-        """Promises a whole body, sends half of it and hangs up."""
+    async def _hang_up(self, path: str, body: bytes, header: str, share: float) -> str:
+        """Sends a share of a body and hangs up. Returns what came before that: a status, or "dropped" if nothing."""
         host, _, port = self.url.removeprefix("http://").partition(":")
-        _, writer = await asyncio.open_connection(host, int(port))
+        reader, writer = await asyncio.open_connection(host, int(port))
         head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-        writer.write(f"{head}Content-Length: {len(body) + 1}\r\n\r\n".encode() + body[: len(body) // 2])
+        head += header.format(more=len(body) + 1) + "\r\n\r\n"
+        if "chunked" in header and share < 1:
+            head += f"{len(body):x}\r\n"
+        writer.write(head.encode() + body[: int(share * len(body))])
         await writer.drain()
+        line = b""
+        with suppress(TimeoutError, ConnectionError):
+            line = await asyncio.wait_for(reader.readline(), 0.2)
         writer.close()
-        await writer.wait_closed()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+        return f"{line.split()[1].decode()[0]}xx" if line else "dropped"
 
     def _create(self, task: Task, stream: bool) -> Any:
         options: dict[str, Any] = {
@@ -220,20 +243,20 @@ class Soak:
         return self.client.completions.create(prompt=task.prompt, **options)
 
 
-def malformed(task: Task, model: str, rng: random.Random) -> bytes:
-    """A request that is right but for one value, or is no JSON."""
+def malformed(task: Task, model: str, rng: random.Random) -> tuple[str, bytes]:
+    """A request that is right but for one value, or is no JSON, and what is wrong with it."""
     asked = {"messages": messages(task)} if task.chat else {"prompt": task.prompt}
     right = {"model": model, "max_tokens": 8, "temperature": 0, **asked}
     name = rng.choice(list(WRONG_VALUES))
     text = json.dumps({**right, name: rng.choice(WRONG_VALUES[name])})
     kind = rng.randrange(8)
     if kind == 0:
-        return text[: rng.randrange(len(text))].encode()
+        return "half of a JSON", text[: rng.randrange(len(text))].encode()
     if kind == 1:
-        return b"[" * 50_000
+        return "nested 50,000 deep", b"[" * 50_000
     if kind == 2:
-        return text.replace("0", "NaN", 1).encode()
-    return text.encode()
+        return "not a number", text.replace("0", "NaN", 1).encode()
+    return f"wrong {name}", text.encode()
 
 
 def messages(task: Task) -> list[Any]:
@@ -274,6 +297,12 @@ def left_behind(url: str) -> dict[str, float]:
     return left
 
 
+def lost_processes(samples: list[tuple[float, dict[str, float]]]) -> list[str]:
+    """The engine's processes that were there at the start and are not at the end."""
+    (_, first), (_, last) = samples[0], samples[-1]
+    return sorted(name for name in first.keys() - last.keys() if "VLLM" in name)
+
+
 def memory_growth(samples: list[tuple[float, dict[str, float]]], warm_up: float) -> dict[str, float]:
     """MiB at the start, after `warm_up` seconds, at the end and at most; growth after the warm-up in percent."""
     totals = [(second, sum(mib.values())) for second, mib in samples]
@@ -291,6 +320,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("build/demo/pruned"))
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument(
+        "--malformed", type=int, metavar="N", help="instead of --minutes: stop after N malformed requests"
+    )
     parser.add_argument("--warm-up", type=float, help="minutes until memory must stay flat (default: a third)")
     parser.add_argument("--max-growth", type=float, default=3, help="percent of resident memory")
     parser.add_argument("--concurrency", type=int, default=32)
@@ -306,21 +338,24 @@ def main() -> int:
         answers = pool.submit(offline_answers, str(args.model), args.stock, tasks).result()
     print(f"{len(answers)} of {len(tasks)} prompts have a clear greedy answer", file=sys.stderr, flush=True)
     with serve(args.model, *SERVE_OPTIONS, *args.options, log=args.log, plugins="" if args.stock else None) as url:
-        soak = Soak(url, str(args.model), answers)
+        soak = Soak(url, str(args.model), answers, args.malformed)
         start = time.monotonic()
         asyncio.run(soak.run(60 * args.minutes, args.concurrency, args.seed))
         seconds = time.monotonic() - start
         left, counts = left_behind(url), metrics(url)
-    warm_up = 60 * (args.minutes / 3 if args.warm_up is None else args.warm_up)
+    warm_up = seconds / 3 if args.warm_up is None else 60 * args.warm_up
+    lost = lost_processes(soak.rss)
     report = {
         "model": str(args.model),
         "minutes": round(seconds / 60, 2),
         "concurrency": args.concurrency,
         "prompts": len(answers),
         "requests": dict(sorted(soak.requests.items())),
+        "malformed": dict(sorted(soak.outcomes.items())),
         "errors": len(soak.errors),
         "mismatches": len(soak.mismatches),
         "left_behind": left,
+        "lost_processes": lost,
         "tokens_per_second": round(counts["generation_tokens_total"] / seconds, 1),
         "preemptions": counts["num_preemptions_total"],
         "rss_mib": memory_growth(soak.rss, warm_up),
@@ -330,7 +365,11 @@ def main() -> int:
     if args.json:
         args.json.write_text(json.dumps({**report, "rss_samples": soak.rss}) + "\n")
     failed = (
-        soak.errors or soak.mismatches or any(left.values()) or report["rss_mib"]["growth_percent"] > args.max_growth
+        soak.errors
+        or soak.mismatches
+        or any(left.values())
+        or lost
+        or report["rss_mib"]["growth_percent"] > args.max_growth
     )
     return 1 if failed else 0
 

@@ -45,8 +45,10 @@ def add_eval(commands: options.Commands) -> None:
 
 def run_eval(args: argparse.Namespace) -> None:
     from heapr_vllm.evaluation.compare import EvaluationSettings, compare, format_comparison
-    from heapr_vllm.formats.atomic import atomic_file
+    from heapr_vllm.formats.atomic import atomic_file, check_writable
 
+    if args.output:
+        check_writable(args.output)
     models = [args.baseline, *args.directories] if args.baseline else args.directories
     settings = EvaluationSettings(
         dataset=args.dataset,

@@ -18,6 +18,7 @@ from heapr_vllm.cli.calibrate import add_calibrate, run_calibrate
 from heapr_vllm.cli.evaluate import add_eval
 from heapr_vllm.cli.export import add_export
 from heapr_vllm.cli.prune import add_inspect, add_prune, add_sweep
+from heapr_vllm.cli.refusals import refusal
 from heapr_vllm.cli.tune import add_tune
 from heapr_vllm.errors import HeaprError, first_line
 
@@ -48,39 +49,46 @@ def main(argv: list[str] | None = None) -> int:
 
     HEAPR_DEBUG=1 or --debug lets exceptions through, with their traceback.
     """
-    args = build_parser().parse_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if not sys.stderr.isatty():
-        for name, value in NO_PROGRESS_BARS.items():
-            os.environ.setdefault(name, value)
+    args = argparse.Namespace(debug=False, run=None)
+    stops: list[int] = []
     try:
-        with _ended_cleanly_by_sigterm():
+        with _stopped_by_signals(stops):
+            args = build_parser().parse_args(argv)
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+            if not sys.stderr.isatty():
+                for name, value in NO_PROGRESS_BARS.items():
+                    os.environ.setdefault(name, value)
             args.run(args)
-    except HeaprError as error:
-        if _is_debugging(args):
+    except BaseException as error:
+        if stops or isinstance(error, KeyboardInterrupt):
+            number = stops[0] if stops else signal.SIGINT
+            hint = "; --resume continues" if args.run is run_calibrate else ""
+            print(f"heapr: {'interrupted' if number == signal.SIGINT else 'terminated'}{hint}", file=sys.stderr)
+            return 128 + number
+        if not isinstance(error, Exception) or _is_debugging(args):
             raise
+        return _told(error, args)
+    return 0
+
+
+def _told(error: Exception, args: argparse.Namespace) -> int:
+    """Prints an error in one line, and returns the exit code."""
+    if isinstance(error, HeaprError):
         if os.environ.get("RANK", "0") == "0":  # of many processes with the same mistake one says so
             print(f"heapr: error: {error}", file=sys.stderr)
         return 2
-    except (OSError, UnicodeError) as error:
-        if _is_debugging(args):
-            raise
+    if message := refusal(error, args):
+        print(f"heapr: error: {message}{'; --resume continues' if args.run is run_calibrate else ''}", file=sys.stderr)
+        return 2
+    if isinstance(error, OSError | UnicodeError):
         print(f"heapr: error: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        hint = "; --resume continues" if args.run is run_calibrate else ""
-        print(f"heapr: interrupted{hint}", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if _is_debugging(args):
-            raise
-        print(
-            f"heapr: unexpected {type(error).__name__}: {first_line(error)}. Please report it, with the output of "
-            "`heapr env` and of the same command with HEAPR_DEBUG=1",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+    print(
+        f"heapr: unexpected {type(error).__name__}: {first_line(error)}. Please report it, with the output of "
+        "`heapr env` and of the same command with HEAPR_DEBUG=1",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _is_debugging(args: argparse.Namespace) -> bool:
@@ -88,17 +96,28 @@ def _is_debugging(args: argparse.Namespace) -> bool:
 
 
 @contextmanager
-def _ended_cleanly_by_sigterm() -> Generator[None]:
-    """Lets SIGTERM end the command as Ctrl-C does, so that temporaries go."""
+def _stopped_by_signals(stops: list[int]) -> Generator[None]:
+    """Lets SIGTERM end the command as Ctrl-C does, so that temporaries go, and notes in `stops` which signal came.
+
+    The exception by which it ends may reach us as another one: libraries that import or compile something make their
+    own of any that they meet.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
+        stops.append(number)
+        sys.unraisablehook = lambda _: None  # objects that were half made complain when they go
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {signal.SIGTERM: signal.getsignal(signal.SIGTERM)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
+        before[signal.SIGINT] = signal.default_int_handler
+    for number in before:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Outputs appear whole or not at all: written beside their place, then renamed into it."""
 
+import fcntl
 import os
 import re
 import shutil
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from heapr_vllm.errors import HeaprError
@@ -25,7 +26,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def check_output(path: Path, kind: str, *, overwrite: bool, inputs: Iterable[Path] = (), hint: str = "") -> None:
-    """Raises HeaprError if `path` may not become a folder of this kind.
+    """Raises HeaprError if `path` may not become a folder of this kind, or nothing can be written there.
 
     It must not be, hold or lie in one of the `inputs`, and may only replace a folder of its own kind. `hint`: another
     way, for the message that it exists.
@@ -35,6 +36,7 @@ def check_output(path: Path, kind: str, *, overwrite: bool, inputs: Iterable[Pat
         other = _real(name)
         if place == other or place in other.parents or other in place.parents:
             raise HeaprError(f"{path} is, holds or lies in {name}, which is an input; choose another --output")
+    check_writable(place)
     if not path.exists() or (path.is_dir() and all(_TEMPORARY.fullmatch(entry.name) for entry in path.iterdir())):
         return
     if not overwrite:
@@ -44,6 +46,13 @@ def check_output(path: Path, kind: str, *, overwrite: bool, inputs: Iterable[Pat
         raise HeaprError(f"{path} was not written by heapr, so --overwrite does not touch it; choose another --output")
     if found != kind:
         raise HeaprError(f"{path} is a {found}, which a {kind} does not replace; choose another --output, or remove it")
+
+
+def check_writable(path: Path) -> None:
+    """Raises HeaprError if nothing can be written beside `path`, before work of hours is done for it."""
+    folder = next(parent for parent in _real(path).parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise HeaprError(f"{folder} cannot be written to; choose another --output, or change its permissions")
 
 
 def _real(path: Path) -> Path:
@@ -78,6 +87,32 @@ def atomic_directory(path: Path, kind: str, *, overwrite: bool = False, inputs: 
             replaced.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Generator[None]:
+    """Makes `folder`, for work that fills it bit by bit, and keeps other commands out; if it stays empty it goes again.
+
+    Raises HeaprError if another command is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HeaprError(
+                f"another command is writing {folder}; wait until it has ended, or choose another --output"
+            ) from None
+        except OSError:
+            pass  # a file system that has no locks
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                folder.rmdir()
+    finally:
+        os.close(descriptor)
 
 
 def atomic_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from heapr_vllm.cli import prune as prune_command
@@ -230,6 +230,20 @@ def test_a_stopped_command_leaves_nothing(number: signal.Signals, masks: Path, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parent"]
 
 
+def test_a_signal_that_a_library_makes_another_error_of(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def importing(args: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException as error:
+            raise ImportError("could not import a module") from error
+
+    monkeypatch.setattr(prune_command, "run_inspect", importing)
+    assert main(["inspect", str(tmp_path)]) == 143
+    assert capsys.readouterr().err == "heapr: terminated\n"
+
+
 def test_masks_serve_with_the_bases_sampling(qwen3: Path, corpus: Path, tmp_path: Path) -> None:
     """generation_config.json comes along to the masks and to what is exported."""
     base = tmp_path / "base"
@@ -257,12 +271,28 @@ def test_null_is_no_quantization(qwen3: Path, corpus: Path, tmp_path: Path) -> N
     assert main(["calibrate", str(base), *text, "--dry-run"]) == 0
 
 
-def test_a_full_disk(
-    masks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), "OUT: No space left on device; free some space there"),
+        (SafetensorError("I/O error: (os error 28)"), "OUT: No space left on device; free some space there"),
+        (OSError(30, "Read-only file system", "OUT/a"), "OUT/a: Read-only file system; choose another place"),
+        (OSError(28, "No space", "base/a", None, "OUT/b"), "OUT/b: No space left on device; free some space there"),
+        (
+            PermissionError(13, "Permission denied", "/base/a"),
+            "PermissionError: [Errno 13] Permission denied: '/base/a'",
+        ),
+    ],
+)
+def test_what_the_system_refuses(
+    error: Exception, message: str, masks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def full(tensors: dict[str, torch.Tensor], path: Path, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
+    """Real disks: tests/tools/test_interrupt.py."""
 
+    def full(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.chdir(masks.parent)
     monkeypatch.setattr("heapr_vllm.prune.export.shards.save_file", full)
-    refused(["export", str(masks), "-o", str(tmp_path / "out")], "No space left on device", capsys, masks)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["parent"]
+    refused(["export", str(masks), "-o", "OUT"], message, capsys, masks)
+    assert sorted(path.name for path in Path().iterdir()) == ["masks"]

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.formats.atomic import CALIBRATION, CHECKPOINT, MASKS, atomic_directory, atomic_file, check_output
+from heapr_vllm.formats.atomic import (
+    CALIBRATION,
+    CHECKPOINT,
+    MASKS,
+    alone_in,
+    atomic_directory,
+    atomic_file,
+    check_output,
+)
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +119,14 @@ def test_of_two_commands_one_wins(tmp_path: Path) -> None:
         folder_of(MASKS, tmp_path / "out")  # the other one, which was faster
     assert (tmp_path / "out" / "heapr" / "masks.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_one_command_works_in_a_folder(tmp_path: Path) -> None:
+    with alone_in(tmp_path / "a" / "out"):
+        with pytest.raises(HeaprError, match="another command is writing"), alone_in(tmp_path / "a" / "out"):
+            pass
+        (tmp_path / "a" / "out" / "x").write_text("")
+    with pytest.raises(KeyError), alone_in(tmp_path / "a" / "out"):
+        (tmp_path / "a" / "out" / "x").unlink()
+        raise KeyError
+    assert not (tmp_path / "a" / "out").exists()

@@ -178,6 +178,18 @@ def test_missing_expert_tensor(compact: Path, tmp_path: Path) -> None:
     refused(broken, message, load_format="dummy", steps=("load for real",))
 
 
+def test_missing_weights_beside_the_experts(compact: Path, tmp_path: Path) -> None:
+    """As stock vLLM refuses them, and parts of fused weights too, of which stock takes any for the whole."""
+    names = ("lm_head.weight", "model.layers.1.self_attn.k_proj.weight", "model.norm.weight")
+
+    def edit(tensors: dict) -> None:
+        for name in names:
+            del tensors[name]
+
+    broken = corrupted(compact, tmp_path / "broken", edit)
+    refused(broken, f"{broken} lacks {names[0]} and {len(names) - 1} more weights; export or download it again")
+
+
 def test_changed_masks(compact: Path, tmp_path: Path) -> None:
     shutil.copytree(compact, tmp_path / "changed")
     masks = NeuronMasks.from_pretrained(compact)

@@ -28,7 +28,7 @@ import triton
 from triton.errors import TritonError
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.formats.atomic import atomic_file
+from heapr_vllm.formats.atomic import atomic_file, check_writable
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels.triton.launch import down_projection, triton_ragged_moe, up_projection
 from heapr_vllm.model_executor.kernels.triton.route_blocks import RouteBlocks
@@ -90,7 +90,8 @@ def tune(
     """Tunes every job for every token count; returns the files written and the token counts there was no time for.
 
     `time_budget`: seconds of timing, after all candidates have been compiled. What a file holds already is kept, unless
-    `overwrite`: an interrupted run goes on where it was. Raises HeaprError without a GPU, unless Triton interprets.
+    `overwrite`: an interrupted run goes on where it was. Raises HeaprError without a GPU, unless Triton interprets, and
+    if `folder` cannot be written to.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -98,6 +99,7 @@ def tune(
             "heapr tune needs a GPU that torch sees (`heapr env` shows what it sees); to try the command "
             "without one, set TRITON_INTERPRET=1"
         )
+    check_writable(folder)
     work = [(job, folder / job.shape.file_name(device_name()), count) for job in jobs for count in tokens]
     work = [(job, path, count) for job, path, count in work if overwrite or not _is_done(path, job.shape, count)]
     if work and device.type == "cuda":

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from heapr_vllm.environment import versions
 from heapr_vllm.formats import sizes
-from heapr_vllm.formats.atomic import CALIBRATION, atomic_file, check_output
+from heapr_vllm.formats.atomic import CALIBRATION, alone_in, atomic_file, check_output
 from heapr_vllm.formats.checkpoint import SIDE_FILES, Checkpoint
 from heapr_vllm.formats.fingerprint import fingerprint as model_fingerprint
 from heapr_vllm.formats.folder import inside
@@ -62,39 +63,39 @@ def calibrate(
         routed_weights=sizes.routed_weights(checkpoint),
     )
     state = SavedState(output, asdict(identity), processes)
-    if resume and (finished := state.finished()):
-        return finished
-    saved = state.load() if resume else None
-    processes.wait()
-    if processes.is_first and not resume:
-        state.remove()
-    processes.wait()
-    started = time.time()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if settings.stream:
-            from heapr_vllm.prune.calibration.streamed import calibrate_streamed
+    with alone_in(output) if processes.is_first else nullcontext():
+        if resume and (finished := state.finished()):
+            return finished
+        saved = state.load() if resume else None
+        processes.wait()
+        if processes.is_first and not resume:
+            state.remove()
+        processes.wait()
+        started = time.time()
+        try:
+            if settings.stream:
+                from heapr_vllm.prune.calibration.streamed import calibrate_streamed
 
-            moments = calibrate_streamed(checkpoint, settings, mine, device, state, saved, checkpoint_every)
-        else:
-            moments = calibrate_in_memory(checkpoint, settings, mine, device, state, saved, checkpoint_every)
-    except NotFiniteError:
-        state.remove()
-        raise
-    moments = replace(processes.total(moments), metadata=asdict(identity))
-    if processes.is_first:
-        output.mkdir(exist_ok=True)
-        record = CalibrationRecord(
-            **asdict(identity),
-            calibration_tokens=samples.numel(),
-            wall_time_seconds=round(time.time() - started, 1),
-            versions=versions(),
-            tokens={prefix: tokens.tolist() for prefix, tokens in moments.tokens.items()},
-        )
-        moments.save_pretrained(output)
-        _copy_side_files(checkpoint, output)
-        record.write(output)
-        state.remove()
+                moments = calibrate_streamed(checkpoint, settings, mine, device, state, saved, checkpoint_every)
+            else:
+                moments = calibrate_in_memory(checkpoint, settings, mine, device, state, saved, checkpoint_every)
+        except NotFiniteError:
+            state.remove()
+            raise
+        moments = replace(processes.total(moments), metadata=asdict(identity))
+        if processes.is_first:
+            record = CalibrationRecord(
+                **asdict(identity),
+                calibration_tokens=samples.numel(),
+                wall_time_seconds=round(time.time() - started, 1),
+                versions=versions(),
+                tokens={prefix: tokens.tolist() for prefix, tokens in moments.tokens.items()},
+            )
+            (output / CALIBRATION_FILE).unlink(missing_ok=True)  # of another run: until ours is there, nothing is whole
+            moments.save_pretrained(output)
+            _copy_side_files(checkpoint, output)
+            record.write(output)
+            state.remove()
     return moments
 
 

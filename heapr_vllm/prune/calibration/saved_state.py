@@ -14,6 +14,7 @@ from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune.calibration.collector import MomentCollector
 from heapr_vllm.prune.calibration.moments import MOMENTS_FILE, NeuronMoments
 from heapr_vllm.prune.calibration.processes import Processes
+from heapr_vllm.prune.calibration.record import CALIBRATION_FILE
 
 PARTIAL_FILE = "partial.safetensors"
 STREAM_FOLDER = "stream"
@@ -49,17 +50,16 @@ class SavedState:
         return self._load(self.partial)
 
     def finished(self) -> NeuronMoments | None:
-        """Reads the result, if the run had ended; the first process's sums are the last thing it removes."""
-        return None if (self.output / PARTIAL_FILE).is_file() else self._load(self.output / MOMENTS_FILE)
+        """Reads the result, if the run had ended: its record is written last, then its sums are removed."""
+        is_whole = (self.output / CALIBRATION_FILE).is_file() and not (self.output / PARTIAL_FILE).is_file()
+        return self._load(self.output / MOMENTS_FILE) if is_whole else None
 
     def remove(self) -> None:
-        """Removes the state of all processes, and the folder if nothing else is in it."""
+        """Removes the state of all processes."""
         shutil.rmtree(self.output / STREAM_FOLDER, ignore_errors=True)
         for path in self.output.glob("partial-*.safetensors"):
             path.unlink()
         (self.output / PARTIAL_FILE).unlink(missing_ok=True)
-        if self.output.is_dir() and not any(self.output.iterdir()):
-            self.output.rmdir()
 
     def _load(self, path: Path) -> NeuronMoments | None:
         """Raises HeaprError if the sums belong to other settings."""

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from heapr_vllm.formats.atomic import CHECKPOINT, atomic_directory, check_output
+from heapr_vllm.formats.atomic import CHECKPOINT, alone_in, atomic_directory, check_output
 from heapr_vllm.formats.base_model import base_checkpoint, check_base
 from heapr_vllm.formats.checkpoint import SIDE_FILES, Checkpoint
 from heapr_vllm.formats.config import FORMAT_VERSION, MASKS_FILE, PruningConfig
@@ -97,17 +98,17 @@ def export_checkpoint(
     check_output(output, CHECKPOINT, overwrite=overwrite, inputs=sources)
     wish = inputs.pruning.expert_scheme
     storage = ExpertStorage.choose(inputs.base, quantize, layout=layout, wish=wish, repaired=repair is not None)
-    fitted = None
     stages: list[Stage] = [*storage.before_layout(layout), LAYOUTS[layout](inputs.masks), *storage.after_layout(layout)]
-    if repair is not None:
-        folder = output.with_name(f".{output.name}.repair")
-        fitted = repair.fit(inputs.base, inputs.masks, inputs.calibration, folder)
-        stages.insert(0, fitted)
-    with atomic_directory(output, CHECKPOINT, overwrite=overwrite, inputs=sources) as folder:
-        write_shards(inputs.base, stages, folder, dtype=storage.dtype, is_verbatim=storage.is_verbatim)
-        _write_side_files(inputs, layout, storage, fitted.record if fitted else None, folder)
-    if fitted is not None:
-        fitted.discard()
+    work = output.with_name(f".{output.name}.repair")
+    with alone_in(work) if repair is not None else nullcontext():
+        fitted = repair.fit(inputs.base, inputs.masks, inputs.calibration, work) if repair is not None else None
+        if fitted is not None:
+            stages.insert(0, fitted)
+        with atomic_directory(output, CHECKPOINT, overwrite=overwrite, inputs=sources) as folder:
+            write_shards(inputs.base, stages, folder, dtype=storage.dtype, is_verbatim=storage.is_verbatim)
+            _write_side_files(inputs, layout, storage, fitted.record if fitted else None, folder)
+        if fitted is not None:
+            fitted.discard()
 
 
 def _write_side_files(

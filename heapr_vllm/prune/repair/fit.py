@@ -96,7 +96,7 @@ class Repair:
         return {name: stack.view_as(tensor)}
 
     def discard(self) -> None:
-        """Removes the folder."""
+        """Removes what is in the folder."""
         _discard(self.folder)
 
 
@@ -134,10 +134,10 @@ def fit_repair(
         output_error_removed=0.0,
     )
     identity = _identity(record, base, {prefix: masks.keep[prefix] for prefix in experts}, calibration)
+    folder.mkdir(parents=True, exist_ok=True)
     errors = _load_state(folder, identity)
     if not errors:
         _discard(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     wanted = {prefix: chosen for prefix, chosen in experts.items() if prefix not in errors}
     if wanted:
         if calibration.stream:
@@ -307,9 +307,10 @@ def _load_state(folder: Path, identity: str) -> dict[str, tuple[float, float]]:
 
 
 def _discard(folder: Path) -> None:
-    """Removes `folder`; the state goes first, so that it never promises a file that is gone or of another repair."""
+    """Empties `folder`; the state goes first, so that it never promises a file that is gone or of another repair."""
     (folder / STATE_FILE).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    for path in folder.iterdir():
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 def _save_state(folder: Path, identity: str, errors: dict[str, tuple[float, float]]) -> None:

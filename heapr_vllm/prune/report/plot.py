@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from heapr_vllm.environment import install_command
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.atomic import atomic_file
 from heapr_vllm.prune.report.summary import Summary, format_reductions
 from heapr_vllm.prune.selection.selector import Point
 from heapr_vllm.prune.selection.sweep import Frontier
@@ -45,7 +47,7 @@ def plot_report(summary: Summary, path: Path) -> None:
     axes.set(xlabel="expert", ylabel="MoE layer", title=format_reductions(summary))
     axes.title.set_fontsize(9)
     top.colorbar(image, label="kept fraction")
-    figure.savefig(path, dpi=140)
+    atomic_file(path, partial(figure.savefig, dpi=140))
 
 
 def _reduction(point: Point, kind: str) -> float:
@@ -96,4 +98,4 @@ def plot_sweep(rows: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("predicted loss increase, nats per token")
     panels[0].legend(fontsize=8)
-    figure.savefig(path, dpi=140)
+    atomic_file(path, partial(figure.savefig, dpi=140))

@@ -117,3 +117,15 @@ def test_dry_run_counts_by_formula(qwen3: Path, corpus: Path) -> None:
     sizes = plan(CalibrationSettings(model=str(qwen3), dataset=str(corpus), max_seq_length=64))
     assert sizes["neurons"] == 3 * 8 * 64 and sizes["moe_layers"] == 3
     assert sizes["weight_bytes"] == sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(qwen3).parameters())
+
+
+def test_a_result_counts_once_its_record_is_there(qwen3: Path, corpus: Path, tmp_path: Path) -> None:
+    """Stopped between the two files, a run is not finished, and nothing reads the moments with another run's record."""
+    settings = CalibrationSettings(model=str(qwen3), dataset=str(corpus), num_calibration_samples=2, max_seq_length=32)
+    calibrate(settings, tmp_path / "calib")
+    record, moments = (tmp_path / "calib" / name for name in (CALIBRATION_FILE, MOMENTS_FILE))
+    written = moments.read_bytes()
+    record.unlink()
+    moments.write_bytes(b"")
+    calibrate(settings, tmp_path / "calib", resume=True)
+    assert record.is_file() and moments.read_bytes() == written
