@@ -46,10 +46,13 @@ def selection(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--scope",
         default="global",
-        choices=("global", "layer", "expert"),
-        help="where neurons compete (default: global; reap was published with layer)",
+        choices=("global", "layer", "expert", "layer-uniform", "uniform"),
+        help="where neurons compete (default: global; reap was published with layer); layer-uniform: the experts of a "
+        "layer keep equally many, uniform: those of the model do, for `heapr export --layout plain`",
     )
-    command.add_argument("--align", type=positive, default=16, metavar="A", help="kept counts are multiples of it")
+    command.add_argument(
+        "--align", "--width-multiple", type=positive, default=16, metavar="A", help="kept counts are multiples of it"
+    )
     command.add_argument("--min-width", type=not_negative, default=0, metavar="W", help="neurons every expert keeps")
     command.add_argument(
         "--protect",

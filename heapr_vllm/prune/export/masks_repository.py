@@ -60,7 +60,7 @@ def write_masks_repository(
             experts=scheme.to_dict() if scheme else None,
         )
         write_config(folder, base.config, pruning.to_dict())
-        (folder / "README.md").write_text(model_card(masks, pruning, record))
+        (folder / "README.md").write_text(model_card(masks, "masks", pruning, record))
 
 
 def read_pruning_config(masks_dir: Path) -> PruningConfig:

@@ -14,7 +14,7 @@ from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.prune.calibration.moments import NeuronMoments
 from heapr_vllm.prune.selection.budget import Budget, Prices, choose
 from heapr_vllm.prune.selection.criteria import score
-from heapr_vllm.prune.selection.neuron_blocks import NeuronBlocks
+from heapr_vllm.prune.selection.neuron_blocks import SCOPES, SHARED_WIDTHS, NeuronBlocks
 from heapr_vllm.prune.selection.super_experts import DEFAULT_PROTECTION, super_experts
 
 
@@ -46,7 +46,8 @@ class Selector:
         At least `min_width` neurons of every expert and the fraction `protect` of every super expert stay, rounded up
         to blocks; None protects half of them if the moments can tell which they are, 0 none. Experts that saw no
         calibration token are kept whole (`unrouted` "keep"), pruned first ("prune", as the paper's code does) or
-        refused ("error"). `seed` is for the criterion "random". Raises HeaprError if an argument is impossible.
+        refused ("error"); where experts share a width, they have it too. `seed` is for the criterion "random". Raises
+        HeaprError if an argument is impossible.
         """
         self.moments, self.scope = moments, scope
         saliency = score(moments, criterion, seed)
@@ -66,7 +67,10 @@ class Selector:
                     f"{int(silent.sum())} experts of {prefix} saw no calibration token; calibrate on more "
                     "text, or choose --unrouted keep or prune"
                 )
-            saliency[prefix][silent] = torch.inf if unrouted == "keep" else -1.0
+            if scope in SHARED_WIDTHS:
+                saliency[prefix][silent] = 0.0  # they have no say in a width that they share
+            else:
+                saliency[prefix][silent] = torch.inf if unrouted == "keep" else -1.0
         self.blocks = NeuronBlocks.build(saliency, align, floors, moments.tokens)
         self.metadata = {
             "criterion": criterion,
@@ -163,8 +167,9 @@ def select_by_saliency(
 
     Inside an expert neurons are sorted by saliency and cut into blocks of `align`; blocks compete by their mean
     saliency across the scope ("global": the model, "layer", "expert"), so every kept count is a multiple of `align`,
-    and the total is exact to one block. At least `min_width` neurons of every expert stay. Raises HeaprError if
-    `sparsity` is outside (0, 1), `align` does not divide a width, or `min_width` exceeds the budget.
+    and the total is exact to one block; in the scopes "layer-uniform" and "uniform" to one block of every expert, since
+    they keep as many as the others of the layer or the model. At least `min_width` neurons of every expert stay. Raises
+    HeaprError if `sparsity` is outside (0, 1), `align` does not divide a width, or `min_width` exceeds the budget.
     """
     budget = Budget(stored=sparsity)
     floors = {prefix: torch.full((len(scores),), min_width) for prefix, scores in saliency.items()}
@@ -181,13 +186,27 @@ def keep_blocks(blocks: NeuronBlocks, budget: Budget, scope: str) -> tuple[torch
 
     Raises HeaprError with the nearest reachable value if blocks that must stay leave too little.
     """
-    groups = blocks.groups(scope)
+    if scope not in SCOPES:
+        raise HeaprError(f"scope {scope!r} is not one of {', '.join(SCOPES)}")
+    if scope not in SHARED_WIDTHS:
+        return _keep(blocks.groups(scope), blocks.saliency, blocks.frequency, budget, scope)
+    column = blocks.columns(scope)
+    size = column.bincount()
+    saliency, frequency = column.bincount(blocks.saliency) / size, column.bincount(blocks.frequency)
+    kept, _ = _keep([slice(0, len(size))], saliency, frequency, budget, scope)
+    return kept[column], []  # prices of columns say nothing about blocks
+
+
+def _keep(
+    groups: list[slice], saliencies: torch.Tensor, frequencies: torch.Tensor, budget: Budget, scope: str
+) -> tuple[torch.Tensor, list[Prices]]:
+    """Does as `keep_blocks` with what competes in `groups`."""
     counts = _counts(groups, budget.stored)
-    kept = torch.zeros(len(blocks.saliency), dtype=torch.bool)
+    kept = torch.zeros(len(saliencies), dtype=torch.bool)
     prices = []
     reach = {"sparsity": 1.0, "flops": 1.0}
     for group, count in zip(groups, counts, strict=True):
-        saliency, frequency = blocks.saliency[group], blocks.frequency[group]
+        saliency, frequency = saliencies[group], frequencies[group]
         forced, total = saliency == torch.inf, frequency.sum()
         limit = None if budget.executed is None else float(total) * (1 - budget.executed)
         if count is not None and forced.sum() > count:
