@@ -41,8 +41,8 @@ def plain_config(base: Checkpoint, width: int) -> dict[str, Any]:
     drafts = [name for name in base.weight_map if (where := ExpertTensor.parse(name)) and base.is_draft(where.prefix)]
     if drafts:
         raise HeaprError(
-            f"{base.path} has a layer for multi-token prediction, whose experts stay whole ({drafts[0]}), so not all are "
-            "of one width; use --layout compact"
+            f"{base.path} has a layer for multi-token prediction, whose experts stay whole ({drafts[0]}), so not all "
+            "are of one width; use --layout compact"
         )
     register_deepseek_model()
     experts, others = _shapes(base.config)
