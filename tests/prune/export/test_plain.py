@@ -64,6 +64,21 @@ def test_transformers_loads_it(family: str, corpus: Path, tmp_path: Path) -> Non
     assert sizes[1] < sizes[0]
 
 
+@pytest.mark.vllm
+def test_stock_vllm_serves_it(corpus: Path, qwen3: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    from tests.model_executor import engine
+
+    masks = pruned(qwen3, corpus, tmp_path, "--scope", "uniform", "--width-multiple", "32")
+    found = {}
+    for layout in ("plain", "zeroed"):
+        export_checkpoint(masks, tmp_path / layout, layout=layout)
+        (found[layout],) = engine.results(engine.run(tmp_path / layout, env={"VLLM_PLUGINS": ""}))
+    assert found["plain"]["ids"] == found["zeroed"]["ids"]
+    for logprobs, wanted in zip(found["plain"]["logprobs"], found["zeroed"]["logprobs"], strict=True):
+        assert logprobs == pytest.approx(wanted, abs=1e-4)
+
+
 def test_inspect_says_what_the_common_width_costs(
     corpus: Path, qwen3: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
