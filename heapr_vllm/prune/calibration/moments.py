@@ -43,6 +43,8 @@ class MomentsHeader:
     base_fingerprint: str | None = None
     num_calibration_samples: Positive | None = None
     max_seq_length: Positive | None = None
+    calibration_tokens: Positive | None = None
+    loss_tokens: Positive | None = None
     checkpoint_bytes: Count | None = None
     routed_bytes: Count | None = None
     routed_weights: Count | None = None
@@ -136,10 +138,17 @@ class NeuronMoments:
     @property
     def calibration_tokens(self) -> int:
         """Tokens of the calibration text. Raises HeaprError if the metadata does not say."""
+        if counted := self.metadata.get("calibration_tokens"):
+            return counted
         samples, length = (self.metadata.get(name) for name in ("num_calibration_samples", "max_seq_length"))
         if not isinstance(samples, int) or not isinstance(length, int) or min(samples, length) < 1:
             raise HeaprError("the moments' metadata does not say how many tokens the text has; calibrate again")
         return samples * length
+
+    @property
+    def loss_tokens(self) -> int:
+        """Tokens whose prediction counts; all in files that do not say. Raises HeaprError as `calibration_tokens`."""
+        return self.metadata.get("loss_tokens") or self.calibration_tokens
 
     def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes all sums and norms in `dtype` and the metadata to `path`, atomically."""

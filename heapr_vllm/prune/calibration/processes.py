@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
 from heapr_vllm.errors import HeaprError, first_line
 from heapr_vllm.prune.calibration.moments import NORMS, NeuronMoments
+from heapr_vllm.prune.text.samples import Samples
 
 MAXIMA = ("peak_norm", *NORMS)  # norms of weights are the same in every process
 MEETING = timedelta(minutes=2)  # until all have come
@@ -44,11 +44,11 @@ class Processes:
             raise HeaprError("--device auto spreads one model over all GPUs; with torchrun use --device cuda")
         return f"cuda:{self.local_rank}" if self.size > 1 and device == "cuda" else device
 
-    def share(self, samples: torch.Tensor) -> torch.Tensor:
-        """Takes this process's part of `samples` int64 [N, L]. Raises HeaprError if there are fewer than processes."""
+    def share(self, samples: Samples) -> Samples:
+        """Takes this process's part of the samples. Raises HeaprError if there are fewer than processes."""
         if len(samples) < self.size:
             raise HeaprError(f"{self.size} processes cannot share {len(samples)} samples; start {len(samples)}")
-        return samples[self.rank :: self.size]
+        return Samples(samples.entries[self.rank :: self.size], samples.sources)
 
     def wait(self) -> None:
         """Returns when all processes have come here."""

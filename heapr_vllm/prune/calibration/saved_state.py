@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.schema import convert
 from heapr_vllm.prune.calibration.collector import MomentCollector
 from heapr_vllm.prune.calibration.moments import MOMENTS_FILE, NeuronMoments
 from heapr_vllm.prune.calibration.processes import Processes
+from heapr_vllm.prune.calibration.record import CalibrationIdentity
 
 PARTIAL_FILE = "partial.safetensors"
 STREAM_FOLDER = "stream"
@@ -27,7 +28,7 @@ class SavedState:
     """
 
     output: Path
-    identity: dict[str, Any]
+    identity: CalibrationIdentity
     processes: Processes
 
     @property
@@ -42,7 +43,7 @@ class SavedState:
 
     def save(self, collector: MomentCollector, position: dict[str, int]) -> None:
         """Writes the sums, which are complete up to `position`."""
-        collector.moments({**self.identity, **position}).save(self.partial, torch.float64)
+        collector.moments({**asdict(self.identity), **position}).save(self.partial, torch.float64)
 
     def load(self) -> NeuronMoments | None:
         """Reads what `save` wrote last, with the position in its metadata; None if there is nothing."""
@@ -66,7 +67,8 @@ class SavedState:
         if not path.is_file():
             return None
         saved = NeuronMoments.load(path)
-        changed = sorted(key for key in self.identity if saved.metadata.get(key) != self.identity[key])
+        theirs = asdict(convert(saved.metadata, CalibrationIdentity, str(path), "start anew with --overwrite"))
+        changed = sorted(key for key, value in asdict(self.identity).items() if theirs[key] != value)
         if changed:
             raise HeaprError(
                 f"{self.output} was started with another {', '.join(changed)}; repeat the original "

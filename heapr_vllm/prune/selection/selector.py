@@ -106,7 +106,7 @@ class Selector:
     def block_loss(self) -> torch.Tensor:
         """float64 [B]: predicted increase of the mean loss in nats per token if a block goes (`loss_increase`)."""
         losses = {prefix: layer.loss_increase() for prefix, layer in self.moments.layers.items()}
-        return self.blocks.totals(losses) / self.moments.calibration_tokens
+        return self.blocks.totals(losses) / self.moments.loss_tokens
 
     def keep(self, budget: Budget) -> tuple[torch.Tensor, list[Prices]]:
         """Chooses the blocks that stay, bool [B], and the prices per group. Raises HeaprError as `select`."""
