@@ -94,6 +94,14 @@ def selection(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=integer, default=0, help="for --criterion random")
 
 
+def mix(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--mix",
+        metavar="SHARES",
+        help="of tokens of the calibration's sources, such as code=0.7,chat=0.3 (default: as calibrated)",
+    )
+
+
 def size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text)
     if match is None:

@@ -66,7 +66,8 @@ def calibrate(
         routed_bytes=sizes.export_bytes(checkpoint, routed_only=True),
         routed_weights=sizes.routed_weights(checkpoint),
     )
-    state = SavedState(output, identity, processes)
+    sources = [asdict(source) for source in samples.sources]
+    state = SavedState(output, identity, processes, sources)
     if resume and (finished := state.finished()):
         return finished
     saved = state.load() if resume else None
@@ -89,7 +90,7 @@ def calibrate(
     counts = {
         "calibration_tokens": samples.tokens,
         "loss_tokens": samples.predictions,
-        "sources": [asdict(source) for source in samples.sources],
+        "sources": sources,
     }
     moments = replace(processes.total(moments), metadata=asdict(identity) | counts)
     if processes.is_first:

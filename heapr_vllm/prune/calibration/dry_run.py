@@ -19,6 +19,7 @@ from heapr_vllm.prune.calibration.settings import CalibrationSettings, calibrati
 from heapr_vllm.prune.models.layered import HEAD_TOKENS, LayeredModel
 from heapr_vllm.prune.models.loading import check_device
 from heapr_vllm.prune.text.batches import Batch
+from heapr_vllm.prune.text.sources import parse_sources
 
 RUNTIME_BYTES = 256 * 2**20  # kernel libraries, thread stacks and allocator rounding that come with the first step
 
@@ -38,7 +39,8 @@ def streamed_plan(model: LayeredModel, batches: list[Batch]) -> dict[str, int]:
     head_tokens = max(rows * min(max(1, HEAD_TOKENS // rows), length) for rows, length in shapes)
     logits = head_tokens * config.vocab_size * (2 * dtype.itemsize + 3 * 4)  # as computed, float32, softmax, gradients
     collector = MomentCollector(model.model, torch.device("meta"))
-    accumulators = sum(layer.nbytes for layer in collector.layers.values())
+    sources = 1 + max(batch.source for batch in batches)
+    accumulators = sources * sum(layer.nbytes for layer in collector.layers.values())
     phases = (
         weights[model.embedding_name] + 2 * hidden,
         weights[model.head_name] + logits + 4 * hidden,
@@ -114,6 +116,7 @@ def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
     checkpoint.check_unpruned()
     shapes = checkpoint.expert_shapes()
     neurons = sum(experts * width for experts, width in shapes.values())
+    sources = len(parse_sources(settings.dataset))
     text = checkpoint.text
     tokens = settings.batch_size * settings.max_seq_length
     scale = 2 if settings.dtype == "float32" and (text.dtype or text.torch_dtype) == "bfloat16" else 1
@@ -123,10 +126,10 @@ def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
         "neurons": neurons,
         "calibration_tokens": settings.num_calibration_samples * settings.max_seq_length,
         "weight_bytes": dequantized_bytes(checkpoint) * scale,
-        "accumulator_bytes": 6 * 8 * neurons,
+        "accumulator_bytes": 6 * 8 * neurons * sources,
         "logits_bytes": 2 * 4 * tokens * (text.vocab_size or 0),
         "checkpointed_activation_bytes": 4 * tokens * checkpoint.hidden_size * (text.num_hidden_layers or 0),
-        "output_bytes": 6 * 4 * neurons,
+        "output_bytes": (3 + 3 * sources) * 4 * neurons,
     }
     if not settings.stream:
         return sizes

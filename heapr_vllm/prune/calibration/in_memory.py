@@ -12,7 +12,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.progress import progress
-from heapr_vllm.prune.calibration.collector import MomentCollector, check_experts
+from heapr_vllm.prune.calibration.collector import check_experts
+from heapr_vllm.prune.calibration.mix_collector import MixCollector
 from heapr_vllm.prune.calibration.moments import NeuronMoments
 from heapr_vllm.prune.calibration.saved_state import SavedState
 from heapr_vllm.prune.calibration.settings import CalibrationSettings, check_finite
@@ -26,7 +27,7 @@ def collect_moments(
     samples: torch.Tensor | Samples | list[Batch],
     batch_size: int = 1,
     *,
-    collector: MomentCollector | None = None,
+    collector: MixCollector | None = None,
     first: int = 0,
     after_batch: Callable[[Batch], None] | None = None,
 ) -> NeuronMoments:
@@ -37,17 +38,18 @@ def collect_moments(
     Raises HeaprError if the loss is not finite, or if tokens do not reach the experts.
     """
     batches = as_batches(samples, batch_size)
-    collector = collector or MomentCollector(model)
-    with collector.attached(), _backward_only_to_activations(model):
+    collector = collector or MixCollector.numbered(model, batches)
+    with _backward_only_to_activations(model):
         for batch in batches:
             if batch.done <= first:
                 continue
-            loss = batch.loss(model(**batch.inputs(model.device), use_cache=False).logits)
-            check_finite(loss.item(), batch.first)
-            loss.backward()
+            with collector.attached(batch.source):
+                loss = batch.loss(model(**batch.inputs(model.device), use_cache=False).logits)
+                check_finite(loss.item(), batch.first)
+                loss.backward()
             if after_batch is not None:
                 after_batch(batch)
-    collector.check_reached()
+    collector.check_reached(batches)
     return collector.moments(token_counts(batches))
 
 
@@ -84,8 +86,8 @@ def calibrate_in_memory(
 ) -> NeuronMoments:
     """Does `heapr calibrate` without `--stream`, between reading the text and writing the result."""
     model = load_model(checkpoint, settings.dtype, device)
-    collector = MomentCollector(model)
-    check_experts(checkpoint, collector)
+    collector = MixCollector(model, state.names)
+    check_experts(checkpoint, collector.first)
     first = 0
     if partial is not None:
         collector.restore(partial)

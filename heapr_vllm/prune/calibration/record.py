@@ -68,12 +68,14 @@ class CalibrationRecord(CalibrationIdentity):
     """The content of calibration.json.
 
     `calibration_tokens`: of the text; `loss_tokens`: of them, those whose prediction counts; `sources`: where they are
-    from. `tokens`: MoE module prefix -> calibration tokens that each expert got. `versions`: package -> version.
+    from. `mix`: shares of sources by which masks were chosen and `tokens` weighed, if not as they were collected.
+    `tokens`: MoE module prefix -> calibration tokens that each expert got. `versions`: package -> version.
     """
 
     calibration_tokens: Count = 0
     loss_tokens: Count = 0
     sources: list[SourceRecord] = field(default_factory=list)
+    mix: dict[str, float] | None = None
     wall_time_seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, list[Count]]

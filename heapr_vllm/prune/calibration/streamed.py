@@ -15,7 +15,8 @@ import torch
 
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.progress import progress
-from heapr_vllm.prune.calibration.collector import MomentCollector, check_experts
+from heapr_vllm.prune.calibration.collector import check_experts
+from heapr_vllm.prune.calibration.mix_collector import MixCollector
 from heapr_vllm.prune.calibration.moments import NeuronMoments
 from heapr_vllm.prune.calibration.saved_state import SavedState
 from heapr_vllm.prune.calibration.settings import CalibrationSettings, check_finite
@@ -48,8 +49,8 @@ def calibrate_streamed(
     each of its layers, and come back as `partial` when the run is resumed.
     """
     model = LayeredModel(checkpoint, settings.dtype, device)
-    collector = MomentCollector(model.model, model.device)
-    check_experts(checkpoint, collector)
+    collector = MixCollector(model.model, state.names, model.device)
+    check_experts(checkpoint, collector.first)
     position = None
     if partial is None:
         state.save(collector, {})
@@ -98,7 +99,7 @@ def collect_moments_streamed(
     store: ActivationStore,
     batch_size: int = 1,
     *,
-    collector: MomentCollector | None = None,
+    collector: MixCollector | None = None,
     position: BackwardPosition | None = None,
     save: Callable[[BackwardPosition], None] | None = None,
     after_steps: Callable[[int], None] | None = None,
@@ -109,25 +110,25 @@ def collect_moments_streamed(
     `save(position)` is called whenever both could be saved, and `after_steps(n)` after n more steps of `num_steps`.
     Raises HeaprError if the loss is not finite.
     """
-    collector = collector or MomentCollector(model.model, model.device)
-    save, steps = save or (lambda _: None), after_steps or (lambda _: None)
     batches, top, bottom = as_batches(samples, batch_size), len(model.layers), model.first_moe_layer
-    with collector.attached():
-        if position is None:
-            position = BackwardPosition(top - 1, 0)
-            if store.complete("gradient", top, len(batches)):
-                steps(num_steps(model, len(batches), position))
-            else:
+    collector = collector or MixCollector.numbered(model.model, batches, model.device)
+    save, steps = save or (lambda _: None), after_steps or (lambda _: None)
+    if position is None:
+        position = BackwardPosition(top - 1, 0)
+        if store.complete("gradient", top, len(batches)):
+            steps(num_steps(model, len(batches), position))
+        else:
+            with collector.attached():  # counts on the way back only, so any source will do
                 model.forward(batches, store, keep_from=bottom, after_steps=steps)
                 _head(model, batches, store, steps)
-            store.drop("input", top)
-        for layer in range(position.layer, bottom - 1, -1):
-            first = position.batches if layer == position.layer else 0
-            _backward(model, layer, batches, first, store, save, steps, keep_gradient=layer > bottom)
-            save(BackwardPosition(layer - 1, 0))
-            store.drop("input", layer)
-            store.drop("gradient", layer + 1)
-    collector.check_reached()
+        store.drop("input", top)
+    for layer in range(position.layer, bottom - 1, -1):
+        first = position.batches if layer == position.layer else 0
+        _backward(model, layer, batches, first, collector, store, save, steps, keep_gradient=layer > bottom)
+        save(BackwardPosition(layer - 1, 0))
+        store.drop("input", layer)
+        store.drop("gradient", layer + 1)
+    collector.check_reached(batches)
     return collector.moments(token_counts(batches))
 
 
@@ -147,6 +148,7 @@ def _backward(
     layer: int,
     batches: list[Batch],
     first: int,
+    collector: MixCollector,
     store: ActivationStore,
     save: Callable[[BackwardPosition], None],
     steps: Callable[[int], None],
@@ -156,7 +158,8 @@ def _backward(
     with model.layer(layer) as run:
         for number in range(first, len(batches)):
             hidden = store.load("input", layer, number, model.device).requires_grad_()
-            run(hidden, batches[number]).backward(store.load("gradient", layer + 1, number, model.device))
+            with collector.attached(batches[number].source):
+                run(hidden, batches[number]).backward(store.load("gradient", layer + 1, number, model.device))
             if keep_gradient:
                 assert hidden.grad is not None, "backward has run"
                 store.save("gradient", layer, number, hidden.grad)

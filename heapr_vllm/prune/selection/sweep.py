@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune.calibration.moments import NeuronMoments
@@ -28,12 +28,16 @@ def budgets(ratios: Iterable[float]) -> list[Budget]:
 
 
 class Frontier(TypedDict):
-    """The content of frontier.json: the choice made, and choices along budgets of either kind."""
+    """The content of frontier.json: the choice made, and choices along budgets of either kind.
+
+    `sources`: predicted loss increase of the choice for every source of a mix, by name; none in older files.
+    """
 
     criterion: str
     chosen: Point
     stored: list[Point]
     executed: list[Point]
+    sources: NotRequired[dict[str, float]]
 
 
 def frontier(selector: Selector, budget: Budget) -> Frontier:
@@ -45,9 +49,11 @@ def frontier(selector: Selector, budget: Budget) -> Frontier:
         except HeaprError:  # out of reach, as are the larger ones
             continue
         curves["executed" if other.stored is None else "stored"].append(selector.point(kept))
+    kept, _ = selector.keep(budget)
     return Frontier(
         criterion=str(selector.metadata["criterion"]),
-        chosen=selector.point(selector.keep(budget)[0]),
+        chosen=selector.point(kept),
+        sources=selector.source_losses(kept),
         stored=curves["stored"],
         executed=curves["executed"],
     )

@@ -48,12 +48,17 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceRecord:
-    """What became of a source. `truncated`: conversations cut at their end, `skipped`: with nothing to predict."""
+    """What became of a source.
+
+    `predictions`: tokens whose prediction counts. `truncated`: conversations cut at their end; `skipped`: those with
+    nothing to predict.
+    """
 
     name: str
     share: float
     samples: Count
-    tokens: Count
+    tokens: Positive
+    predictions: Positive
     truncated: Count = 0
     skipped: Count = 0
 
@@ -212,7 +217,8 @@ def _add_source(
             name=source.name,
             share=float(source.share),
             samples=count,
-            tokens=sum(len(sample.ids) for sample in found),
+            tokens=Samples(found).tokens,
+            predictions=Samples(found).predictions,
             truncated=truncated,
             skipped=skipped,
         )

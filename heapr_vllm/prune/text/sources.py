@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -47,10 +47,32 @@ def parse_sources(specs: str | Sequence[str]) -> list[Source]:
         raise HeaprError(
             f"source {missing} has no share, but others have; write SPEC:SHARE for all of them or for none"
         )
+    check_shares(dict(zip(names, shares, strict=True)))
     total = sum(shares)
+    return [Source(name, spec, share / total) for (name, spec, _), share in zip(parsed, shares, strict=True)]
+
+
+def check_shares(shares: Mapping[str, float | Fraction]) -> None:
+    """Raises HeaprError unless shares by source are none below 0 and add up to 1."""
+    for name, share in shares.items():
+        if not 0 <= share <= 1 + TOLERANCE:
+            raise HeaprError(f"the share of {name} is {float(share):g}; give it one from 0 to 1")
+    total = sum(shares.values())
     if abs(total - 1) > TOLERANCE:
         raise HeaprError(f"the shares of the sources add up to {float(total):.9g}; change them so that it is 1")
-    return [Source(name, spec, share / total) for (name, spec, _), share in zip(parsed, shares, strict=True)]
+
+
+def parse_mix(text: str) -> dict[str, float]:
+    """Reads `code=0.7,chat=0.3`. Raises HeaprError if it is not that, or shares do not add up to 1."""
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, share = part.partition("=")
+        try:
+            shares[name] = float(share)
+        except ValueError as error:
+            raise HeaprError(f"--mix {text} is not like code=0.7,chat=0.3; name sources and shares") from error
+    check_shares(shares)
+    return shares
 
 
 def share_out(sources: Sequence[Source], num_samples: int) -> list[int]:
