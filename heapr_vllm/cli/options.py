@@ -7,6 +7,7 @@ import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 Commands = argparse._SubParsersAction
 
@@ -32,9 +33,36 @@ def output(
 
 
 def dataset(command: argparse.ArgumentParser) -> None:
+    """Adds what says which text: the fields of `TextSettings`, which `text` takes out again."""
     command.add_argument(
-        "--dataset", required=True, metavar="SPEC", help="file.txt, file.jsonl (field `text`) or name[subset](split)"
+        "--dataset",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="SPEC",
+        help="a file (.txt, .md, .jsonl, .json, .parquet, also .gz) or name[subset](split), of text or conversations; "
+        "several with names and shares make a mix: code=code.jsonl:0.5 chat=chat.jsonl:0.5",
     )
+    command.add_argument("--text-column", metavar="NAME", help="field of the records (default: text, messages)")
+    command.add_argument("--chat-template", metavar="FILE", help="for conversations, instead of the model's own")
+    command.add_argument(
+        "--loss", default="all", choices=("all", "assistant"), help="whose tokens of conversations count (default: all)"
+    )
+    command.add_argument(
+        "--max-seq-length",
+        type=positive,
+        default=2048,
+        metavar="L",
+        help="tokens of a sample of text; conversations are cut there",
+    )
+    command.add_argument("--seed", type=integer, default=0)
+
+
+def text(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `dataset` by the names of `TextSettings`; a single spec stays a string."""
+    names = ("text_column", "chat_template", "loss", "max_seq_length", "seed")
+    datasets = args.dataset
+    return {"dataset": datasets[0] if len(datasets) == 1 else datasets} | {name: getattr(args, name) for name in names}
 
 
 def placement(command: argparse.ArgumentParser, devices: str = "cpu, cuda, cuda:1") -> None:
@@ -67,6 +95,14 @@ def selection(command: argparse.ArgumentParser) -> None:
         help="experts without a calibration token (default: keep)",
     )
     command.add_argument("--seed", type=integer, default=0, help="for --criterion random")
+
+
+def mix(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--mix",
+        metavar="SHARES",
+        help="of tokens of the calibration's sources, such as code=0.7,chat=0.3 (default: as calibrated)",
+    )
 
 
 def size(text: str) -> int:

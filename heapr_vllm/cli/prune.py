@@ -48,6 +48,7 @@ def add_prune(commands: options.Commands) -> None:
         choices=("int8", "fp8"),
         help="store experts in 8 bits: while loading where the masks are served, and by `heapr export`",
     )
+    options.mix(command)
     options.selection(command)
     options.output(command, "MASKS")
 
@@ -61,8 +62,11 @@ def run_prune(args: argparse.Namespace) -> None:
     from heapr_vllm.prune.selection.budget import Budget, stored_for_size
     from heapr_vllm.prune.selection.selector import Selector, default_criterion
     from heapr_vllm.prune.selection.sweep import frontier
+    from heapr_vllm.prune.text.sources import parse_mix
 
     moments = NeuronMoments.from_pretrained(args.calibration)
+    if args.mix:
+        moments = moments.mixed(parse_mix(args.mix))
     selector = Selector(moments, args.criterion or default_criterion(args.flops), **_selection(args))
     scheme = None
     if args.quantize:
@@ -95,6 +99,7 @@ def add_sweep(commands: options.Commands) -> None:
     command.add_argument("calibration", type=Path, metavar="CALIB")
     command.add_argument("--criterion", nargs="+", metavar="NAME", help="default: all")
     command.add_argument("--ratios", nargs="+", type=float, metavar="R", help="default: 0.1 0.2 0.25 0.4 0.5")
+    options.mix(command)
     options.selection(command)
     command.add_argument("--json", action="store_true")
     command.add_argument("--plot", type=options.png, metavar="PNG", help="predicted loss over both reductions")
@@ -105,9 +110,13 @@ def run_sweep(args: argparse.Namespace) -> None:
     from heapr_vllm.prune.report.plot import plot_sweep
     from heapr_vllm.prune.selection.criteria import CRITERIA
     from heapr_vllm.prune.selection.sweep import RATIOS, format_sweep, sweep
+    from heapr_vllm.prune.text.sources import parse_mix
 
+    moments = NeuronMoments.from_pretrained(args.calibration)
+    if args.mix:
+        moments = moments.mixed(parse_mix(args.mix))
     rows = sweep(
-        NeuronMoments.from_pretrained(args.calibration),
+        moments,
         args.criterion or CRITERIA,
         args.ratios or RATIOS,
         **_selection(args),

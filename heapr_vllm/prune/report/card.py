@@ -37,7 +37,7 @@ tags: [moe, pruning, heapr]
 | routed neurons kept | {kept:,} of {total:,} |
 | stored routed parameters | -{stored:.1%} |
 | executed routed FLOPs per token (calibration routing) | -{executed:.1%} |
-{experts}{repair}| calibration | {samples} x {length} tokens of {dataset}, seed {seed} |
+{experts}{repair}| calibration | {samples} samples, {tokens:,} tokens of {dataset}, seed {seed} |
 | dead experts (width 0) | {dead} |
 
     {install}
@@ -72,8 +72,8 @@ def model_card(
         stored=summary.stored_reduction,
         executed=summary.executed_reduction,
         samples=calibration.num_calibration_samples,
-        length=calibration.max_seq_length,
-        dataset=calibration.dataset,
+        tokens=calibration.calibration_tokens,
+        dataset=calibration.dataset_name,
         seed=calibration.seed,
         dead=len(summary.dead_experts),
         experts=f"| experts stored as | {scheme.name}, {_GRANULARITY[scheme.strategy]} |\n" if scheme else "",

@@ -80,6 +80,7 @@ class Selector:
             "unrouted": unrouted,
             "protected": protected,
             "tokens": {prefix: tokens.tolist() for prefix, tokens in moments.tokens.items()},
+            **({"mix": moments.metadata["mix"]} if "mix" in moments.metadata else {}),
             "base_model": {
                 "name_or_path": moments.metadata.get("model", ""),
                 "revision": moments.metadata.get("revision"),
@@ -110,7 +111,16 @@ class Selector:
     def block_loss(self) -> torch.Tensor:
         """float64 [B]: predicted increase of the mean loss in nats per token if a block goes (`loss_increase`)."""
         losses = {prefix: layer.loss_increase() for prefix, layer in self.moments.layers.items()}
-        return self.blocks.totals(losses) / self.moments.calibration_tokens
+        return self.blocks.totals(losses) / self.moments.loss_tokens
+
+    def source_losses(self, kept: torch.Tensor) -> dict[str, float]:
+        """Predicts the increase of the loss per token for every source of a mix, in nats, by name."""
+        found: dict[str, float] = {}
+        for name, predictions in self.moments.source_predictions().items():
+            layers = self.moments.sources[name]
+            losses = self.blocks.totals({prefix: layer.loss_increase() for prefix, layer in layers.items()})
+            found[name] = losses[~kept].sum().item() / predictions
+        return found
 
     def keep(self, budget: Budget) -> tuple[torch.Tensor, list[Prices]]:
         """Chooses the blocks that stay, bool [B], and the prices per group. Raises HeaprError as `select`."""

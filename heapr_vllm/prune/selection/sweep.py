@@ -32,6 +32,7 @@ class Frontier(TypedDict):
     """The content of frontier.json: the choice made, and choices along budgets of either kind.
 
     `own_widths`: where experts share a width, what as many neurons would do if every expert had its own.
+    `sources`: predicted loss increase of the choice for every source of a mix, by name; none in older files.
     """
 
     criterion: str
@@ -39,6 +40,7 @@ class Frontier(TypedDict):
     own_widths: NotRequired[Point]
     stored: list[Point]
     executed: list[Point]
+    sources: NotRequired[dict[str, float]]
 
 
 def frontier(selector: Selector, budget: Budget) -> Frontier:
@@ -50,10 +52,12 @@ def frontier(selector: Selector, budget: Budget) -> Frontier:
         except HeaprError:  # out of reach, as are the larger ones
             continue
         curves["executed" if other.stored is None else "stored"].append(selector.point(kept))
-    chosen = selector.point(selector.keep(budget)[0])
+    kept, _ = selector.keep(budget)
+    chosen = selector.point(kept)
     found = Frontier(
         criterion=str(selector.metadata["criterion"]),
         chosen=chosen,
+        sources=selector.source_losses(kept),
         stored=curves["stored"],
         executed=curves["executed"],
     )
