@@ -94,15 +94,37 @@ def selection(command: argparse.ArgumentParser) -> None:
         choices=("keep", "prune", "error"),
         help="experts without a calibration token (default: keep)",
     )
+    which = command.add_mutually_exclusive_group()
+    which.add_argument(
+        "--include-layers", type=layers, metavar="LAYERS", help="prune only these, such as 4-20 or 1,3,8-11"
+    )
+    which.add_argument("--exclude-layers", type=layers, default=(), metavar="LAYERS", help="leave these whole")
     command.add_argument("--seed", type=integer, default=0, help="for --criterion random")
 
 
-def mix(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
+def layers(text: str) -> frozenset[int]:
+    """Parses 1,3,8-11."""
+    numbers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{text} is not like 1,3,8-11")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise argparse.ArgumentTypeError(f"{part} ends before it begins")
+        numbers.update(range(first, last + 1))
+    return frozenset(numbers)
+
+
+def mix(command: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Adds --mix to a group that takes other ways to weigh sources too."""
+    group = command.add_mutually_exclusive_group()
+    group.add_argument(
         "--mix",
         metavar="SHARES",
         help="of tokens of the calibration's sources, such as code=0.7,chat=0.3 (default: as calibrated)",
     )
+    return group
 
 
 def size(text: str) -> int:

@@ -180,6 +180,11 @@ def _choice(summary: Summary) -> list[str]:
         if losses := summary.frontier.get("sources"):
             each = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
             lines.append(f"by source, in nats per token of its own: {each}")
+    if worst := summary.metadata.get("worst_case"):
+        lines.append(
+            f"chosen for the source that loses most: {worst['largest']:.4f} nats per token, and no choice gets below "
+            f"{worst['bound']:.4f}"
+        )
     if mix := summary.metadata.get("mix"):
         lines.append(f"chosen for the mix {', '.join(f'{name} {share:.0%}' for name, share in mix.items())}")
     if prices := summary.metadata.get("prices"):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from functools import cached_property
 from typing import Any, TypedDict
 
@@ -11,6 +12,7 @@ import torch
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.formats.names import layer_index
 from heapr_vllm.prune.calibration.moments import NeuronMoments
 from heapr_vllm.prune.selection.budget import Budget, Prices, choose
 from heapr_vllm.prune.selection.criteria import score
@@ -39,6 +41,8 @@ class Selector:
         min_width: int = 0,
         unrouted: str = "keep",
         protect: float | None = None,
+        include_layers: Collection[int] | None = None,
+        exclude_layers: Collection[int] = (),
         seed: int = 0,
     ) -> None:
         """Sorts the neurons of `moments` by `criterion` and marks those that stay in any case.
@@ -46,7 +50,8 @@ class Selector:
         At least `min_width` neurons of every expert and the fraction `protect` of every super expert stay, rounded up
         to blocks; None protects half of them if the moments can tell which they are, 0 none. Experts that saw no
         calibration token are kept whole (`unrouted` "keep"), pruned first ("prune", as the paper's code does) or
-        refused ("error"); where experts share a width, they have it too. `seed` is for the criterion "random". Raises
+        refused ("error"); where experts share a width, they have it too. Layers that are not among `include_layers`
+        (None: all are), and those of `exclude_layers`, stay whole. `seed` is for the criterion "random". Raises
         HeaprError if an argument is impossible.
         """
         self.moments, self.scope = moments, scope
@@ -58,6 +63,8 @@ class Selector:
             )
         floors = {prefix: torch.full_like(tokens, min_width) for prefix, tokens in moments.tokens.items()}
         protected = self._protect(floors, protect)
+        for prefix in _whole_layers(moments, include_layers, exclude_layers):
+            floors[prefix][:] = moments[prefix].fisher.shape[1]
         for prefix, tokens in moments.tokens.items():
             silent = tokens == 0
             if bool(silent.all()):
@@ -139,6 +146,22 @@ class Selector:
             executed_reduction=1 - (frequency[kept].sum() / frequency.sum()).item(),
             loss_increase=self.block_loss[~kept].sum().item(),
         )
+
+
+def _whole_layers(
+    moments: NeuronMoments, include_layers: Collection[int] | None, exclude_layers: Collection[int]
+) -> list[str]:
+    """Lists the MoE modules that are not to be pruned. Raises HeaprError if a layer is named that has no experts."""
+    indices = {prefix: layer_index(prefix) for prefix in moments.layers}
+    unknown = sorted({*(include_layers or ()), *exclude_layers} - set(indices.values()))
+    if unknown:
+        layers = sorted(indices.values())
+        raise HeaprError(f"layer {unknown[0]} has no routed experts; name some of {layers[0]} to {layers[-1]}")
+    return [
+        prefix
+        for prefix, index in indices.items()
+        if index in exclude_layers or (include_layers is not None and index not in include_layers)
+    ]
 
 
 def select(
