@@ -27,7 +27,6 @@ def add_calibrate(commands: options.Commands) -> None:
     output = options.output(command, "CALIB", required=False)
     output.add_argument("--resume", action="store_true", help="continue a run that was killed")
     command.add_argument("--num-calibration-samples", type=options.positive, default=128, metavar="N")
-    command.add_argument("--max-seq-length", type=options.positive, default=2048, metavar="L")
     command.add_argument(
         "--batch-size",
         type=options.positive,
@@ -35,7 +34,11 @@ def add_calibrate(commands: options.Commands) -> None:
         metavar="B",
         help="does not change the result, beyond rounding in half precision",
     )
-    command.add_argument("--seed", type=options.integer, default=0)
+    command.add_argument(
+        "--packing",
+        action="store_true",
+        help="put whole samples into rows of L tokens, where they do not see each other",
+    )
     options.placement(command, "cpu, cuda, cuda:1, or auto: one model over all GPUs")
     command.add_argument(
         "--stream",
@@ -54,15 +57,15 @@ def run_calibrate(args: argparse.Namespace) -> None:
     from heapr_vllm.prune.calibration.dry_run import plan
     from heapr_vllm.prune.calibration.processes import joined_processes
     from heapr_vllm.prune.calibration.settings import CalibrationSettings
+    from heapr_vllm.prune.text.samples import SourceRecord
 
     model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
     settings = CalibrationSettings(
         model=model,
-        dataset=args.dataset,
+        **options.text(args),
         num_calibration_samples=args.num_calibration_samples,
-        max_seq_length=args.max_seq_length,
         batch_size=args.batch_size,
-        seed=args.seed,
+        packing=args.packing,
         dtype=args.dtype,
         revision=args.revision,
         stream=args.stream,
@@ -85,6 +88,8 @@ def run_calibrate(args: argparse.Namespace) -> None:
         )
     silent = sum(int((tokens == 0).sum()) for tokens in moments.tokens.values())
     if processes.is_first:
+        for source in moments.metadata.get("sources", []):
+            print(SourceRecord(**source))
         print(f"wrote {args.output}: {len(moments.tokens)} MoE layers, {silent} experts without a calibration token")
 
 

@@ -28,9 +28,7 @@ def add_eval(commands: options.Commands) -> None:
     command.add_argument(
         "--num-samples", type=options.positive, default=64, metavar="N", help="samples of text (default: 64)"
     )
-    command.add_argument("--max-seq-length", type=options.positive, default=2048, metavar="L")
     command.add_argument("--batch-size", type=options.positive, default=8, metavar="B")
-    command.add_argument("--seed", type=options.integer, default=0)
     command.add_argument(
         "--backend",
         default="transformers",
@@ -51,11 +49,9 @@ def run_eval(args: argparse.Namespace) -> None:
         check_writable(args.output)
     models = [args.baseline, *args.directories] if args.baseline else args.directories
     settings = EvaluationSettings(
-        dataset=args.dataset,
+        **options.text(args),
         num_samples=args.num_samples,
-        max_seq_length=args.max_seq_length,
         batch_size=args.batch_size,
-        seed=args.seed,
         tasks=tuple(args.tasks),
         dtype=args.dtype,
         device=args.device,

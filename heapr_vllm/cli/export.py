@@ -27,9 +27,10 @@ def add_export(commands: options.Commands) -> None:
     command.add_argument(
         "--layout",
         default="compact",
-        choices=("compact", "zeroed", "masked"),  # the last is what zeroed was called
-        metavar="{compact,zeroed}",
-        help="compact: kept neurons only; zeroed: full size, pruned neurons zeroed, for any engine",
+        choices=("compact", "plain", "zeroed", "masked"),  # the last is what zeroed was called
+        metavar="{compact,plain,zeroed}",
+        help="compact: kept neurons only, for the plugin; plain: the same for any engine, after `heapr prune --scope "
+        "uniform`; zeroed: full size, pruned neurons zeroed, for any engine",
     )
     command.add_argument(
         "--quantize",

@@ -7,6 +7,7 @@ import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 Commands = argparse._SubParsersAction
 
@@ -32,9 +33,36 @@ def output(
 
 
 def dataset(command: argparse.ArgumentParser) -> None:
+    """Adds what says which text: the fields of `TextSettings`, which `text` takes out again."""
     command.add_argument(
-        "--dataset", required=True, metavar="SPEC", help="file.txt, file.jsonl (field `text`) or name[subset](split)"
+        "--dataset",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="SPEC",
+        help="a file (.txt, .md, .jsonl, .json, .parquet, also .gz) or name[subset](split), of text or conversations; "
+        "several with names and shares make a mix: code=code.jsonl:0.5 chat=chat.jsonl:0.5",
     )
+    command.add_argument("--text-column", metavar="NAME", help="field of the records (default: text, messages)")
+    command.add_argument("--chat-template", metavar="FILE", help="for conversations, instead of the model's own")
+    command.add_argument(
+        "--loss", default="all", choices=("all", "assistant"), help="whose tokens of conversations count (default: all)"
+    )
+    command.add_argument(
+        "--max-seq-length",
+        type=positive,
+        default=2048,
+        metavar="L",
+        help="tokens of a sample of text; conversations are cut there",
+    )
+    command.add_argument("--seed", type=integer, default=0)
+
+
+def text(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `dataset` by the names of `TextSettings`; a single spec stays a string."""
+    names = ("text_column", "chat_template", "loss", "max_seq_length", "seed")
+    datasets = args.dataset
+    return {"dataset": datasets[0] if len(datasets) == 1 else datasets} | {name: getattr(args, name) for name in names}
 
 
 def placement(command: argparse.ArgumentParser, devices: str = "cpu, cuda, cuda:1") -> None:
@@ -46,10 +74,13 @@ def selection(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--scope",
         default="global",
-        choices=("global", "layer", "expert"),
-        help="where neurons compete (default: global; reap was published with layer)",
+        choices=("global", "layer", "expert", "layer-uniform", "uniform"),
+        help="where neurons compete (default: global; reap was published with layer); layer-uniform: the experts of a "
+        "layer keep equally many, uniform: those of the model do, for `heapr export --layout plain`",
     )
-    command.add_argument("--align", type=positive, default=16, metavar="A", help="kept counts are multiples of it")
+    command.add_argument(
+        "--align", "--width-multiple", type=positive, default=16, metavar="A", help="kept counts are multiples of it"
+    )
     command.add_argument("--min-width", type=not_negative, default=0, metavar="W", help="neurons every expert keeps")
     command.add_argument(
         "--protect",
@@ -63,7 +94,37 @@ def selection(command: argparse.ArgumentParser) -> None:
         choices=("keep", "prune", "error"),
         help="experts without a calibration token (default: keep)",
     )
+    which = command.add_mutually_exclusive_group()
+    which.add_argument(
+        "--include-layers", type=layers, metavar="LAYERS", help="prune only these, such as 4-20 or 1,3,8-11"
+    )
+    which.add_argument("--exclude-layers", type=layers, default=(), metavar="LAYERS", help="leave these whole")
     command.add_argument("--seed", type=integer, default=0, help="for --criterion random")
+
+
+def layers(text: str) -> frozenset[int]:
+    """Parses 1,3,8-11."""
+    numbers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{text} is not like 1,3,8-11")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise argparse.ArgumentTypeError(f"{part} ends before it begins")
+        numbers.update(range(first, last + 1))
+    return frozenset(numbers)
+
+
+def mix(command: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Adds --mix to a group that takes other ways to weigh sources too."""
+    group = command.add_mutually_exclusive_group()
+    group.add_argument(
+        "--mix",
+        metavar="SHARES",
+        help="of tokens of the calibration's sources, such as code=0.7,chat=0.3 (default: as calibrated)",
+    )
+    return group
 
 
 def size(text: str) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from heapr_vllm.cli import options
+from heapr_vllm.errors import HeaprError
 
 
 def add_prune(commands: options.Commands) -> None:
@@ -48,6 +49,11 @@ def add_prune(commands: options.Commands) -> None:
         choices=("int8", "fp8"),
         help="store experts in 8 bits: while loading where the masks are served, and by `heapr export`",
     )
+    options.mix(command).add_argument(
+        "--worst-case",
+        action="store_true",
+        help="of a mix: the least loss in the source that loses most, by the criterion fisher",
+    )
     options.selection(command)
     options.output(command, "MASKS")
 
@@ -61,8 +67,15 @@ def run_prune(args: argparse.Namespace) -> None:
     from heapr_vllm.prune.selection.budget import Budget, stored_for_size
     from heapr_vllm.prune.selection.selector import Selector, default_criterion
     from heapr_vllm.prune.selection.sweep import frontier
+    from heapr_vllm.prune.selection.worst_case import CRITERION, worst_case
+    from heapr_vllm.prune.text.sources import parse_mix
+
+    if args.worst_case and args.criterion not in (None, CRITERION):
+        raise HeaprError(f"--worst-case is of predicted losses, which are --criterion {CRITERION}; drop --criterion")
 
     moments = NeuronMoments.from_pretrained(args.calibration)
+    if args.mix:
+        moments = moments.mixed(parse_mix(args.mix))
     selector = Selector(moments, args.criterion or default_criterion(args.flops), **_selection(args))
     scheme = None
     if args.quantize:
@@ -71,6 +84,8 @@ def run_prune(args: argparse.Namespace) -> None:
     if args.target_size is not None:
         stored = stored_for_size(args.target_size, moments.metadata, selector.blocks, scheme)
     budget = Budget(stored=stored, executed=args.flops)
+    if args.worst_case:
+        selector = worst_case(moments, budget, **_selection(args)).selector
     masks = selector.masks(budget)
     curves = frontier(selector, budget)
     write_masks_repository(
@@ -95,6 +110,7 @@ def add_sweep(commands: options.Commands) -> None:
     command.add_argument("calibration", type=Path, metavar="CALIB")
     command.add_argument("--criterion", nargs="+", metavar="NAME", help="default: all")
     command.add_argument("--ratios", nargs="+", type=float, metavar="R", help="default: 0.1 0.2 0.25 0.4 0.5")
+    options.mix(command)
     options.selection(command)
     command.add_argument("--json", action="store_true")
     command.add_argument("--plot", type=options.png, metavar="PNG", help="predicted loss over both reductions")
@@ -105,9 +121,13 @@ def run_sweep(args: argparse.Namespace) -> None:
     from heapr_vllm.prune.report.plot import plot_sweep
     from heapr_vllm.prune.selection.criteria import CRITERIA
     from heapr_vllm.prune.selection.sweep import RATIOS, format_sweep, sweep
+    from heapr_vllm.prune.text.sources import parse_mix
 
+    moments = NeuronMoments.from_pretrained(args.calibration)
+    if args.mix:
+        moments = moments.mixed(parse_mix(args.mix))
     rows = sweep(
-        NeuronMoments.from_pretrained(args.calibration),
+        moments,
         args.criterion or CRITERIA,
         args.ratios or RATIOS,
         **_selection(args),
@@ -145,4 +165,5 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 def _selection(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `options.selection` as those of `Selector`."""
-    return {name: getattr(args, name) for name in ("scope", "align", "min_width", "protect", "unrouted", "seed")}
+    names = ("scope", "align", "min_width", "protect", "unrouted", "include_layers", "exclude_layers", "seed")
+    return {name: getattr(args, name) for name in names}

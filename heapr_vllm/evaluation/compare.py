@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from heapr_vllm.environment import install_command
@@ -21,23 +20,17 @@ from heapr_vllm.prune.models.loading import check_device
 from heapr_vllm.prune.models.pruned import opened
 from heapr_vllm.prune.report.summary import load_report
 from heapr_vllm.prune.selection.budget import format_size
-from heapr_vllm.prune.text.samples import checkpoint_samples, fingerprint, load_tokenizer
+from heapr_vllm.prune.text.samples import Samples, TextSettings, draw_samples, load_tokenizer
 
 BACKENDS = ("transformers", "vllm")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """Text, tasks, and what runs the models.
+class EvaluationSettings(TextSettings):
+    """Text, tasks, and what runs the models. The text is `num_samples` seeded samples, the same for every model."""
 
-    The text is `num_samples` seeded samples of `max_seq_length` tokens, the same for every model.
-    """
-
-    dataset: str
     num_samples: int = 64
-    max_seq_length: int = 2048
     batch_size: int = 8
-    seed: int = 0
     tasks: tuple[str, ...] = ()
     dtype: str = "auto"
     device: str = "cpu"
@@ -61,8 +54,8 @@ def compare(models: list[str], settings: EvaluationSettings) -> list[dict[str, A
         _lm_eval()
     measure = _measure_served if settings.backend == "vllm" else _measure
     checkpoints = [Checkpoint.resolve(model) for model in models]
-    texts = [_text(checkpoint, settings) for checkpoint in checkpoints]
-    if len({fingerprint(samples) for samples in texts}) > 1:
+    texts = [draw_samples(checkpoint, settings, settings.num_samples) for checkpoint in checkpoints]
+    if len({samples.fingerprint() for samples in texts}) > 1:
         raise HeaprError("the models have different tokenizers, so their perplexities cannot be compared")
     rows: list[dict[str, Any]] = []
     for name, checkpoint in zip(models, checkpoints, strict=True):
@@ -78,20 +71,14 @@ def _weight_bytes(checkpoint: Checkpoint) -> int | None:
     return sizes.num_bytes(checkpoint) if checkpoint.has_weights else load_report(checkpoint.path).compact_bytes
 
 
-def _text(checkpoint: Checkpoint, settings: EvaluationSettings) -> torch.Tensor:
-    return checkpoint_samples(
-        checkpoint, settings.dataset, settings.num_samples, settings.max_seq_length, settings.seed
-    )
-
-
-def _measure_served(checkpoint: Checkpoint, samples: torch.Tensor, settings: EvaluationSettings) -> dict[str, Any]:
+def _measure_served(checkpoint: Checkpoint, samples: Samples, settings: EvaluationSettings) -> dict[str, Any]:
     row = {"perplexity": served_perplexity(checkpoint, samples, settings.dtype)}
     if (checkpoint.path / MASKS_FILE).is_file():
         row["stored_reduction"] = read_masks(checkpoint.path).sparsity
     return row
 
 
-def _measure(checkpoint: Checkpoint, samples: torch.Tensor, settings: EvaluationSettings) -> dict[str, Any]:
+def _measure(checkpoint: Checkpoint, samples: Samples, settings: EvaluationSettings) -> dict[str, Any]:
     with opened(checkpoint, settings.dtype, settings.device) as (model, masks):
         with counted_routes(model) as tokens:
             row: dict[str, Any] = {"perplexity": perplexity(model, samples, settings.batch_size)}

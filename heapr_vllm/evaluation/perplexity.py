@@ -6,23 +6,21 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
 from heapr_vllm.prune.models.experts import expert_modules
+from heapr_vllm.prune.text.batches import as_batches, token_counts
+from heapr_vllm.prune.text.samples import Samples
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, samples: torch.Tensor, batch_size: int = 8) -> float:
-    """Computes exp of the mean next-token cross entropy over `samples` int64 [N, L], each its own context."""
+def perplexity(model: PreTrainedModel, samples: torch.Tensor | Samples, batch_size: int = 8) -> float:
+    """Computes exp of the mean next-token cross entropy over `samples`, or token ids [N, L], each its own context."""
     model.eval()
-    nll = 0.0
-    for ids in samples.split(batch_size):
-        ids = ids.to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        nll += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(nll / (samples.shape[0] * (samples.shape[1] - 1)))
+    batches = as_batches(samples, batch_size)
+    nll = sum(batch.loss(model(**batch.inputs(model.device), use_cache=False).logits).item() for batch in batches)
+    return math.exp(nll / token_counts(batches)["loss_tokens"])
 
 
 @contextmanager

@@ -17,11 +17,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.prune.text.samples import Samples
 
 if TYPE_CHECKING:
     from vllm.config.model import ModelDType
@@ -29,15 +29,17 @@ if TYPE_CHECKING:
 MARKER = "PERPLEXITY "
 
 
-def served_perplexity(checkpoint: Checkpoint, samples: torch.Tensor, dtype: str) -> float:
-    """Measures exp of the mean next-token cross entropy over `samples` int64 [N, L], each its own context.
+def served_perplexity(checkpoint: Checkpoint, samples: Samples, dtype: str) -> float:
+    """Measures exp of the mean next-token cross entropy over `samples`, each its own context.
 
     Masks repositories are served over their base model. Raises HeaprError if the engine does not come up, with the end
     of its output.
     """
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "samples.safetensors"
-        save_file({"samples": samples}, text)
+        tensors = {f"ids.{number}": sample.ids.clone() for number, sample in enumerate(samples.entries)}
+        counted = {f"counted.{number}": sample.counted.clone() for number, sample in enumerate(samples.entries)}
+        save_file(tensors | counted, text)
         command = [sys.executable, "-m", "heapr_vllm.evaluation.served", str(checkpoint.path), dtype, str(text)]
         env = {"VLLM_LOGGING_LEVEL": "ERROR", **os.environ}
         done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -51,25 +53,27 @@ def served_perplexity(checkpoint: Checkpoint, samples: torch.Tensor, dtype: str)
 def main(model: str, dtype: str, text: str) -> None:
     from vllm import LLM, SamplingParams
 
-    samples = load_file(text)["samples"].tolist()
+    tensors = load_file(text)
+    samples = [tensors[f"ids.{number}"].tolist() for number in range(len(tensors) // 2)]
     load_format = "auto" if Checkpoint(Path(model)).has_weights else "heapr"
     llm = LLM(
         model,
         dtype=cast("ModelDType", dtype),
         load_format=load_format,
-        max_model_len=len(samples[0]) + 1,
+        max_model_len=max(map(len, samples)) + 1,
         enable_prefix_caching=False,
     )
     outputs = llm.generate(
         [{"prompt_token_ids": ids} for ids in samples], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     )
-    total = 0.0
-    for ids, output in zip(samples, outputs, strict=True):
+    total, count = 0.0, 0
+    for number, (ids, output) in enumerate(zip(samples, outputs, strict=True)):
         assert output.prompt_logprobs is not None, "asked for above"
-        for token, logprobs in zip(ids[1:], output.prompt_logprobs[1:], strict=True):
+        for position in tensors[f"counted.{number}"][1:].nonzero().flatten().tolist():
+            logprobs = output.prompt_logprobs[position + 1]
             assert logprobs is not None, "only the first token has none"
-            total += logprobs[token].logprob
-    print(MARKER + json.dumps(math.exp(-total / (len(samples) * (len(samples[0]) - 1)))))
+            total, count = total + logprobs[ids[position + 1]].logprob, count + 1
+    print(MARKER + json.dumps(math.exp(-total / count)))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class MasksHeader:
     sparsity: float | None = None
     protected: list[str] | None = None
     prices: dict[str, float] | None = None
+    mix: dict[str, float] | None = None
 
 
 def pack_bits(keep: torch.Tensor) -> torch.Tensor:

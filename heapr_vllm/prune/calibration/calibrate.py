@@ -23,7 +23,7 @@ from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationIde
 from heapr_vllm.prune.calibration.saved_state import PARTIAL_FILE, SavedState
 from heapr_vllm.prune.calibration.settings import CalibrationSettings, NotFiniteError, calibration_samples
 from heapr_vllm.prune.models.loading import check_device
-from heapr_vllm.prune.text.samples import fingerprint
+from heapr_vllm.prune.text.sources import parse_sources
 
 
 def calibrate(
@@ -44,7 +44,12 @@ def calibrate(
     Raises HeaprError on bad input before anything is written, and if the loss becomes NaN on the way.
     """
     if not (resume and any((output / name).is_file() for name in (PARTIAL_FILE, MOMENTS_FILE, CALIBRATION_FILE))):
-        inputs = [path for path in map(Path, (settings.model, settings.dataset)) if path.exists()]
+        names = (
+            settings.model,
+            settings.chat_template or "",
+            *(source.spec for source in parse_sources(settings.dataset)),
+        )
+        inputs = [path for path in map(Path, names) if path.name and path.exists()]
         check_output(output, CALIBRATION, overwrite=overwrite, inputs=inputs, hint=", --resume to continue it")
     device = processes.device(device)
     check_device(device, allow_auto=True)
@@ -52,17 +57,18 @@ def calibrate(
     checkpoint.check_unpruned()
     checkpoint.expert_shapes()
     samples = calibration_samples(settings, checkpoint)
-    mine = processes.share(samples)
+    batches = settings.batches(processes.share(samples))
     identity = CalibrationIdentity(
         **asdict(replace(settings, revision=checkpoint.commit or settings.revision)),
         processes=processes.size,
-        dataset_fingerprint=fingerprint(samples),
+        dataset_fingerprint=samples.fingerprint(),
         base_fingerprint=model_fingerprint(checkpoint),
         checkpoint_bytes=sizes.export_bytes(checkpoint),
         routed_bytes=sizes.export_bytes(checkpoint, routed_only=True),
         routed_weights=sizes.routed_weights(checkpoint),
     )
-    state = SavedState(output, asdict(identity), processes)
+    sources = [asdict(source) for source in samples.sources]
+    state = SavedState(output, identity, processes, sources)
     with alone_in(output) if processes.is_first else nullcontext():
         if resume and (finished := state.finished()):
             return finished
@@ -76,17 +82,24 @@ def calibrate(
             if settings.stream:
                 from heapr_vllm.prune.calibration.streamed import calibrate_streamed
 
-                moments = calibrate_streamed(checkpoint, settings, mine, device, state, saved, checkpoint_every)
+                moments = calibrate_streamed(checkpoint, settings, batches, device, state, saved, checkpoint_every)
             else:
-                moments = calibrate_in_memory(checkpoint, settings, mine, device, state, saved, checkpoint_every)
+                moments = calibrate_in_memory(checkpoint, settings, batches, device, state, saved, checkpoint_every)
         except NotFiniteError:
             state.remove()
             raise
-        moments = replace(processes.total(moments), metadata=asdict(identity))
+        counts = {
+            "calibration_tokens": samples.tokens,
+            "loss_tokens": samples.predictions,
+            "sources": sources,
+        }
+        moments = replace(processes.total(moments), metadata=asdict(identity) | counts)
         if processes.is_first:
             record = CalibrationRecord(
                 **asdict(identity),
-                calibration_tokens=samples.numel(),
+                calibration_tokens=samples.tokens,
+                loss_tokens=samples.predictions,
+                sources=samples.sources,
                 wall_time_seconds=round(time.time() - started, 1),
                 versions=versions(),
                 tokens={prefix: tokens.tolist() for prefix, tokens in moments.tokens.items()},

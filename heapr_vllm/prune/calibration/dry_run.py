@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,29 @@ from heapr_vllm.prune.calibration.collector import ROWS_AT_ONCE, MomentCollector
 from heapr_vllm.prune.calibration.settings import CalibrationSettings, calibration_samples
 from heapr_vllm.prune.models.layered import HEAD_TOKENS, LayeredModel
 from heapr_vllm.prune.models.loading import check_device
+from heapr_vllm.prune.text.batches import Batch
+from heapr_vllm.prune.text.sources import parse_sources
 
 RUNTIME_BYTES = 256 * 2**20  # kernel libraries, thread stacks and allocator rounding that come with the first step
 
 
-def streamed_plan(model: LayeredModel, num_samples: int, length: int, batch_size: int) -> dict[str, int]:
-    """Computes sizes in bytes for `num_samples` samples of `length` tokens, an upper bound for every phase of the pass.
+def streamed_plan(model: LayeredModel, batches: list[Batch]) -> dict[str, int]:
+    """Computes sizes in bytes for these batches, an upper bound for every phase of the pass.
 
     `peak_memory_bytes` is that of the device the layers run on; on the CPU it includes what this process holds now.
     """
     weights = {name: _weight_bytes(model, name) for name in (*model.layer_names, model.embedding_name, model.head_name)}
     layer_weights = max(weights[name] for name in model.layer_names)
-    tokens, dtype = batch_size * length, next(model.model.parameters()).dtype
+    shapes = {tuple(batch.ids.shape) for batch in batches}
+    dtype = next(model.model.parameters()).dtype
     config = model.model.config.get_text_config()
-    hidden = tokens * config.hidden_size * dtype.itemsize
-    activations = max(_activation_bytes(model, layer, batch_size, length) for layer in model.layers)
-    head_tokens = batch_size * min(max(1, HEAD_TOKENS // batch_size), length)
+    hidden = max(rows * length for rows, length in shapes) * config.hidden_size * dtype.itemsize
+    activations = max(_activation_bytes(model, layer, *shape) for layer, shape in product(model.layers, shapes))
+    head_tokens = max(rows * min(max(1, HEAD_TOKENS // rows), length) for rows, length in shapes)
     logits = head_tokens * config.vocab_size * (2 * dtype.itemsize + 3 * 4)  # as computed, float32, softmax, gradients
     collector = MomentCollector(model.model, torch.device("meta"))
-    accumulators = sum(layer.nbytes for layer in collector.layers.values())
+    sources = 1 + max(batch.source for batch in batches)
+    accumulators = sources * sum(layer.nbytes for layer in collector.layers.values())
     phases = (
         weights[model.embedding_name] + 2 * hidden,
         weights[model.head_name] + logits + 4 * hidden,
@@ -54,7 +59,10 @@ def streamed_plan(model: LayeredModel, num_samples: int, length: int, batch_size
         "accumulator_bytes": accumulators,
         "process_bytes": process,
         "peak_memory_bytes": process + RUNTIME_BYTES + 2 * accumulators + one_tensor + max(phases),
-        "disk_bytes": num_samples * length * config.hidden_size * dtype.itemsize * (kept_layers + 2),
+        "disk_bytes": sum(batch.ids.numel() for batch in batches)
+        * config.hidden_size
+        * dtype.itemsize
+        * (kept_layers + 2),
     }
 
 
@@ -100,13 +108,15 @@ def _tensor_in_flight_bytes(checkpoint: Checkpoint) -> int:
 def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
     """Computes the sizes of `--dry-run` by formula from the config and the shard headers; no large weight is loaded.
 
-    With `settings.stream` also the peak memory; the text is read for it, since it counts too.
+    With `settings.stream` also the peak memory; the text is read for it, since it counts too. Without, tokens are those
+    of samples as long as they may be.
     """
     check_device(device, allow_auto=True)
     checkpoint = Checkpoint.resolve(settings.model, settings.revision)
     checkpoint.check_unpruned()
     shapes = checkpoint.expert_shapes()
     neurons = sum(experts * width for experts, width in shapes.values())
+    sources = len(parse_sources(settings.dataset))
     text = checkpoint.text
     tokens = settings.batch_size * settings.max_seq_length
     scale = 2 if settings.dtype == "float32" and (text.dtype or text.torch_dtype) == "bfloat16" else 1
@@ -116,15 +126,16 @@ def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:
         "neurons": neurons,
         "calibration_tokens": settings.num_calibration_samples * settings.max_seq_length,
         "weight_bytes": dequantized_bytes(checkpoint) * scale,
-        "accumulator_bytes": 6 * 8 * neurons,
+        "accumulator_bytes": 6 * 8 * neurons * sources,
         "logits_bytes": 2 * 4 * tokens * (text.vocab_size or 0),
         "checkpointed_activation_bytes": 4 * tokens * checkpoint.hidden_size * (text.num_hidden_layers or 0),
-        "output_bytes": 6 * 4 * neurons,
+        "output_bytes": (3 + 3 * sources) * 4 * neurons,
     }
     if not settings.stream:
         return sizes
     from heapr_vllm.prune.models.layered import LayeredModel
 
     del sizes["checkpointed_activation_bytes"]  # on disk here
-    samples = calibration_samples(settings, checkpoint)
-    return sizes | streamed_plan(LayeredModel(checkpoint, settings.dtype, device), *samples.shape, settings.batch_size)
+    batches = settings.batches(calibration_samples(settings, checkpoint))
+    sizes["calibration_tokens"] = sum(batch.ids.numel() for batch in batches)
+    return sizes | streamed_plan(LayeredModel(checkpoint, settings.dtype, device), batches)

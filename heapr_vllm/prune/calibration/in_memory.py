@@ -7,46 +7,50 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.progress import progress
-from heapr_vllm.prune.calibration.collector import MomentCollector, check_experts
+from heapr_vllm.prune.calibration.collector import check_experts
+from heapr_vllm.prune.calibration.mix_collector import MixCollector
 from heapr_vllm.prune.calibration.moments import NeuronMoments
 from heapr_vllm.prune.calibration.saved_state import SavedState
 from heapr_vllm.prune.calibration.settings import CalibrationSettings, check_finite
 from heapr_vllm.prune.models.loading import load_model
+from heapr_vllm.prune.text.batches import Batch, as_batches, token_counts
+from heapr_vllm.prune.text.samples import Samples
 
 
 def collect_moments(
     model: PreTrainedModel,
-    samples: torch.Tensor,
+    samples: torch.Tensor | Samples | list[Batch],
     batch_size: int = 1,
     *,
-    collector: MomentCollector | None = None,
+    collector: MixCollector | None = None,
     first: int = 0,
-    after_batch: Callable[[int], None] | None = None,
+    after_batch: Callable[[Batch], None] | None = None,
 ) -> NeuronMoments:
-    """Runs `model` over token `samples` int64 [N, L] and returns the moments; weights get no gradient.
+    """Runs `model` over `samples`, token ids int64 [N, L] or what has become of them; weights get no gradient.
 
-    The loss is the sum of next-token cross entropies, so the result does not depend on `batch_size`. `collector` and
-    `first` continue an interrupted run; `after_batch(n)` is called when n samples are done. Raises HeaprError if the
-    loss is not finite, or if tokens do not reach the experts.
+    The loss is the sum of next-token cross entropies, so the result does not depend on the batches. `collector` and
+    `first` continue an interrupted run after so many samples; `after_batch` is called with every batch that is done.
+    Raises HeaprError if the loss is not finite, or if tokens do not reach the experts.
     """
-    collector = collector or MomentCollector(model)
-    with collector.attached(), _backward_only_to_activations(model):
-        for start in range(first, len(samples), batch_size):
-            ids = samples[start : start + batch_size].to(model.device)
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-            check_finite(loss.item(), start)
-            loss.backward()
+    batches = as_batches(samples, batch_size)
+    collector = collector or MixCollector.numbered(model, batches)
+    with _backward_only_to_activations(model):
+        for batch in batches:
+            if batch.done <= first:
+                continue
+            with collector.attached(batch.source):
+                loss = batch.loss(model(**batch.inputs(model.device), use_cache=False).logits)
+                check_finite(loss.item(), batch.first)
+                loss.backward()
             if after_batch is not None:
-                after_batch(start + len(ids))
-    collector.check_reached()
-    return collector.moments({"num_calibration_samples": len(samples), "max_seq_length": samples.shape[1]})
+                after_batch(batch)
+    collector.check_reached(batches)
+    return collector.moments(token_counts(batches))
 
 
 @contextmanager
@@ -74,7 +78,7 @@ def _backward_only_to_activations(model: PreTrainedModel):
 def calibrate_in_memory(
     checkpoint: Checkpoint,
     settings: CalibrationSettings,
-    samples: torch.Tensor,
+    batches: list[Batch],
     device: str,
     state: SavedState,
     partial: NeuronMoments | None,
@@ -82,26 +86,25 @@ def calibrate_in_memory(
 ) -> NeuronMoments:
     """Does `heapr calibrate` without `--stream`, between reading the text and writing the result."""
     model = load_model(checkpoint, settings.dtype, device)
-    collector = MomentCollector(model)
-    check_experts(checkpoint, collector)
+    collector = MixCollector(model, state.names)
+    check_experts(checkpoint, collector.first)
     first = 0
     if partial is not None:
         collector.restore(partial)
         first = partial.metadata["samples_done"]
     with progress(
-        total=samples.numel(),
-        initial=first * settings.max_seq_length,
+        total=sum(batch.ids.numel() for batch in batches),
+        initial=sum(batch.ids.numel() for batch in batches if batch.done <= first),
         unit="tok",
         unit_scale=True,
         desc="calibrating",
         disable=state.processes.hides_progress,
     ) as bar:
+        saves = {batch.done for batch in batches[every - 1 : -1 : every]}
 
-        def after_batch(done: int) -> None:
-            bar.update(settings.batch_size * settings.max_seq_length)
-            if done < len(samples) and done // settings.batch_size % every == 0:
-                state.save(collector, {"samples_done": done})
+        def after_batch(batch: Batch) -> None:
+            bar.update(batch.ids.numel())
+            if batch.done in saves:
+                state.save(collector, {"samples_done": batch.done})
 
-        return collect_moments(
-            model, samples, settings.batch_size, collector=collector, first=first, after_batch=after_batch
-        )
+        return collect_moments(model, batches, collector=collector, first=first, after_batch=after_batch)

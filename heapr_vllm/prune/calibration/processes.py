@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
 from heapr_vllm.errors import HeaprError, first_line
-from heapr_vllm.prune.calibration.moments import NORMS, NeuronMoments
+from heapr_vllm.prune.calibration.moments import MAXIMA, NeuronMoments
+from heapr_vllm.prune.text.samples import Samples
 
-MAXIMA = ("peak_norm", *NORMS)  # norms of weights are the same in every process
 MEETING = timedelta(minutes=2)  # until all have come
 PATIENCE = timedelta(days=7)  # for the slowest process: they meet only at the start and at the end
 
@@ -44,11 +43,11 @@ class Processes:
             raise HeaprError("--device auto spreads one model over all GPUs; with torchrun use --device cuda")
         return f"cuda:{self.local_rank}" if self.size > 1 and device == "cuda" else device
 
-    def share(self, samples: torch.Tensor) -> torch.Tensor:
-        """Takes this process's part of `samples` int64 [N, L]. Raises HeaprError if there are fewer than processes."""
+    def share(self, samples: Samples) -> Samples:
+        """Takes this process's part of the samples. Raises HeaprError if there are fewer than processes."""
         if len(samples) < self.size:
             raise HeaprError(f"{self.size} processes cannot share {len(samples)} samples; start {len(samples)}")
-        return samples[self.rank :: self.size]
+        return Samples(samples.entries[self.rank :: self.size], samples.sources)
 
     def wait(self) -> None:
         """Returns when all processes have come here."""
@@ -56,12 +55,14 @@ class Processes:
             dist.barrier()
 
     def total(self, moments: NeuronMoments) -> NeuronMoments:
-        """Adds up the moments of all processes, in place and the same in each."""
-        if self.size > 1:
-            for _, layer in sorted(moments.layers.items()):
+        """Adds up the moments of all processes, the same in each."""
+        if self.size == 1:
+            return moments
+        for layers in moments.sources.values():
+            for _, layer in sorted(layers.items()):
                 for name, values in layer.tensors().items():
                     dist.all_reduce(values, dist.ReduceOp.MAX if name in MAXIMA else dist.ReduceOp.SUM)
-        return moments
+        return NeuronMoments.of_sources(moments.sources, moments.metadata)
 
 
 ALONE = Processes()

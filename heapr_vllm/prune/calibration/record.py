@@ -13,6 +13,7 @@ from heapr_vllm.formats.atomic import atomic_file
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.formats.schema import Count, Positive, read_json
 from heapr_vllm.prune.calibration.settings import CalibrationSettings
+from heapr_vllm.prune.text.samples import SourceRecord
 
 CALIBRATION_FILE = "calibration.json"
 
@@ -66,13 +67,23 @@ class CalibrationIdentity(CalibrationSettings):
 class CalibrationRecord(CalibrationIdentity):
     """The content of calibration.json.
 
+    `calibration_tokens`: of the text; `loss_tokens`: of them, those whose prediction counts; `sources`: where they are
+    from. `mix`: shares of sources by which masks were chosen and `tokens` weighed, if not as they were collected.
     `tokens`: MoE module prefix -> calibration tokens that each expert got. `versions`: package -> version.
     """
 
     calibration_tokens: Count = 0
+    loss_tokens: Count = 0
+    sources: list[SourceRecord] = field(default_factory=list)
+    mix: dict[str, float] | None = None
     wall_time_seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, list[Count]]
+
+    @property
+    def dataset_name(self) -> str:
+        """All specs in one line."""
+        return self.dataset if isinstance(self.dataset, str) else ", ".join(self.dataset)
 
     @property
     def settings(self) -> CalibrationSettings:

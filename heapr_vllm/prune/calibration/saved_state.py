@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.prune.calibration.collector import MomentCollector
-from heapr_vllm.prune.calibration.moments import MOMENTS_FILE, NeuronMoments
+from heapr_vllm.formats.schema import convert
+from heapr_vllm.prune.calibration.mix_collector import MixCollector
+from heapr_vllm.prune.calibration.moments import ALL, MOMENTS_FILE, NeuronMoments
 from heapr_vllm.prune.calibration.processes import Processes
-from heapr_vllm.prune.calibration.record import CALIBRATION_FILE
+from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationIdentity
 
 PARTIAL_FILE = "partial.safetensors"
 STREAM_FOLDER = "stream"
@@ -24,12 +25,18 @@ STREAM_FOLDER = "stream"
 class SavedState:
     """The sums so far of this process, in `output`.
 
-    `identity`: all that the result depends on; a resumed run must have the same.
+    `identity`: all that the result depends on; a resumed run must have the same. `sources`: of the text, as JSON.
     """
 
     output: Path
-    identity: dict[str, Any]
+    identity: CalibrationIdentity
     processes: Processes
+    sources: list[dict[str, Any]]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of what is collected apart: the sources of a mix."""
+        return [source["name"] for source in self.sources] if len(self.sources) > 1 else [ALL]
 
     @property
     def partial(self) -> Path:
@@ -41,9 +48,10 @@ class SavedState:
         """Where this process keeps hidden states."""
         return self.output / STREAM_FOLDER / str(self.processes.rank)
 
-    def save(self, collector: MomentCollector, position: dict[str, int]) -> None:
+    def save(self, collector: MixCollector, position: dict[str, int]) -> None:
         """Writes the sums, which are complete up to `position`."""
-        collector.moments({**self.identity, **position}).save(self.partial, torch.float64)
+        metadata = {**asdict(self.identity), "sources": self.sources, **position}
+        collector.moments(metadata).save(self.partial, torch.float64)
 
     def load(self) -> NeuronMoments | None:
         """Reads what `save` wrote last, with the position in its metadata; None if there is nothing."""
@@ -66,7 +74,8 @@ class SavedState:
         if not path.is_file():
             return None
         saved = NeuronMoments.load(path)
-        changed = sorted(key for key in self.identity if saved.metadata.get(key) != self.identity[key])
+        theirs = asdict(convert(saved.metadata, CalibrationIdentity, str(path), "start anew with --overwrite"))
+        changed = sorted(key for key, value in asdict(self.identity).items() if theirs[key] != value)
         if changed:
             raise HeaprError(
                 f"{self.output} was started with another {', '.join(changed)}; repeat the original "

@@ -6,12 +6,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
-from heapr_vllm.formats.schema import Positive, Seed
-from heapr_vllm.prune.text.samples import checkpoint_samples
+from heapr_vllm.formats.schema import Positive
+from heapr_vllm.prune.models.packing import check_packing
+from heapr_vllm.prune.text.batches import Batch, batches
+from heapr_vllm.prune.text.samples import Samples, TextSettings, draw_samples
 
 
 class NotFiniteError(HeaprError):
@@ -19,18 +19,23 @@ class NotFiniteError(HeaprError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationSettings:
-    """What the result depends on; `--resume` insists that it has not changed."""
+class CalibrationSettings(TextSettings):
+    """What the result depends on; `--resume` insists that it has not changed.
+
+    `packing`: whole samples share a row of up to `max_seq_length` tokens, without seeing each other.
+    """
 
     model: str
-    dataset: str
     num_calibration_samples: Positive = 128
-    max_seq_length: Positive = 2048
     batch_size: Positive = 1
-    seed: Seed = 0
+    packing: bool = False
     dtype: str = "auto"
     revision: str | None = None
     stream: bool = False
+
+    def batches(self, samples: Samples) -> list[Batch]:
+        """Puts samples into the batches that the model runs on."""
+        return batches(samples, self.batch_size, self.max_seq_length if self.packing else None)
 
 
 def check_finite(loss: float, sample: int) -> None:
@@ -41,8 +46,8 @@ def check_finite(loss: float, sample: int) -> None:
         )
 
 
-def calibration_samples(settings: CalibrationSettings, checkpoint: Checkpoint) -> torch.Tensor:
-    """Draws int64 [num_calibration_samples, max_seq_length]. Raises HeaprError if the text is not enough."""
-    return checkpoint_samples(
-        checkpoint, settings.dataset, settings.num_calibration_samples, settings.max_seq_length, settings.seed
-    )
+def calibration_samples(settings: CalibrationSettings, checkpoint: Checkpoint) -> Samples:
+    """Does `draw_samples`, for packing after `check_packing`."""
+    if settings.packing:
+        check_packing(checkpoint, settings.dtype)
+    return draw_samples(checkpoint, settings, settings.num_calibration_samples)

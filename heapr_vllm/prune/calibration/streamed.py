@@ -15,12 +15,15 @@ import torch
 
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.progress import progress
-from heapr_vllm.prune.calibration.collector import MomentCollector, check_experts
+from heapr_vllm.prune.calibration.collector import check_experts
+from heapr_vllm.prune.calibration.mix_collector import MixCollector
 from heapr_vllm.prune.calibration.moments import NeuronMoments
 from heapr_vllm.prune.calibration.saved_state import SavedState
 from heapr_vllm.prune.calibration.settings import CalibrationSettings, check_finite
 from heapr_vllm.prune.models.hidden_states import ActivationStore
 from heapr_vllm.prune.models.layered import LayeredModel
+from heapr_vllm.prune.text.batches import Batch, as_batches, token_counts
+from heapr_vllm.prune.text.samples import Samples
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class BackwardPosition:
 def calibrate_streamed(
     checkpoint: Checkpoint,
     settings: CalibrationSettings,
-    samples: torch.Tensor,
+    batches: list[Batch],
     device: str,
     state: SavedState,
     partial: NeuronMoments | None,
@@ -46,8 +49,8 @@ def calibrate_streamed(
     each of its layers, and come back as `partial` when the run is resumed.
     """
     model = LayeredModel(checkpoint, settings.dtype, device)
-    collector = MomentCollector(model.model, model.device)
-    check_experts(checkpoint, collector)
+    collector = MixCollector(model.model, state.names, model.device)
+    check_experts(checkpoint, collector.first)
     position = None
     if partial is None:
         state.save(collector, {})
@@ -55,10 +58,9 @@ def calibrate_streamed(
         collector.restore(partial)
         if "layer" in partial.metadata:
             position = BackwardPosition(partial.metadata["layer"], partial.metadata["batches"])
-    batches = -(-len(samples) // settings.batch_size)
-    first = 0 if position is None else num_steps(model, batches, position)
+    first = 0 if position is None else num_steps(model, len(batches), position)
     with progress(
-        total=num_steps(model, batches),
+        total=num_steps(model, len(batches)),
         initial=first,
         unit="step",
         desc="streaming layers",
@@ -71,9 +73,8 @@ def calibrate_streamed(
 
         return collect_moments_streamed(
             model,
-            samples,
+            batches,
             ActivationStore(state.stream_folder),
-            settings.batch_size,
             collector=collector,
             position=position,
             save=save_position,
@@ -94,52 +95,50 @@ def num_steps(model: LayeredModel, batches: int, position: BackwardPosition | No
 
 def collect_moments_streamed(
     model: LayeredModel,
-    samples: torch.Tensor,
+    samples: torch.Tensor | Samples | list[Batch],
     store: ActivationStore,
     batch_size: int = 1,
     *,
-    collector: MomentCollector | None = None,
+    collector: MixCollector | None = None,
     position: BackwardPosition | None = None,
     save: Callable[[BackwardPosition], None] | None = None,
     after_steps: Callable[[int], None] | None = None,
 ) -> NeuronMoments:
-    """Does `collect_moments` for a `LayeredModel`: token `samples` int64 [N, L] to moments.
+    """Does `collect_moments` for a `LayeredModel`.
 
     Continues from what `store` holds; once the backward pass has begun, `collector` and `position` say how far it got.
     `save(position)` is called whenever both could be saved, and `after_steps(n)` after n more steps of `num_steps`.
     Raises HeaprError if the loss is not finite.
     """
-    collector = collector or MomentCollector(model.model, model.device)
+    batches, top, bottom = as_batches(samples, batch_size), len(model.layers), model.first_moe_layer
+    collector = collector or MixCollector.numbered(model.model, batches, model.device)
     save, steps = save or (lambda _: None), after_steps or (lambda _: None)
-    batches, top, bottom = list(samples.split(batch_size)), len(model.layers), model.first_moe_layer
-    with collector.attached():
-        if position is None:
-            position = BackwardPosition(top - 1, 0)
-            if store.complete("gradient", top, len(batches)):
-                steps(num_steps(model, len(batches), position))
-            else:
+    if position is None:
+        position = BackwardPosition(top - 1, 0)
+        if store.complete("gradient", top, len(batches)):
+            steps(num_steps(model, len(batches), position))
+        else:
+            with collector.attached():  # counts on the way back only, so any source will do
                 model.forward(batches, store, keep_from=bottom, after_steps=steps)
                 _head(model, batches, store, steps)
-            store.drop("input", top)
-        for layer in range(position.layer, bottom - 1, -1):
-            first = position.batches if layer == position.layer else 0
-            _backward(model, layer, range(first, len(batches)), store, save, steps, keep_gradient=layer > bottom)
-            save(BackwardPosition(layer - 1, 0))
-            store.drop("input", layer)
-            store.drop("gradient", layer + 1)
-    collector.check_reached()
-    return collector.moments({})
+        store.drop("input", top)
+    for layer in range(position.layer, bottom - 1, -1):
+        first = position.batches if layer == position.layer else 0
+        _backward(model, layer, batches, first, collector, store, save, steps, keep_gradient=layer > bottom)
+        save(BackwardPosition(layer - 1, 0))
+        store.drop("input", layer)
+        store.drop("gradient", layer + 1)
+    collector.check_reached(batches)
+    return collector.moments(token_counts(batches))
 
 
-def _head(
-    model: LayeredModel, batches: list[torch.Tensor], store: ActivationStore, steps: Callable[[int], None]
-) -> None:
+def _head(model: LayeredModel, batches: list[Batch], store: ActivationStore, steps: Callable[[int], None]) -> None:
     top = len(model.layers)
     with model.head():
-        for number, ids in enumerate(batches):
+        for number, batch in enumerate(batches):
             if not store.has("gradient", top, number):
-                loss, gradient = model.loss(store.load("input", top, number, model.device), ids)
-                check_finite(loss, number * len(batches[0]))
+                loss, gradient = model.loss(store.load("input", top, number, model.device), batch)
+                check_finite(loss, batch.first)
                 store.save("gradient", top, number, gradient)
             steps(1)
 
@@ -147,7 +146,9 @@ def _head(
 def _backward(
     model: LayeredModel,
     layer: int,
-    numbers: range,
+    batches: list[Batch],
+    first: int,
+    collector: MixCollector,
     store: ActivationStore,
     save: Callable[[BackwardPosition], None],
     steps: Callable[[int], None],
@@ -155,9 +156,10 @@ def _backward(
     keep_gradient: bool,
 ) -> None:
     with model.layer(layer) as run:
-        for number in numbers:
+        for number in range(first, len(batches)):
             hidden = store.load("input", layer, number, model.device).requires_grad_()
-            run(hidden).backward(store.load("gradient", layer + 1, number, model.device))
+            with collector.attached(batches[number].source):
+                run(hidden, batches[number]).backward(store.load("gradient", layer + 1, number, model.device))
             if keep_gradient:
                 assert hidden.grad is not None, "backward has run"
                 store.save("gradient", layer, number, hidden.grad)

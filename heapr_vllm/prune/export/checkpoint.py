@@ -7,7 +7,7 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from heapr_vllm.formats.atomic import CHECKPOINT, alone_in, atomic_directory, check_output
 from heapr_vllm.formats.base_model import base_checkpoint, check_base
@@ -21,6 +21,7 @@ from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationRec
 from heapr_vllm.prune.export.expert_storage import ExpertStorage
 from heapr_vllm.prune.export.layouts import LAYOUTS, current_name
 from heapr_vllm.prune.export.masks_repository import read_pruning_config, write_config
+from heapr_vllm.prune.export.plain_config import common_width, plain_config
 from heapr_vllm.prune.export.shards import Stage, write_shards
 from heapr_vllm.prune.report.card import model_card
 from heapr_vllm.prune.report.summary import FRONTIER_FILE
@@ -85,7 +86,8 @@ def export_checkpoint(
     """Writes a checkpoint from a masks repository and its base model, shard by shard.
 
     `layout` "compact": every expert tensor has its kept width under its standard name, neurons in their original order.
-    "zeroed": full-size tensors with the pruned neurons zeroed and no `quantization_config`, which any engine loads.
+    "plain": the same for experts that all keep as many, with the width in the model's own config and no
+    `quantization_config`, which any engine loads. "zeroed": full-size tensors with the pruned neurons zeroed, likewise.
     `quantize`: how weights are stored, as in `expert_storage.py`; None as the masks wish, otherwise the codes of a
     quantized base model in a compact checkpoint. `repair` refits kept weights before that; killed on the way, the same
     call continues with what waits in a hidden folder beside `output`. Raises HeaprError if the masks belong to another
@@ -96,6 +98,7 @@ def export_checkpoint(
     inputs = ExportInputs.read(masks_dir, model=model, verify=verify)
     sources = [inputs.base.path, masks_dir]
     check_output(output, CHECKPOINT, overwrite=overwrite, inputs=sources)
+    config = plain_config(inputs.base, common_width(inputs.masks)) if layout == "plain" else inputs.base.config
     wish = inputs.pruning.expert_scheme
     storage = ExpertStorage.choose(inputs.base, quantize, layout=layout, wish=wish, repaired=repair is not None)
     stages: list[Stage] = [*storage.before_layout(layout), LAYOUTS[layout](inputs.masks), *storage.after_layout(layout)]
@@ -106,13 +109,18 @@ def export_checkpoint(
             stages.insert(0, fitted)
         with atomic_directory(output, CHECKPOINT, overwrite=overwrite, inputs=sources) as folder:
             write_shards(inputs.base, stages, folder, dtype=storage.dtype, is_verbatim=storage.is_verbatim)
-            _write_side_files(inputs, layout, storage, fitted.record if fitted else None, folder)
+            _write_side_files(inputs, layout, storage, fitted.record if fitted else None, folder, config)
         if fitted is not None:
             fitted.discard()
 
 
 def _write_side_files(
-    inputs: ExportInputs, layout: str, storage: ExpertStorage, repair: RepairRecord | None, folder: Path
+    inputs: ExportInputs,
+    layout: str,
+    storage: ExpertStorage,
+    repair: RepairRecord | None,
+    folder: Path,
+    config: dict[str, Any],
 ) -> None:
     """Writes all that is not weights: tokenizer, masks, records, card and config.json."""
     for name in SIDE_FILES:
@@ -136,6 +144,6 @@ def _write_side_files(
             experts=storage.scheme.to_dict() if storage.scheme else None,
             format_version=FORMAT_VERSION,
         )
-    (folder / "README.md").write_text(model_card(inputs.masks, pruning, inputs.calibration, repair))
+    (folder / "README.md").write_text(model_card(inputs.masks, layout, pruning, inputs.calibration, repair))
     block = pruning.to_dict() if pruning else storage.inner
-    write_config(folder, inputs.base.config, block)
+    write_config(folder, config, block)

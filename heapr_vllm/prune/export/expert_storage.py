@@ -41,8 +41,8 @@ class ExpertStorage:
     ) -> ExpertStorage:
         """Settles what None means: as the masks wish, else codes kept where the base model has any.
 
-        Full-size checkpoints are for any engine, so None dequantises them. Raises HeaprError if `choice` and `layout`
-        do not go together or `base` has no codes to keep.
+        Plain and zeroed checkpoints are for any engine, so None dequantises them. Raises HeaprError if `choice` and
+        `layout` do not go together or `base` has no codes to keep.
         """
         if choice is None and layout == "compact":
             choice = wish.name if wish else "keep" if base.base_quantization else "none"
@@ -51,9 +51,10 @@ class ExpertStorage:
             raise HeaprError(f"--quantize {choice} is not one of {', '.join(CHOICES)}")
         if choice == "keep" and base.base_quantization is None:
             raise HeaprError(f"{base.path} has no codes to keep, it is not quantized; use --quantize int8, fp8 or none")
-        if layout == "zeroed" and (choice in ("int8", "fp8") or (choice == "keep" and repaired)):
+        is_cut_codes = layout == "plain" and choice == "keep"
+        if layout != "compact" and (choice in ("int8", "fp8") or (choice == "keep" and repaired) or is_cut_codes):
             raise HeaprError(
-                f"full-size checkpoints cannot be written with --quantize {choice}{' and --repair' * repaired}; use "
+                f"{layout} checkpoints cannot be written with --quantize {choice}{' and --repair' * repaired}; use "
                 "--layout compact, or --quantize none"
             )
         return cls(base, choice, cls._scheme(base, choice), repaired)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an exported checkpoint holds the expert tensors: cut to the kept neurons, or full-size and zeroed."""
+"""How an exported checkpoint holds the expert tensors: cut to the kept neurons, or full-size and zeroed.
+
+A plain checkpoint is cut too; all experts have one width there, which the model's own config says.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,7 @@ class Zeroed(Layout):
         return {name: zeroed.view(tensor.dtype)}
 
 
-LAYOUTS: dict[str, type[Layout]] = {"compact": Compact, "zeroed": Zeroed}
+LAYOUTS: dict[str, type[Layout]] = {"compact": Compact, "plain": Compact, "zeroed": Zeroed}
 FORMER_NAMES = {"masked": "zeroed"}
 
 

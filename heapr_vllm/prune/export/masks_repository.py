@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,10 @@ def write_masks_repository(
         for name in SIDE_FILES:
             if inside(calibration, name).is_file():
                 shutil.copyfile(calibration / name, folder / name)
-        shutil.copyfile(calibration / CALIBRATION_FILE, folder / "heapr" / CALIBRATION_FILE)
+        if mix := masks.metadata.get("mix"):
+            replace(record, mix=mix, tokens=masks.metadata["tokens"]).write(folder / "heapr")
+        else:
+            shutil.copyfile(calibration / CALIBRATION_FILE, folder / "heapr" / CALIBRATION_FILE)
         if frontier is not None:
             (folder / "heapr" / FRONTIER_FILE).write_text(json.dumps(frontier, indent=2) + "\n")
         pruning = PruningConfig(
@@ -60,7 +64,7 @@ def write_masks_repository(
             experts=scheme.to_dict() if scheme else None,
         )
         write_config(folder, base.config, pruning.to_dict())
-        (folder / "README.md").write_text(model_card(masks, pruning, record))
+        (folder / "README.md").write_text(model_card(masks, "masks", pruning, record))
 
 
 def read_pruning_config(masks_dir: Path) -> PruningConfig:

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.prune.models.experts import StackedExperts, expert_modules
 from heapr_vllm.prune.models.hidden_states import ActivationStore
 from heapr_vllm.prune.models.module_weights import ModuleWeights, empty_model
+from heapr_vllm.prune.text.batches import Batch, summed_loss
 
 HEAD_TOKENS = 1024  # tokens whose logits exist at a time
 
@@ -50,7 +50,7 @@ class LayeredModel:
         for name in {name.rpartition(".")[0] for name in self.model.state_dict() if not name.startswith(large)}:
             self.weights.load(name)
         self._experts = expert_modules(self.model)
-        self._arguments: dict[torch.Size, list[dict[str, Any]]] = {}
+        self._arguments: tuple[Batch, list[dict[str, Any]]] | None = None
 
     @property
     def first_moe_layer(self) -> int:
@@ -63,10 +63,10 @@ class LayeredModel:
         return {prefix: module for prefix, module in self._experts.items() if module in inside}
 
     @contextmanager
-    def layer(self, index: int) -> Generator[Callable[[torch.Tensor], torch.Tensor]]:
-        """Yields layer `index` as a function of its input, with its weights in memory."""
+    def layer(self, index: int) -> Generator[Callable[[torch.Tensor, Batch], torch.Tensor]]:
+        """Yields layer `index` as a function of its input for a batch, with its weights in memory."""
         with self.weights.resident(self.layer_names[index]):
-            yield lambda hidden: self.layers[index](hidden, **self._layer_arguments(hidden)[index])
+            yield lambda hidden, batch: self.layers[index](hidden, **self._layer_arguments(hidden, batch)[index])
 
     def embedding(self) -> AbstractContextManager[None]:
         """Keeps the embedding in memory for `embed`."""
@@ -76,24 +76,24 @@ class LayeredModel:
         """Keeps the output projection in memory for `loss`."""
         return self.weights.resident(self.head_name)
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Computes the first layer's input for token ids int64 [B, L]."""
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """Computes the first layer's input."""
         inputs: list[torch.Tensor] = []
-        self._record(lambda index, hidden, arguments: inputs.append(hidden), input_ids=ids.to(self.device))
+        self._record(lambda index, hidden, arguments: inputs.append(hidden), **batch.inputs(self.device))
         return inputs[0]
 
-    def loss(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """Sums next-token cross entropies of `ids` [B, L]; also the gradient at the last layer's output `hidden`.
+    def loss(self, hidden: torch.Tensor, batch: Batch) -> tuple[float, torch.Tensor]:
+        """Sums the cross entropies that count; also the gradient at the last layer's output `hidden`.
 
         Logits are made for a few positions at a time: the loss is a sum over them.
         """
         gradient, total = torch.zeros_like(hidden), 0.0
-        targets = ids.to(self.device)[:, 1:]
-        positions = max(1, HEAD_TOKENS // len(ids))
+        targets = batch.labels.to(self.device)[:, 1:]
+        positions = max(1, HEAD_TOKENS // len(targets))
         for start in range(0, targets.shape[1], positions):
             wanted = targets[:, start : start + positions]
             part = hidden[:, start : start + wanted.shape[1]].detach().requires_grad_()
-            loss = F.cross_entropy(self._logits(part).float().flatten(0, 1), wanted.flatten(), reduction="sum")
+            loss = summed_loss(self._logits(part), wanted)
             loss.backward()
             assert part.grad is not None, "backward has run"
             gradient[:, start : start + wanted.shape[1]] = part.grad
@@ -103,13 +103,13 @@ class LayeredModel:
     @torch.no_grad()
     def forward(
         self,
-        batches: list[torch.Tensor],
+        batches: list[Batch],
         store: ActivationStore,
         *,
         keep_from: int = 0,
         after_steps: Callable[[int], None] | None = None,
     ) -> None:
-        """Leaves every layer's input for every batch of token ids in `store`, the last layer's output as input n.
+        """Leaves every layer's input for every batch in `store`, the last layer's output as input n.
 
         What the store already holds is not computed again; inputs of layers below `keep_from` go when they are not
         needed any more. `after_steps(n)` is called when n more steps of one batch in one layer are done.
@@ -119,15 +119,16 @@ class LayeredModel:
         steps((done + 1) * len(batches))
         if done < 0:
             with self.embedding():
-                for number, ids in enumerate(batches):
+                for number, batch in enumerate(batches):
                     if not store.has("input", 0, number):
-                        store.save("input", 0, number, self.embed(ids))
+                        store.save("input", 0, number, self.embed(batch))
                     steps(1)
         for index in range(max(done, 0), len(self.layers)):
             with self.layer(index) as layer:
-                for number in range(len(batches)):
+                for number, batch in enumerate(batches):
                     if not store.has("input", index + 1, number):
-                        store.save("input", index + 1, number, layer(store.load("input", index, number, self.device)))
+                        hidden = store.load("input", index, number, self.device)
+                        store.save("input", index + 1, number, layer(hidden, batch))
                     steps(1)
             if index < keep_from:
                 store.drop("input", index)
@@ -136,13 +137,18 @@ class LayeredModel:
         with self._stand_ins(lambda index, *_, **__: hidden):
             return self.model(inputs_embeds=hidden, use_cache=False).logits
 
-    def _layer_arguments(self, hidden: torch.Tensor) -> list[dict[str, Any]]:
-        """Finds what the model passes to each layer beside a hidden state of this shape; the values do not matter."""
-        if hidden.shape not in self._arguments:
+    def _layer_arguments(self, hidden: torch.Tensor, batch: Batch) -> list[dict[str, Any]]:
+        """Finds what the model passes to each layer beside the hidden state of a batch; its values do not matter.
+
+        What was found last is kept for batches that look the same.
+        """
+        if self._arguments is None or not self._arguments[0].looks_like(batch):
             found: list[dict[str, Any]] = []
-            self._record(lambda index, _, arguments: found.append(arguments), inputs_embeds=torch.zeros_like(hidden))
-            self._arguments = {hidden.shape: found}
-        return self._arguments[hidden.shape]
+            inputs = batch.inputs(self.device) | {"inputs_embeds": torch.zeros_like(hidden)}
+            del inputs["input_ids"]
+            self._record(lambda index, _, arguments: found.append(arguments), **inputs)
+            self._arguments = batch, found
+        return self._arguments[1]
 
     @torch.no_grad()
     def _record(self, note: Callable[[int, torch.Tensor, dict[str, Any]], None], **inputs: torch.Tensor) -> None:

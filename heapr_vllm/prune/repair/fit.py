@@ -40,7 +40,8 @@ from heapr_vllm.prune.models.layered import LayeredModel
 from heapr_vllm.prune.models.loading import check_device, load_model
 from heapr_vllm.prune.repair.least_squares import PRIOR, compensate, compensation, output_errors, repairable
 from heapr_vllm.prune.repair.second_moments import SecondMoment, collect_second_moments, stream_second_moments
-from heapr_vllm.prune.text.samples import fingerprint
+from heapr_vllm.prune.text.batches import Batch
+from heapr_vllm.prune.text.samples import Samples
 
 METHODS = ("least-squares",)
 STATE_FILE = "state.json"
@@ -122,12 +123,12 @@ def fit_repair(
     thin = check_tokens(masks, experts, calibration, len(samples))
     record = RepairRecord(
         method=settings.method,
-        dataset=settings.dataset or calibration.dataset,
-        dataset_fingerprint=fingerprint(samples),
+        dataset=settings.dataset or calibration.dataset_name,
+        dataset_fingerprint=samples.fingerprint(),
         num_samples=len(samples),
-        max_seq_length=samples.shape[1],
+        max_seq_length=calibration.max_seq_length,
         seed=calibration.seed,
-        tokens=samples.numel(),
+        tokens=samples.tokens,
         prior=PRIOR,
         experts=sum(map(len, experts.values())),
         experts_with_few_tokens=thin,
@@ -140,12 +141,13 @@ def fit_repair(
         _discard(folder)
     wanted = {prefix: chosen for prefix, chosen in experts.items() if prefix not in errors}
     if wanted:
+        batches = calibration.batches(samples)
         if calibration.stream:
             model = LayeredModel(base, calibration.dtype, settings.device)
-            collected = _streamed(model, samples, calibration.batch_size, wanted, folder)
+            collected = _streamed(model, batches, wanted, folder)
         else:
             model = load_model(base, calibration.dtype, settings.device)
-            collected = _in_memory(model, samples, calibration.batch_size, wanted, groups)
+            collected = _in_memory(model, batches, wanted, groups)
         for prefix, moments, weights in collected:
             errors[prefix] = _fit_module(weights, moments, masks.keep[prefix], _module_file(folder, prefix))
             _save_state(folder, identity, errors)
@@ -172,36 +174,35 @@ Collected = Iterator[tuple[str, dict[int, SecondMoment], torch.Tensor]]  # MoE m
 
 
 def _in_memory(
-    model: PreTrainedModel,
-    samples: torch.Tensor,
-    batch_size: int,
-    wanted: dict[str, list[int]],
-    groups: list[list[str]],
+    model: PreTrainedModel, batches: list[Batch], wanted: dict[str, list[int]], groups: list[list[str]]
 ) -> Collected:
     """Runs one forward pass of the whole model per group of layers in which any is wanted."""
     missing = [group for group in groups if wanted.keys() & set(group)]
     modules = expert_modules(model)
-    with progress(total=len(missing) * samples.numel(), unit="tok", unit_scale=True, desc="repairing") as bar:
+    tokens = sum(batch.ids.numel() for batch in batches)
+    with progress(total=len(missing) * tokens, unit="tok", unit_scale=True, desc="repairing") as bar:
 
-        def advance(count: int) -> None:
-            bar.update(count * samples.shape[1])
+        def advance(batch: Batch) -> None:
+            bar.update(batch.ids.numel())
 
         for group in missing:
             experts = {prefix: wanted[prefix] for prefix in group if prefix in wanted}
-            moments = collect_second_moments(model, samples, batch_size, experts=experts, after_batch=advance)
+            moments = collect_second_moments(model, batches, experts=experts, after_batch=advance)
             for prefix in experts:
                 yield prefix, moments.pop(prefix), modules[prefix].down_proj
 
 
-def _streamed(
-    model: LayeredModel, samples: torch.Tensor, batch_size: int, wanted: dict[str, list[int]], folder: Path
-) -> Collected:
+def _streamed(model: LayeredModel, batches: list[Batch], wanted: dict[str, list[int]], folder: Path) -> Collected:
     """Runs one forward pass with one layer in memory; hidden states are in `folder` meanwhile."""
     with (
-        progress(total=len(model.layers) * len(samples), unit="sample", desc="repairing") as bar,
+        progress(total=len(model.layers) * batches[-1].done, unit="sample", desc="repairing") as bar,
         TemporaryDirectory(dir=folder) as store,
     ):
-        yield from stream_second_moments(model, samples, ActivationStore(Path(store)), batch_size, wanted, bar.update)
+
+        def advance(batch: Batch) -> None:
+            bar.update(batch.samples)
+
+        yield from stream_second_moments(model, batches, ActivationStore(Path(store)), wanted, advance)
 
 
 def layer_groups(masks: NeuronMasks, experts: dict[str, list[int]], memory: int) -> list[list[str]]:
@@ -252,8 +253,8 @@ def check_tokens(
     return thin
 
 
-def _samples(base: Checkpoint, calibration: CalibrationRecord, settings: RepairSettings) -> torch.Tensor:
-    """Draws token samples as `heapr calibrate` draws them, after checking that its text is still the same."""
+def _samples(base: Checkpoint, calibration: CalibrationRecord, settings: RepairSettings) -> Samples:
+    """Draws samples as `heapr calibrate` draws them, after checking that its text is still the same."""
     recorded = calibration.settings
     if settings.dataset is None:
         try:
@@ -262,9 +263,9 @@ def _samples(base: Checkpoint, calibration: CalibrationRecord, settings: RepairS
             raise HeaprError(
                 f"a repair needs the calibration text: {error}; or name another text with --repair-dataset"
             ) from error
-        if fingerprint(samples) != calibration.dataset_fingerprint:
+        if samples.fingerprint() != calibration.dataset_fingerprint:
             raise HeaprError(
-                f"{recorded.dataset} is not the text of the calibration any more (its fingerprint "
+                f"{calibration.dataset_name} is not the text of the calibration any more (its fingerprint "
                 "differs); restore it, calibrate again, or accept a text with --repair-dataset"
             )
         if settings.num_samples in (None, len(samples)):
@@ -272,6 +273,7 @@ def _samples(base: Checkpoint, calibration: CalibrationRecord, settings: RepairS
     other = replace(
         recorded,
         dataset=settings.dataset or recorded.dataset,
+        loss="all",  # a repair has none
         num_calibration_samples=settings.num_samples or recorded.num_calibration_samples,
     )
     return calibration_samples(other, base)

@@ -19,6 +19,7 @@ from heapr_vllm.prune.calibration.grouped_product import ROW_MULTIPLE
 from heapr_vllm.prune.models.experts import StackedExperts, expert_modules, expert_shapes
 from heapr_vllm.prune.models.hidden_states import ActivationStore
 from heapr_vllm.prune.models.layered import LayeredModel
+from heapr_vllm.prune.text.batches import Batch, as_batches
 
 
 @dataclass
@@ -61,11 +62,11 @@ class SecondMomentCollector:
             for hook in hooks:
                 hook.remove()
 
-    def run(self, model: PreTrainedModel, ids: torch.Tensor) -> None:
-        """Runs `model` on `ids` int64 [B, L], no further than the last watched module."""
+    def run(self, model: PreTrainedModel, batch: Batch) -> None:
+        """Runs `model` on a batch, no further than the last watched module."""
         self.pending = set(self.modules)
         with suppress(_AllSeen):
-            model(input_ids=ids, use_cache=False)
+            model(**batch.inputs(model.device), use_cache=False)
 
     def _add(self, module: StackedExperts, arguments: tuple[torch.Tensor, ...]) -> None:
         """Adds tokens `hidden_states` [T, H], routed by `top_k_index` with weights `top_k_weights` [T, top_k]."""
@@ -88,56 +89,55 @@ class SecondMomentCollector:
 @torch.no_grad()
 def collect_second_moments(
     model: PreTrainedModel,
-    samples: torch.Tensor,
+    samples: torch.Tensor | list[Batch],
     batch_size: int = 1,
     *,
     experts: dict[str, list[int]] | None = None,
-    after_batch: Callable[[int], None] | None = None,
+    after_batch: Callable[[Batch], None] | None = None,
 ) -> SecondMoments:
-    """Runs `model` forward over token `samples` int64 [N, L].
+    """Runs `model` forward over `samples`, token ids int64 [N, L] or batches.
 
-    `experts`: which ones, by MoE module prefix; all by default. `after_batch(n)` is called after every n more samples.
+    `experts`: which ones, by MoE module prefix; all by default. `after_batch` is called with every batch that is done.
     """
     if experts is None:
         experts = {prefix: list(range(count)) for prefix, (count, _) in expert_shapes(model).items()}
     collector = SecondMomentCollector(model, experts)
     model.eval()
     with collector.attached():
-        for ids in samples.split(batch_size):
-            collector.run(model, ids.to(model.device))
+        for batch in as_batches(samples, batch_size):
+            collector.run(model, batch)
             if after_batch is not None:
-                after_batch(len(ids))
+                after_batch(batch)
     return collector.moments
 
 
 @torch.no_grad()
 def stream_second_moments(
     model: LayeredModel,
-    samples: torch.Tensor,
+    batches: list[Batch],
     store: ActivationStore,
-    batch_size: int,
     experts: dict[str, list[int]],
-    after_batch: Callable[[int], None] | None = None,
+    after_batch: Callable[[Batch], None] | None = None,
 ) -> Iterator[tuple[str, dict[int, SecondMoment], torch.Tensor]]:
     """Yields the same with one decoder layer in memory: MoE module prefix, moments, down_proj [E, H, I] per layer.
 
-    Hidden states of one layer at a time are in `store`. `after_batch(n)` is called after every n more samples in a
+    Hidden states of one layer at a time are in `store`. `after_batch` is called with every batch that is done in a
     layer. The weights of an item are there until the next one is asked for.
     """
-    batches = list(samples.split(batch_size))
     with model.embedding():
-        for number, ids in enumerate(batches):
-            store.save("input", 0, number, model.embed(ids))
+        for number, batch in enumerate(batches):
+            store.save("input", 0, number, model.embed(batch))
     remaining = dict(experts)
     for index, modules in enumerate(map(model.experts_of, model.layers)):
         inside = {prefix: remaining.pop(prefix) for prefix in modules if prefix in experts}
         with model.layer(index) as layer:
             collector = SecondMomentCollector(model.model, inside)
             with collector.attached():
-                for number, ids in enumerate(batches):
-                    store.save("input", index + 1, number, layer(store.load("input", index, number, model.device)))
+                for number, batch in enumerate(batches):
+                    hidden = store.load("input", index, number, model.device)
+                    store.save("input", index + 1, number, layer(hidden, batch))
                     if after_batch is not None:
-                        after_batch(len(ids))
+                        after_batch(batch)
             for prefix, moments in collector.moments.items():
                 yield prefix, moments, modules[prefix].down_proj
         store.drop("input", index)

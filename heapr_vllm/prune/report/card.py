@@ -11,6 +11,7 @@ from heapr_vllm.prune.report.summary import format_repair, summarize
 _WHAT = {
     "masks": "Retained-neuron masks; the weights come from the base model.",
     "compact": "A compact checkpoint: expert tensors hold the kept neurons only; vLLM needs the plugin.",
+    "plain": "A plain checkpoint: all experts have one smaller width, which config.json says; any engine loads it.",
     "zeroed": "Full-size weights with the pruned neurons zeroed, for comparison; any engine loads them.",
 }
 _SERVE = {
@@ -27,7 +28,7 @@ tags: [moe, pruning, heapr]
 ---
 # {base}, {percent} of routed expert neurons pruned
 
-{what} Each expert keeps its own width.
+{what}{own_width}
 
 | | |
 |---|---|
@@ -36,7 +37,7 @@ tags: [moe, pruning, heapr]
 | routed neurons kept | {kept:,} of {total:,} |
 | stored routed parameters | -{stored:.1%} |
 | executed routed FLOPs per token (calibration routing) | -{executed:.1%} |
-{experts}{repair}| calibration | {samples} x {length} tokens of {dataset}, seed {seed} |
+{experts}{repair}| calibration | {samples} samples, {tokens:,} tokens of {dataset}, seed {seed} |
 | dead experts (width 0) | {dead} |
 
     {install}
@@ -48,19 +49,20 @@ Method: HEAPr, arXiv 2509.22299. Made with heapr-vllm {version}.
 
 def model_card(
     masks: NeuronMasks,
+    layout: str,
     pruning: PruningConfig | None,
     calibration: CalibrationRecord,
     repair: RepairRecord | None = None,
 ) -> str:
-    """Writes the text of the card. `pruning` None means full-size weights with zeroed neurons."""
+    """Writes the text of the card. `layout`: masks, or one of `heapr export`; `pruning`: for the plugin."""
     scheme = pruning.expert_scheme if pruning else None
     summary = summarize(masks, calibration, scheme)
-    layout = pruning.layout if pruning else "zeroed"
     return _TEMPLATE.format(
         base=calibration.model,
         revision=calibration.revision or "none",
         relation="adapter" if layout == "masks" else "quantized",
         what=_WHAT[layout],
+        own_width="" if layout == "plain" else " Each expert keeps its own width.",
         percent=f"{summary.stored_reduction:.0%}",
         criterion=masks.metadata["criterion"],
         scope=masks.metadata["scope"],
@@ -70,8 +72,8 @@ def model_card(
         stored=summary.stored_reduction,
         executed=summary.executed_reduction,
         samples=calibration.num_calibration_samples,
-        length=calibration.max_seq_length,
-        dataset=calibration.dataset,
+        tokens=calibration.calibration_tokens,
+        dataset=calibration.dataset_name,
         seed=calibration.seed,
         dead=len(summary.dead_experts),
         experts=f"| experts stored as | {scheme.name}, {_GRANULARITY[scheme.strategy]} |\n" if scheme else "",

@@ -172,6 +172,21 @@ def _choice(summary: Summary) -> list[str]:
             f"predicted loss increase if neurons did not interact, criterion {summary.frontier['criterion']}: "
             f"{loss:.4f} nats per token. It ranks choices; what is lost is several times that: `heapr eval` measures it"
         )
+        if own := summary.frontier.get("own_widths"):
+            lines.append(
+                f"the same with a width of its own for every expert: {own['loss_increase']:.4f} nats per token, with "
+                f"{-own['executed_reduction']:.1%} executed FLOPs (scope global, for the plugin)"
+            )
+        if losses := summary.frontier.get("sources"):
+            each = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            lines.append(f"by source, in nats per token of its own: {each}")
+    if worst := summary.metadata.get("worst_case"):
+        lines.append(
+            f"chosen for the source that loses most: {worst['largest']:.4f} nats per token, and no choice gets below "
+            f"{worst['bound']:.4f}"
+        )
+    if mix := summary.metadata.get("mix"):
+        lines.append(f"chosen for the mix {', '.join(f'{name} {share:.0%}' for name, share in mix.items())}")
     if prices := summary.metadata.get("prices"):
         lines.append(
             f"a block stays if its mean saliency is at least {prices['per_flop']:.4g} x routing frequency + "

@@ -10,7 +10,8 @@ import torch
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.names import natural_order
 
-SCOPES = ("global", "layer", "expert")
+SCOPES = ("global", "layer", "expert", "layer-uniform", "uniform")
+SHARED_WIDTHS = ("layer-uniform", "uniform")  # scopes whose experts keep as many as the others of the layer or model
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,22 @@ class NeuronBlocks:
             frequencies.append(count.double().repeat_interleave(width // align))
         return cls(order, torch.cat(means), torch.cat(frequencies), align)
 
+    def columns(self, scope: str) -> torch.Tensor:
+        """Numbers what stays or goes together in a scope of `SHARED_WIDTHS`, int64 [B].
+
+        A column is the j-th most salient block of all experts of a layer, or of the model. Raises HeaprError if layers
+        differ in the number of their experts or neurons, so that columns are not of one size.
+        """
+        shapes = {tuple(neurons.shape) for neurons in self.order.values()}
+        if len(shapes) > 1:
+            raise HeaprError(f"layers have experts of shapes {sorted(shapes)}, which no scope {scope} covers")
+        ((experts, width),) = shapes
+        column = torch.arange(width // self.align).repeat(experts)
+        first = torch.arange(len(self.order)) * (width // self.align if scope == "layer-uniform" else 0)
+        return (first[:, None] + column).flatten()
+
     def groups(self, scope: str) -> list[slice]:
-        """Groups blocks that compete with each other. Raises HeaprError on an unknown scope."""
-        if scope not in SCOPES:
-            raise HeaprError(f"scope {scope!r} is not one of {', '.join(SCOPES)}")
+        """Groups blocks that compete with each other."""
         sizes = [(len(neurons), neurons.shape[1] // self.align) for neurons in self.order.values()]
         if scope == "global":
             lengths = [len(self.saliency)]

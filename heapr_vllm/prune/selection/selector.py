@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from functools import cached_property
 from typing import Any, TypedDict
 
@@ -11,10 +12,11 @@ import torch
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.formats.names import layer_index
 from heapr_vllm.prune.calibration.moments import NeuronMoments
 from heapr_vllm.prune.selection.budget import Budget, Prices, choose
 from heapr_vllm.prune.selection.criteria import score
-from heapr_vllm.prune.selection.neuron_blocks import NeuronBlocks
+from heapr_vllm.prune.selection.neuron_blocks import SCOPES, SHARED_WIDTHS, NeuronBlocks
 from heapr_vllm.prune.selection.super_experts import DEFAULT_PROTECTION, super_experts
 
 
@@ -39,6 +41,8 @@ class Selector:
         min_width: int = 0,
         unrouted: str = "keep",
         protect: float | None = None,
+        include_layers: Collection[int] | None = None,
+        exclude_layers: Collection[int] = (),
         seed: int = 0,
     ) -> None:
         """Sorts the neurons of `moments` by `criterion` and marks those that stay in any case.
@@ -46,7 +50,9 @@ class Selector:
         At least `min_width` neurons of every expert and the fraction `protect` of every super expert stay, rounded up
         to blocks; None protects half of them if the moments can tell which they are, 0 none. Experts that saw no
         calibration token are kept whole (`unrouted` "keep"), pruned first ("prune", as the paper's code does) or
-        refused ("error"). `seed` is for the criterion "random". Raises HeaprError if an argument is impossible.
+        refused ("error"); where experts share a width, they have it too. Layers that are not among `include_layers`
+        (None: all are), and those of `exclude_layers`, stay whole. `seed` is for the criterion "random". Raises
+        HeaprError if an argument is impossible.
         """
         self.moments, self.scope = moments, scope
         saliency = score(moments, criterion, seed)
@@ -57,6 +63,8 @@ class Selector:
             )
         floors = {prefix: torch.full_like(tokens, min_width) for prefix, tokens in moments.tokens.items()}
         protected = self._protect(floors, protect)
+        for prefix in _whole_layers(moments, include_layers, exclude_layers):
+            floors[prefix][:] = moments[prefix].fisher.shape[1]
         for prefix, tokens in moments.tokens.items():
             silent = tokens == 0
             if bool(silent.all()):
@@ -66,7 +74,10 @@ class Selector:
                     f"{int(silent.sum())} experts of {prefix} saw no calibration token; calibrate on more "
                     "text, or choose --unrouted keep or prune"
                 )
-            saliency[prefix][silent] = torch.inf if unrouted == "keep" else -1.0
+            if scope in SHARED_WIDTHS:
+                saliency[prefix][silent] = 0.0  # they have no say in a width that they share
+            else:
+                saliency[prefix][silent] = torch.inf if unrouted == "keep" else -1.0
         self.blocks = NeuronBlocks.build(saliency, align, floors, moments.tokens)
         self.metadata = {
             "criterion": criterion,
@@ -76,6 +87,7 @@ class Selector:
             "unrouted": unrouted,
             "protected": protected,
             "tokens": {prefix: tokens.tolist() for prefix, tokens in moments.tokens.items()},
+            **({"mix": moments.metadata["mix"]} if "mix" in moments.metadata else {}),
             "base_model": {
                 "name_or_path": moments.metadata.get("model", ""),
                 "revision": moments.metadata.get("revision"),
@@ -106,7 +118,16 @@ class Selector:
     def block_loss(self) -> torch.Tensor:
         """float64 [B]: predicted increase of the mean loss in nats per token if a block goes (`loss_increase`)."""
         losses = {prefix: layer.loss_increase() for prefix, layer in self.moments.layers.items()}
-        return self.blocks.totals(losses) / self.moments.calibration_tokens
+        return self.blocks.totals(losses) / self.moments.loss_tokens
+
+    def source_losses(self, kept: torch.Tensor) -> dict[str, float]:
+        """Predicts the increase of the loss per token for every source of a mix, in nats, by name."""
+        found: dict[str, float] = {}
+        for name, predictions in self.moments.source_predictions().items():
+            layers = self.moments.sources[name]
+            losses = self.blocks.totals({prefix: layer.loss_increase() for prefix, layer in layers.items()})
+            found[name] = losses[~kept].sum().item() / predictions
+        return found
 
     def keep(self, budget: Budget) -> tuple[torch.Tensor, list[Prices]]:
         """Chooses the blocks that stay, bool [B], and the prices per group. Raises HeaprError as `select`."""
@@ -125,6 +146,22 @@ class Selector:
             executed_reduction=1 - (frequency[kept].sum() / frequency.sum()).item(),
             loss_increase=self.block_loss[~kept].sum().item(),
         )
+
+
+def _whole_layers(
+    moments: NeuronMoments, include_layers: Collection[int] | None, exclude_layers: Collection[int]
+) -> list[str]:
+    """Lists the MoE modules that are not to be pruned. Raises HeaprError if a layer is named that has no experts."""
+    indices = {prefix: layer_index(prefix) for prefix in moments.layers}
+    unknown = sorted({*(include_layers or ()), *exclude_layers} - set(indices.values()))
+    if unknown:
+        layers = sorted(indices.values())
+        raise HeaprError(f"layer {unknown[0]} has no routed experts; name some of {layers[0]} to {layers[-1]}")
+    return [
+        prefix
+        for prefix, index in indices.items()
+        if index in exclude_layers or (include_layers is not None and index not in include_layers)
+    ]
 
 
 def select(
@@ -163,8 +200,9 @@ def select_by_saliency(
 
     Inside an expert neurons are sorted by saliency and cut into blocks of `align`; blocks compete by their mean
     saliency across the scope ("global": the model, "layer", "expert"), so every kept count is a multiple of `align`,
-    and the total is exact to one block. At least `min_width` neurons of every expert stay. Raises HeaprError if
-    `sparsity` is outside (0, 1), `align` does not divide a width, or `min_width` exceeds the budget.
+    and the total is exact to one block; in the scopes "layer-uniform" and "uniform" to one block of every expert, since
+    they keep as many as the others of the layer or the model. At least `min_width` neurons of every expert stay. Raises
+    HeaprError if `sparsity` is outside (0, 1), `align` does not divide a width, or `min_width` exceeds the budget.
     """
     budget = Budget(stored=sparsity)
     floors = {prefix: torch.full((len(scores),), min_width) for prefix, scores in saliency.items()}
@@ -181,13 +219,27 @@ def keep_blocks(blocks: NeuronBlocks, budget: Budget, scope: str) -> tuple[torch
 
     Raises HeaprError with the nearest reachable value if blocks that must stay leave too little.
     """
-    groups = blocks.groups(scope)
+    if scope not in SCOPES:
+        raise HeaprError(f"scope {scope!r} is not one of {', '.join(SCOPES)}")
+    if scope not in SHARED_WIDTHS:
+        return _keep(blocks.groups(scope), blocks.saliency, blocks.frequency, budget, scope)
+    column = blocks.columns(scope)
+    size = column.bincount()
+    saliency, frequency = column.bincount(blocks.saliency) / size, column.bincount(blocks.frequency)
+    kept, _ = _keep([slice(0, len(size))], saliency, frequency, budget, scope)
+    return kept[column], []  # prices of columns say nothing about blocks
+
+
+def _keep(
+    groups: list[slice], saliencies: torch.Tensor, frequencies: torch.Tensor, budget: Budget, scope: str
+) -> tuple[torch.Tensor, list[Prices]]:
+    """Does as `keep_blocks` with what competes in `groups`."""
     counts = _counts(groups, budget.stored)
-    kept = torch.zeros(len(blocks.saliency), dtype=torch.bool)
+    kept = torch.zeros(len(saliencies), dtype=torch.bool)
     prices = []
     reach = {"sparsity": 1.0, "flops": 1.0}
     for group, count in zip(groups, counts, strict=True):
-        saliency, frequency = blocks.saliency[group], blocks.frequency[group]
+        saliency, frequency = saliencies[group], frequencies[group]
         forced, total = saliency == torch.inf, frequency.sum()
         limit = None if budget.executed is None else float(total) * (1 - budget.executed)
         if count is not None and forced.sum() > count:

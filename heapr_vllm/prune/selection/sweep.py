@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune.calibration.moments import NeuronMoments
 from heapr_vllm.prune.selection.budget import Budget
-from heapr_vllm.prune.selection.selector import Point, Selector
+from heapr_vllm.prune.selection.neuron_blocks import SHARED_WIDTHS
+from heapr_vllm.prune.selection.selector import Point, Selector, keep_blocks
 
 RATIOS = (0.1, 0.2, 0.25, 0.4, 0.5)
 FRONTIER_RATIOS = tuple(percent / 100 for percent in range(5, 100, 5))
@@ -28,12 +29,18 @@ def budgets(ratios: Iterable[float]) -> list[Budget]:
 
 
 class Frontier(TypedDict):
-    """The content of frontier.json: the choice made, and choices along budgets of either kind."""
+    """The content of frontier.json: the choice made, and choices along budgets of either kind.
+
+    `own_widths`: where experts share a width, what as many neurons would do if every expert had its own.
+    `sources`: predicted loss increase of the choice for every source of a mix, by name; none in older files.
+    """
 
     criterion: str
     chosen: Point
+    own_widths: NotRequired[Point]
     stored: list[Point]
     executed: list[Point]
+    sources: NotRequired[dict[str, float]]
 
 
 def frontier(selector: Selector, budget: Budget) -> Frontier:
@@ -45,12 +52,19 @@ def frontier(selector: Selector, budget: Budget) -> Frontier:
         except HeaprError:  # out of reach, as are the larger ones
             continue
         curves["executed" if other.stored is None else "stored"].append(selector.point(kept))
-    return Frontier(
+    kept, _ = selector.keep(budget)
+    chosen = selector.point(kept)
+    found = Frontier(
         criterion=str(selector.metadata["criterion"]),
-        chosen=selector.point(selector.keep(budget)[0]),
+        chosen=chosen,
+        sources=selector.source_losses(kept),
         stored=curves["stored"],
         executed=curves["executed"],
     )
+    if selector.scope in SHARED_WIDTHS and 0 < chosen["stored_reduction"] < 1:
+        kept, _ = keep_blocks(selector.blocks, Budget(stored=chosen["stored_reduction"]), "global")
+        found["own_widths"] = selector.point(kept)
+    return found
 
 
 def sweep(

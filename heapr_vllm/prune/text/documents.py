@@ -1,79 +1,113 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A dataset spec (file.txt, file.jsonl, name[subset](split)) to documents."""
+"""Records to what is calibrated on: documents of text, or conversations."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from heapr_vllm.environment import install_command
-from heapr_vllm.errors import HeaprError, first_line
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.prune.text.records import HubRecords, Record, parse, read_records, without_absent
 
 PASSAGE_CHARACTERS = 20_000
-_SPEC = re.compile(r"(?P<name>[^\[\](){}]+)(\[(?P<subset>[^\]]+)\])?(\((?P<split>[^)]+)\))?")
+COLUMNS = ("text", "messages", "conversations")  # in the order in which they are looked for
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"}
+_EXPECTED = (
+    'one document or one conversation per record is expected, {"text": "..."} or {"messages": [{"role": "user", '
+    '"content": "..."}, ...]}; name another field with --text-column'
+)
 
 
-def read_documents(spec: str) -> list[str]:
-    """Reads documents of `file.txt` (one), `file.jsonl` (field `text`), or `name[subset](split)` through `datasets`.
+@dataclass(frozen=True)
+class Conversation:
+    """Messages as chat templates take them, and the tools that were offered; `place` for errors."""
 
-    Raises HeaprError if the spec names nothing readable or there is no text.
+    place: str
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+
+
+class Conversations(Sequence[Conversation]):
+    """Conversations in the field `column` of records, taken out when they are asked for."""
+
+    def __init__(self, records: Sequence[Record], column: str) -> None:
+        self.records = records
+        self.column = column
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Raises HeaprError if the record holds no conversation."""
+        record = self.records[index]
+        fields = without_absent(record.fields) if isinstance(self.records, HubRecords) else record.fields
+        tools = fields.get("tools")
+        if isinstance(tools, str):  # columns of one type only hold them as JSON
+            tools = parse(tools, record.place) if tools.strip() else None
+        if tools is not None and not isinstance(tools, list):
+            raise HeaprError(f"{record.place} has `tools` that are no list; write the JSON schemas of functions")
+        return Conversation(record.place, _messages(_value(record, self.column), record.place), tools or None)
+
+
+def read_dataset(spec: str, column: str | None = None) -> list[str] | Conversations:
+    """Reads the documents of a dataset, or its conversations.
+
+    They are in the field `column`, or else the first of COLUMNS that the first record has; a string is a document, a
+    list a conversation. Rows of a dataset of the Hub are joined into passages. Raises HeaprError if there is nothing.
     """
-    path = Path(spec)
-    if path.suffix in (".txt", ".jsonl"):
-        if not path.is_file():
-            raise HeaprError(f"dataset file {spec} does not exist")
-        documents = [path.read_text(encoding="utf-8")] if path.suffix == ".txt" else list(_read_jsonl(path))
+    records = read_records(spec)
+    if not records:
+        raise HeaprError(f"dataset {spec} holds no text; name another")
+    first = records[0]
+    chosen = next((name for name in (column, *COLUMNS) if name in first.fields), None) or column or COLUMNS[0]
+    if isinstance(_value(first, chosen), list):
+        return Conversations(records, chosen)
+    if isinstance(records, HubRecords):
+        documents = list(_passages(_strings(records.column(chosen), records, chosen)))
     else:
-        documents = _read_hub_dataset(spec)
+        documents = list(_strings((_value(record, chosen) for record in records), records, chosen))
     documents = [text for text in documents if text.strip()]
     if not documents:
-        raise HeaprError(f"dataset {spec} holds no text")
+        raise HeaprError(f"dataset {spec} holds no text; name another")
     return documents
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            yield _text_of(line, f"{path}:{number}")
+def read_documents(spec: str) -> list[str]:
+    """Reads a dataset of documents. Raises HeaprError if it is one of conversations."""
+    documents = read_dataset(spec)
+    if isinstance(documents, Conversations):
+        raise HeaprError(f"dataset {spec} is of conversations, and text is needed here; name another")
+    return documents
 
 
-def _text_of(line: str, place: str) -> str:
-    """Returns the text of one line of JSON; `place` names it in errors. Raises HeaprError if it has none."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise HeaprError(f"{place} is not a JSON object with a `text` field") from error
-    if not isinstance(record, dict):
-        raise HeaprError(f"{place} is not a JSON object with a `text` field")
-    if "text" not in record:
+def _value(record: Record, column: str) -> Any:
+    if column not in record.fields:
+        found = ", ".join(record.fields) or "none at all"
+        raise HeaprError(f"{record.place} has no `{column}` field, only {found}; {_EXPECTED}")
+    return record.fields[column]
+
+
+def _strings(values: Iterable[Any], records: Sequence[Record], column: str) -> Iterator[str]:
+    for number, value in enumerate(values):
+        if not isinstance(value, str):
+            raise HeaprError(f"{records[number].place} has a `{column}` field that is no string; {_EXPECTED}")
+        yield value
+
+
+def _messages(value: Any, place: str) -> list[dict[str, Any]]:
+    """Checks messages, of which those of ShareGPT's form get the usual names."""
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        raise HeaprError(f"{place} holds no list of messages; {_EXPECTED}")
+    if all("role" in message for message in value):
+        return value
+    roles = [SHAREGPT_ROLES.get(str(message.get("from"))) for message in value]
+    if None in roles or not all("value" in message for message in value):
         raise HeaprError(
-            f"{place} has no `text` field, only {', '.join(record) or 'none at all'}; one document per line is "
-            'expected, {"text": "..."}, so write conversations as text first, with the model\'s chat template'
+            f"{place} has messages with other fields than role and content, or from "
+            f"({', '.join(SHAREGPT_ROLES)}) and value; rename them"
         )
-    if not isinstance(record["text"], str):
-        raise HeaprError(f"{place} has a `text` field that is no string")
-    return record["text"]
-
-
-def _read_hub_dataset(spec: str) -> list[str]:
-    match = _SPEC.fullmatch(spec)
-    if match is None:
-        raise HeaprError(f"dataset spec {spec!r} is not file.txt, file.jsonl or name[subset](split)")
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise HeaprError(
-            f"dataset {spec} needs the `datasets` package; pass a .txt or .jsonl file, or {install_command('prune')}"
-        ) from error
-    try:
-        rows = load_dataset(match["name"], match["subset"], split=match["split"] or "train")
-    except (FileNotFoundError, ConnectionError, ValueError, OSError) as error:
-        raise HeaprError(f"dataset {spec} cannot be loaded: {first_line(error)}") from error
-    if "text" not in rows.column_names:
-        raise HeaprError(f"dataset {spec} has no `text` column, only {', '.join(rows.column_names)}")
-    return list(_passages(rows["text"]))
+    return [{"role": role, "content": message["value"]} for role, message in zip(roles, value, strict=True)]
 
 
 def _passages(rows: Iterable[str]) -> Iterator[str]:

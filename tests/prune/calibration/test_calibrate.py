@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.prune import CalibrationSettings, NeuronMoments, collect_moments
 from heapr_vllm.prune.calibration.calibrate import calibrate
-from heapr_vllm.prune.calibration.collector import MomentCollector
 from heapr_vllm.prune.calibration.dry_run import plan
-from heapr_vllm.prune.calibration.moments import MOMENTS_FILE, NORMS, OUTPUTS, SUMS
+from heapr_vllm.prune.calibration.mix_collector import MixCollector
+from heapr_vllm.prune.calibration.moments import ALL, MOMENTS_FILE, NORMS, OUTPUTS, SUMS
 from heapr_vllm.prune.calibration.record import CALIBRATION_FILE
 from heapr_vllm.prune.calibration.saved_state import PARTIAL_FILE
 
@@ -95,11 +95,11 @@ def test_killed_run_resumes_to_the_same_bytes(qwen3: Path, corpus: Path, tmp_pat
 
 
 def test_partial_state_of_an_older_version_is_not_continued(model) -> None:
-    collector = MomentCollector(model)
+    collector = MixCollector(model, [ALL])
     moments = collect_moments(model, random_blocks(1), collector=collector)
     lacking = {prefix: replace(layer, routed_norm=None, peak_norm=None) for prefix, layer in moments.layers.items()}
     with pytest.raises(HeaprError, match="resuming needs routed_norm, peak_norm, .* calibrate again"):
-        collector.restore(replace(moments, layers=lacking))
+        collector.restore(NeuronMoments.of_sources({ALL: lacking}, {}))
 
 
 def test_provenance_is_recorded(calibration: Path) -> None:

@@ -13,6 +13,7 @@ from heapr_vllm.prune import CalibrationSettings, NeuronMoments
 from heapr_vllm.prune.calibration.calibrate import calibrate
 from heapr_vllm.prune.calibration.moments import NORMS, OUTPUTS, SUMS
 from heapr_vllm.prune.calibration.processes import Processes
+from heapr_vllm.prune.text.samples import Samples
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -59,9 +60,10 @@ def test_two_processes_equal_one(stream: bool, qwen3: Path, corpus: Path, tmp_pa
 
 
 def test_shares_cover_every_sample_once() -> None:
-    blocks = torch.arange(14).view(7, 2)
+    blocks = Samples.equal(torch.arange(14).view(7, 2))
     shares = [Processes(rank=rank, size=3).share(blocks) for rank in range(3)]
-    assert sorted(torch.cat(shares).flatten().tolist()) == list(range(14))
+    found = torch.cat([sample.ids for share in shares for sample in share.entries])
+    assert sorted(found.tolist()) == list(range(14))
     with pytest.raises(HeaprError, match="8 processes cannot share 7 samples; start 7"):
         Processes(rank=0, size=8).share(blocks)
 

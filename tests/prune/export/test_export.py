@@ -157,7 +157,7 @@ def test_the_former_name_of_a_layout_works_with_a_note(
     assert "layout masked is called zeroed now" in capsys.readouterr().err
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("new", "python", "cli")]
     assert weights[0] == weights[1] == weights[2]
-    with pytest.raises(HeaprError, match="layout 'ragged' is not one of compact, zeroed"):
+    with pytest.raises(HeaprError, match="layout 'ragged' is not one of compact, plain, zeroed"):
         export_checkpoint(masks_repository, tmp_path / "out", layout="ragged")
 
 

@@ -40,9 +40,9 @@ def test_only_the_wanted_experts_and_no_later_layer(model) -> None:
     everything = collect_second_moments(model, BLOCKS)
     ran = []
     model.model.layers[2].register_forward_hook(lambda *_: ran.append(2))
-    done = []
+    done: list[int] = []
     wanted = {"model.layers.0.mlp.experts": [3, 5], "model.layers.1.mlp.experts": [0]}
-    found = collect_second_moments(model, BLOCKS, experts=wanted, after_batch=done.append)
+    found = collect_second_moments(model, BLOCKS, experts=wanted, after_batch=lambda batch: done.append(batch.samples))
     assert {prefix: list(experts) for prefix, experts in found.items()} == wanted and done == [1] * 5
     assert all(
         torch.equal(moment.sums, everything[prefix][expert].sums)

@@ -40,6 +40,44 @@ def test_budget_and_alignment(layers, experts, blocks, align, sparsity, scope, s
             assert not len(inside) or not len(outside) or inside.min() >= outside.max()
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    layers=st.integers(1, 4),
+    experts=st.integers(1, 6),
+    blocks=st.integers(1, 6),
+    align=st.sampled_from([1, 4]),
+    sparsity=st.floats(0.01, 0.99),
+    scope=st.sampled_from(["layer-uniform", "uniform"]),
+    seed=st.integers(0, 99),
+)
+def test_shared_widths(layers, experts, blocks, align, sparsity, scope, seed) -> None:
+    """Equal in the layer or the model, of the budget to one column, and of the best neurons of every expert."""
+    saliency = scores(layers, experts, blocks * align, seed)
+    masks = select_by_saliency(saliency, sparsity, scope=scope, align=align)
+    column = align * experts * (layers if scope == "uniform" else 1)
+    assert abs(masks.num_kept - (1 - sparsity) * masks.num_neurons) <= column
+    assert all(len(set(widths.tolist())) == 1 for widths in masks.widths.values())
+    if scope == "uniform":
+        assert len({int(widths[0]) for widths in masks.widths.values()}) == 1
+    for prefix, keep in masks.keep.items():
+        for scored, kept in zip(saliency[prefix], keep, strict=True):
+            assert kept.all() or not kept.any() or scored[kept].min() >= scored[~kept].max()
+
+
+def test_layers_with_more_to_lose_get_the_larger_shared_width() -> None:
+    saliency = scores(3, 4, 32, 0)
+    saliency["model.layers.1.mlp.experts"] *= 100
+    widths = select_by_saliency(saliency, 0.5, scope="layer-uniform", align=4).widths
+    first, second, third = (int(own[0]) for own in widths.values())
+    assert second > max(first, third)
+
+
+def test_layers_of_different_experts_share_no_width() -> None:
+    saliency = scores(1, 4, 32, 0) | {"model.layers.1.mlp.experts": torch.rand(6, 32)}
+    with pytest.raises(HeaprError, match="which no scope layer-uniform covers"):
+        select_by_saliency(saliency, 0.5, scope="layer-uniform", align=4)
+
+
 def test_scopes_spread_the_budget_differently() -> None:
     saliency = scores(3, 4, 32, 0)
     saliency["model.layers.1.mlp.experts"] *= 100

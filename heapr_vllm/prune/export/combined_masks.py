@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks of one model put together: `heapr masks union` keeps what any of them keeps, `intersect` what all keep."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.atomic import MASKS, atomic_directory
+from heapr_vllm.formats.checkpoint import SIDE_FILES, Checkpoint
+from heapr_vllm.formats.config import MASKS_FILE
+from heapr_vllm.formats.folder import inside
+from heapr_vllm.formats.masks import NeuronMasks, file_sha256
+from heapr_vllm.formats.pruned import read_masks
+from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationRecord
+from heapr_vllm.prune.export.masks_repository import read_pruning_config, write_config
+from heapr_vllm.prune.report.card import model_card
+
+HOW: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "union": torch.logical_or,
+    "intersect": torch.logical_and,
+}
+
+
+def combine_masks(how: str, repositories: Sequence[Path], output: Path, *, overwrite: bool = False) -> NeuronMasks:
+    """Writes a masks repository that keeps the `how` ("union" or "intersect") of what `repositories` keep.
+
+    Everything but the masks is that of the first one. Raises HeaprError if there are fewer than two, they are no masks
+    repositories or of different models, or `output` may not be written.
+    """
+    if len(repositories) < 2:
+        raise HeaprError(f"heapr masks {how} needs two masks repositories or more")
+    configs = [read_pruning_config(path) for path in repositories]
+    all_masks = [read_masks(path) for path in repositories]
+    for path, config, masks in zip(repositories, configs, all_masks, strict=True):
+        shapes = {prefix: keep.shape for prefix, keep in masks.keep.items()}
+        is_same = config.base_model.fingerprint == configs[0].base_model.fingerprint
+        if not is_same or shapes != {prefix: keep.shape for prefix, keep in all_masks[0].keep.items()}:
+            raise HeaprError(f"{path} and {repositories[0]} are masks of different models; combine those of one model")
+    masks = NeuronMasks(
+        {prefix: reduce(HOW[how], [each.keep[prefix] for each in all_masks]) for prefix in all_masks[0].keep},
+        _metadata(how, all_masks),
+    )
+    masks = replace(masks, metadata=masks.metadata | {"sparsity": round(masks.sparsity, 6)})
+    _write(masks, repositories, output, overwrite)
+    return masks
+
+
+def _metadata(how: str, all_masks: list[NeuronMasks]) -> dict[str, Any]:
+    first = all_masks[0].metadata
+    kept = {name: value for name, value in first.items() if name in ("tokens", "base_model", "unrouted")}
+    criteria = [str(masks.metadata.get("criterion")) for masks in all_masks]
+    return kept | {"criterion": f"{how} of {', '.join(criteria)}", "scope": how, "align": 1}
+
+
+def _write(masks: NeuronMasks, repositories: Sequence[Path], output: Path, overwrite: bool) -> None:
+    first = repositories[0]
+    record = CalibrationRecord.read(first / "heapr", "run `heapr prune` again")
+    with atomic_directory(output, MASKS, overwrite=overwrite, inputs=repositories) as folder:
+        masks.save_pretrained(folder)
+        for name in SIDE_FILES:
+            if inside(first, name).is_file():
+                shutil.copyfile(first / name, folder / name)
+        shutil.copyfile(first / "heapr" / CALIBRATION_FILE, folder / "heapr" / CALIBRATION_FILE)
+        pruning = replace(
+            read_pruning_config(first),
+            masks=MASKS_FILE,
+            masks_sha256=file_sha256(folder / MASKS_FILE),
+            sparsity=masks.metadata["sparsity"],
+            scope=masks.metadata["scope"],
+            align=masks.metadata["align"],
+        )
+        write_config(folder, Checkpoint(first).config, pruning.to_dict())
+        (folder / "README.md").write_text(model_card(masks, "masks", pruning, record))
