@@ -82,7 +82,10 @@ class ChatRenderer:
             ) from error
 
     def _apply(self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any) -> Any:
-        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=True, **options)
+        how = {"verbose": False, "return_offsets_mapping": self.assistant_only}  # it would warn about long ones
+        return self.tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=True, return_dict=True, tokenizer_kwargs=how, **options
+        )
 
     def _text(self, messages: list[dict[str, Any]], tools: list[Any] | None, *, prompt: bool = False) -> str:
         return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
@@ -92,7 +95,7 @@ class ChatRenderer:
         turns = [
             self._turn(chat, index) for index, message in enumerate(chat.messages) if message["role"] == "assistant"
         ]
-        found = self._apply(chat.messages, chat.tools, tokenizer_kwargs={"return_offsets_mapping": True})
+        found = self._apply(chat.messages, chat.tools)
         ids = torch.tensor(found["input_ids"], dtype=torch.int64)
         starts = torch.tensor([start for start, _ in found["offset_mapping"]], dtype=torch.int64)
         counted = torch.zeros(len(ids), dtype=torch.bool)
