@@ -12,38 +12,106 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.prune.calibration.grouped_product import grouped_product
 from heapr_vllm.prune.calibration.moments import NORMS, OUTPUTS, SUMS, LayerMoments, NeuronMoments
+from heapr_vllm.prune.calibration.sorted_routes import SortedRoutes
 from heapr_vllm.prune.models.experts import StackedExperts, expert_modules
 
 EXPERTS_IMPLEMENTATION = "heapr_moments"
-ROW_MULTIPLE = 64  # rows per expert are padded to it: oneDNN compiles a primitive for every new shape
+ROWS_AT_ONCE = 2**14  # a token has one row per expert it goes to; bounds the temporaries of a layer
+
+
+class _GateUp(torch.autograd.Function):
+    """Products [R, 2I] of every expert's rows of `hidden_states` [T, H] with its gate and up rows.
+
+    Keeps nothing for the way back, and gives weights no gradient. Like `_Down`.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states: torch.Tensor, gate_up_proj: torch.Tensor, routes: SortedRoutes) -> torch.Tensor:
+        ctx.gate_up_proj, ctx.routes = gate_up_proj, routes
+        return grouped_product(routes.rows(hidden_states), gate_up_proj.mT, routes.ends)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # ty: ignore[incompatible-method-override]
+        rows = grouped_product(grad.contiguous(), ctx.gate_up_proj, ctx.routes.ends)
+        return ctx.routes.sum_by_token(rows), None, None
 
 
 class _Tap(torch.autograd.Function):
-    """Identity on h [rows, I] that adds h^2, g^2 and (h g)^2, with g = dl/dh, to three [I] sums on the way back."""
+    """Identity on h [R, I] that adds h^2, g^2 and (h g)^2, with g = dl/dh, to `layer` on the way back.
+
+    There it gets dl/d(p h), since `_Down` leaves out the router weights p [T, top_k], and so it can tell dl/dp too.
+    It comes before `_Down` because checkpointing stops repeating a layer when it has what was saved.
+    """
 
     @staticmethod
-    def forward(ctx, h: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(h)
-        ctx.sums = sums
+    def forward(
+        ctx, h: torch.Tensor, top_k_weights: torch.Tensor, routes: SortedRoutes, layer: LayerSums
+    ) -> torch.Tensor:
+        ctx.save_for_backward(h, top_k_weights)
+        ctx.routes, ctx.layer = routes, layer
         return h.view_as(h)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # ty: ignore[incompatible-method-override]
-        (h,) = ctx.saved_tensors
-        h2, g2 = h.double().square_(), grad.double().square_()
-        ctx.sums += torch.stack([h2.sum(0), g2.sum(0), h2.mul_(g2).sum(0)])
-        return grad, None
+    def backward(  # ty: ignore[incompatible-method-override]
+        ctx, unweighted: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        h, top_k_weights = ctx.saved_tensors
+        routes = ctx.routes
+        h, grad = h.double(), unweighted.double()
+        product = h * grad
+        grad_weights = routes.by_route(product.sum(1)).to(top_k_weights.dtype)
+        weight = routes.by_row(top_k_weights)[:, None].double()
+        grad = grad * weight
+        product *= weight
+        for index, values in enumerate((h, grad, product)):
+            ctx.layer.sums[:, index] += routes.by_expert(values.square(), "sum")
+        return grad.to(unweighted.dtype), grad_weights, None, None
 
 
-@dataclass(frozen=True)
+class _Down(torch.autograd.Function):
+    """Sum [T, H] of the experts' outputs for h [R, I], weighted by `top_k_weights` [T, top_k].
+
+    Tokens and output norms are counted on the way back, like the sums of `_Tap`: under gradient checkpointing every
+    forward runs twice, every backward once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        h: torch.Tensor,
+        down_proj: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        routes: SortedRoutes,
+        layer: LayerSums,
+    ) -> torch.Tensor:
+        rows = grouped_product(h, down_proj.mT, routes.ends)
+        if ctx.needs_input_grad[0]:
+            ctx.down_proj, ctx.routes, ctx.layer = down_proj, routes, layer
+            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32).double()
+            weighted = norms * routes.by_row(top_k_weights)[:, None]
+            ctx.norms = routes.by_expert(weighted, "sum")[:, 0], routes.by_expert(norms, "max")[:, 0]
+        return routes.sum_by_token(rows, top_k_weights)
+
+    @staticmethod
+    def backward(  # ty: ignore[incompatible-method-override]
+        ctx, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None, None]:
+        routed_norm, peak_norm = ctx.norms
+        ctx.layer.tokens.add_(ctx.routes.counts)
+        ctx.layer.outputs[0] += routed_norm
+        ctx.layer.outputs[1] = ctx.layer.outputs[1].maximum(peak_norm)
+        return grouped_product(ctx.routes.rows(grad), ctx.down_proj, ctx.routes.ends), None, None, None, None
+
+
+@dataclass
 class LayerSums:
     """What one MoE module has added up so far, in float64 on one device.
 
@@ -51,13 +119,14 @@ class LayerSums:
     `sums`: float64 [E, 3, I] in the order of `SUMS`.
     `outputs`: float64 [2, E] in the order of `OUTPUTS`, a sum and a maximum.
     `norms`: float64 [3, E, I] in the order of `NORMS`, of the weights; zero until the layer has run (its weights may
-    not be there earlier).
+    not be there earlier), which `has_norms` tells without a question to the device.
     """
 
     tokens: torch.Tensor
     sums: torch.Tensor
     outputs: torch.Tensor
     norms: torch.Tensor
+    has_norms: bool = False
 
     @classmethod
     def zeros(cls, num_experts: int, width: int, device: torch.device) -> LayerSums:
@@ -131,39 +200,18 @@ class MomentCollector:
     ) -> torch.Tensor:
         """Computes the experts' output [T, H] for `hidden_states` [T, H], `top_k_index`, `top_k_weights` [T, top_k].
 
-        Tokens and output norms are counted on the way back, like the sums: under gradient checkpointing every forward
-        runs twice, every backward once.
+        On a GPU the number of launches does not depend on the number of experts, and the host waits for nothing. Every
+        row, of T * top_k, keeps at most 5I values for the way back. At most R = ROWS_AT_ONCE rows are under way at a
+        time, so that temporaries stay below R (2H + 2I) values of the model's dtype, R H in float32 and 4 R I in
+        float64.
         """
-
-        def count(_: torch.Tensor) -> None:
-            layer.tokens.add_(counts)
-            layer.outputs[0] += routed_norm
-            layer.outputs[1] = layer.outputs[1].maximum(peak_norm)
-
         layer = self.layers[self.prefixes[module]]
-        if not layer.norms.any():
+        if not layer.has_norms:
             layer.norms.copy_(_weight_norms(module))
-        output = torch.zeros_like(hidden_states)
-        routes = top_k_index.flatten()
-        order = routes.argsort(stable=True)
-        counts = routes.bincount(minlength=len(layer.tokens))
-        routed_norm, peak_norm = torch.zeros_like(layer.outputs)
-        for expert, route in enumerate(order.split(counts.tolist())):
-            if not len(route):
-                continue
-            token = route // top_k_index.shape[1]
-            x = F.pad(hidden_states[token], (0, 0, 0, -len(route) % ROW_MULTIPLE))
-            h = module._apply_gate(F.linear(x, module.gate_up_proj[expert]))
-            if h.requires_grad:
-                h = _Tap.apply(h, layer.sums[expert])
-            out = F.linear(h, module.down_proj[expert])[: len(route)]
-            weight = top_k_weights.flatten()[route, None]
-            norm = out.detach().float().norm(dim=-1).double()
-            routed_norm[expert], peak_norm[expert] = norm @ weight.detach()[:, 0].double(), norm.max()
-            output = output.index_add(0, token, (out * weight).to(output.dtype))
-        if output.requires_grad:
-            output.register_hook(count)
-        return output
+            layer.has_norms = True
+        tokens = max(1, ROWS_AT_ONCE // top_k_index.shape[1])
+        parts = zip(*(whole.split(tokens) for whole in (hidden_states, top_k_index, top_k_weights)), strict=True)
+        return torch.cat([_experts(module, layer, *part) for part in parts])
 
     def check_reached(self) -> None:
         """Raises HeaprError if a MoE layer saw no token at all: then its experts do not run through `forward`."""
@@ -184,6 +232,19 @@ class MomentCollector:
         """
         for prefix, layer in self.layers.items():
             layer.restore(moments[prefix])
+
+
+def _experts(
+    module: StackedExperts,
+    layer: LayerSums,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    routes = SortedRoutes.sort(top_k_index, len(layer.tokens))
+    h = module._apply_gate(_GateUp.apply(hidden_states, module.gate_up_proj, routes))
+    h = _Tap.apply(h, top_k_weights, routes, layer)
+    return _Down.apply(h, module.down_proj, top_k_weights.detach(), routes, layer)
 
 
 @torch.no_grad()

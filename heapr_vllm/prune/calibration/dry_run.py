@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.sizes import dequantized_bytes, tensor_bytes
-from heapr_vllm.prune.calibration.collector import ROW_MULTIPLE, MomentCollector
+from heapr_vllm.prune.calibration.collector import ROWS_AT_ONCE, MomentCollector
 from heapr_vllm.prune.calibration.settings import CalibrationSettings, calibration_samples
 from heapr_vllm.prune.models.layered import HEAD_TOKENS, LayeredModel
 from heapr_vllm.prune.models.loading import check_device
@@ -87,9 +87,9 @@ def _activation_bytes(model: LayeredModel, layer: nn.Module, batch: int, length:
     total += batch * config.num_attention_heads * length * length * (2 * 4 + size) * _keeps_attention(config)
     for module in model.experts_of(layer).values():
         experts, _, width = module.down_proj.shape
-        routes = tokens * getattr(config, "num_experts_per_tok", experts) + experts * (ROW_MULTIPLE - 1)
-        total += routes * (5 * width + 2 * config.hidden_size) * size  # gate, up, silu, h; output, weighted output
-        total += tokens * (3 * 8 * width + 3 * 4 * config.hidden_size)  # squares in float64, gradients of the input
+        rows = tokens * getattr(config, "num_experts_per_tok", experts)
+        total += rows * 5 * width * size + tokens * 3 * 4 * config.hidden_size  # as `MomentCollector.forward` says
+        total += min(rows, ROWS_AT_ONCE) * (config.hidden_size * (2 * size + 4) + width * (2 * size + 4 * 8))
     return total
 
 

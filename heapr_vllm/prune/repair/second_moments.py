@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from heapr_vllm.prune.calibration.collector import ROW_MULTIPLE
+from heapr_vllm.prune.calibration.grouped_product import ROW_MULTIPLE
 from heapr_vllm.prune.models.experts import StackedExperts, expert_modules, expert_shapes
 from heapr_vllm.prune.models.hidden_states import ActivationStore
 from heapr_vllm.prune.models.layered import LayeredModel
