@@ -138,7 +138,8 @@ def test_a_repair_takes_batches_of_any_kind(qwen3: Path) -> None:
     for prefix, experts in alone.items():
         for expert, moment in experts.items():
             assert packed[prefix][expert].tokens == moment.tokens
-            torch.testing.assert_close(packed[prefix][expert].sums, moment.sums, rtol=1e-4, atol=1e-6)
+            largest = moment.sums.abs().max().item()
+            torch.testing.assert_close(packed[prefix][expert].sums, moment.sums, rtol=1e-4, atol=1e-5 * largest)
 
 
 def test_a_process_may_have_none_of_a_source(qwen3: Path) -> None:
