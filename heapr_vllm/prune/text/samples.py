@@ -79,7 +79,7 @@ class Samples:
     @classmethod
     def equal(cls, ids: torch.Tensor) -> Samples:
         """Takes every row of int64 [N, L] as a sample of which all tokens count."""
-        counted = torch.ones(ids.shape[1], dtype=torch.bool)
+        counted = torch.ones(ids.shape[1], dtype=torch.bool, device=ids.device)
         return cls([Sample(row, counted) for row in ids])
 
     def __len__(self) -> int:
