@@ -35,7 +35,8 @@ SUMS = ("activation_sq", "gradient_sq", "fisher")
 NORMS = ("gate_norm", "up_norm", "down_norm")
 OUTPUTS = ("routed_norm", "peak_norm")
 MAXIMA = ("peak_norm", *NORMS)  # the others add up; norms of weights are the same in every part
-MOMENTS_VERSION = 3  # 1 lacks NORMS and OUTPUTS, 2 has one source
+MOMENTS_VERSION = 3  # of mixes
+PLAIN_VERSION = 2  # of one source; 1 lacks NORMS and OUTPUTS
 ALL = "all"  # what the one source is called
 
 
@@ -246,7 +247,7 @@ class NeuronMoments:
                     key = f"{source}/{prefix}.{name}" if is_mix and name not in NORMS else f"{prefix}.{name}"
                     values = values if name == "tokens" else values.to(dtype)
                     tensors[key] = tensors[key].maximum(values) if key in tensors else values
-        save_tensors(path, tensors, self.metadata, MOMENTS_VERSION if is_mix else MOMENTS_VERSION - 1)
+        save_tensors(path, tensors, self.metadata, MOMENTS_VERSION if is_mix else PLAIN_VERSION)
 
     @classmethod
     def load(cls, path: Path) -> NeuronMoments:
@@ -254,9 +255,10 @@ class NeuronMoments:
         tensors, metadata = load_tensors(path, MOMENTS_VERSION)
         header = convert(metadata, MomentsHeader, str(path), "calibrate again")
         version = metadata.pop("format_version")
+        is_mix = version > PLAIN_VERSION
         wanted = {"tokens", *SUMS} if version == 1 else {"tokens", *SUMS, *NORMS, *OUTPUTS}
-        names = [source.name for source in header.sources] if version == MOMENTS_VERSION else [ALL]
-        sources = {name: _layers(tensors, f"{name}/" if version == MOMENTS_VERSION else "") for name in names}
+        names = [source.name for source in header.sources] if is_mix else [ALL]
+        sources = {name: _layers(tensors, f"{name}/" if is_mix else "") for name in names}
         prefixes = {frozenset(layers) for layers in sources.values()}
         complete = all(layer.keys() == wanted for layers in sources.values() for layer in layers.values())
         if len(prefixes) != 1 or not all(prefixes) or not complete:

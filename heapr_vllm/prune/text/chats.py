@@ -14,6 +14,7 @@ from heapr_vllm.errors import HeaprError, first_line
 from heapr_vllm.prune.text.documents import Conversation
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
+MARK = "\ue000"  # in no text and no template: a character for private use
 _TEMPLATE_ERRORS = (
     TemplateError,
     ValueError,
@@ -40,7 +41,7 @@ class ChatRenderer:
     """Renders conversations as `tokenizer.apply_chat_template` does.
 
     With `assistant_only` the counted tokens are those that the assistant wrote: the template's {% generation %} blocks,
-    or where it has none, what follows the generation prompt until the turn ends.
+    or where it has none, what follows the generation prompt, or a turn's words, until the turn ends.
     """
 
     def __init__(self, tokenizer: Any, *, assistant_only: bool) -> None:
@@ -82,7 +83,10 @@ class ChatRenderer:
             ) from error
 
     def _apply(self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any) -> Any:
-        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=True, **options)
+        how = {"verbose": False, "return_offsets_mapping": self.assistant_only}  # it would warn about long ones
+        return self.tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=True, return_dict=True, tokenizer_kwargs=how, **options
+        )
 
     def _text(self, messages: list[dict[str, Any]], tools: list[Any] | None, *, prompt: bool = False) -> str:
         return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
@@ -92,7 +96,7 @@ class ChatRenderer:
         turns = [
             self._turn(chat, index) for index, message in enumerate(chat.messages) if message["role"] == "assistant"
         ]
-        found = self._apply(chat.messages, chat.tools, tokenizer_kwargs={"return_offsets_mapping": True})
+        found = self._apply(chat.messages, chat.tools)
         ids = torch.tensor(found["input_ids"], dtype=torch.int64)
         starts = torch.tensor([start for start, _ in found["offset_mapping"]], dtype=torch.int64)
         counted = torch.zeros(len(ids), dtype=torch.bool)
@@ -103,23 +107,49 @@ class ChatRenderer:
     def _turn(self, chat: Conversation, index: int) -> tuple[int, int]:
         """Finds the characters of the rendered text that message `index` gave, its end-of-turn token included.
 
-        They begin where the generation prompt for them ends. They end as the turn does if it is the last one; templates
-        that drop an earlier turn's reasoning leave the end of that. Raises HeaprError if the text is not so.
+        Raises HeaprError if neither of two ways tells them.
         """
         text = self._text(chat.messages, chat.tools)
+        found = self._after_prompt(chat, index, text) or self._around_mark(chat, index, text)
+        if found is None:
+            raise HeaprError(
+                f"{chat.place}: what the assistant wrote in message {index + 1} cannot be told from what the chat "
+                "template added; give a template with {% generation %} blocks with --chat-template FILE, or use "
+                "--loss all"
+            )
+        return found
+
+    def _after_prompt(self, chat: Conversation, index: int, text: str) -> tuple[int, int] | None:
+        """Takes what follows the generation prompt, as if the message were the last one.
+
+        Of earlier turns some templates drop the reasoning and leave the end. None if the text does not go on so.
+        """
         prompt = self._text(chat.messages[:index], chat.tools, prompt=True)
         last = self._text(chat.messages[: index + 1], chat.tools)
-        turn = last[len(prompt) :]
-        end = self.tokenizer.eos_token
+        if not last.startswith(prompt) or not text.startswith(prompt):
+            return None
+        start, end = len(prompt), self.tokenizer.eos_token
+        turn = last[start:]
         if end and end in turn:
             turn = turn[: turn.rindex(end) + len(end)]
-        if last.startswith(prompt) and text.startswith(prompt):
-            if text.startswith(turn, len(prompt)):
-                return len(prompt), len(prompt) + len(turn)
-            stop = text.find(end, len(prompt)) if end else -1
-            if stop >= 0 and turn.endswith(text[len(prompt) : stop + len(end)]):
-                return len(prompt), stop + len(end)
-        raise HeaprError(
-            f"{chat.place}: what the assistant wrote in message {index + 1} cannot be told from what the chat template "
-            "added; give a template with {% generation %} blocks with --chat-template FILE, or use --loss all"
-        )
+        if text.startswith(turn, start):
+            return start, start + len(turn)
+        stop = text.find(end, start) if end else -1
+        is_tail = stop >= 0 and turn.endswith(text[start : stop + len(end)])
+        return (start, stop + len(end)) if is_tail else None
+
+    def _around_mark(self, chat: Conversation, index: int, text: str) -> tuple[int, int] | None:
+        """Renders a mark in the place of the message's words: they are between what is around it.
+
+        It is for templates whose generation prompt begins a reasoning that they drop. None if the message has more than
+        words, or the mark changes what is around it.
+        """
+        message = chat.messages[index]
+        if message.keys() != {"role", "content"} or not isinstance(message["content"], str) or MARK in text:
+            return None
+        marked = [*chat.messages[:index], {**message, "content": MARK}, *chat.messages[index + 1 :]]
+        before, _, after = self._text(marked, chat.tools).partition(MARK)
+        start, stop, end = len(before), len(text) - len(after), self.tokenizer.eos_token
+        if stop < start or MARK in after or not text.startswith(before) or not text.endswith(after):
+            return None
+        return start, stop + (len(end) if end and after.startswith(end) else 0)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from heapr_vllm.errors import HeaprError
@@ -41,8 +41,9 @@ class Conversations(Sequence[Conversation]):
     def __getitem__(self, index: Any) -> Any:
         """Raises HeaprError if the record holds no conversation."""
         record = self.records[index]
-        fields = without_absent(record.fields) if isinstance(self.records, HubRecords) else record.fields
-        tools = fields.get("tools")
+        if isinstance(self.records, HubRecords):
+            record = replace(record, fields=without_absent(record.fields))
+        tools = record.fields.get("tools")
         if isinstance(tools, str):  # columns of one type only hold them as JSON
             tools = parse(tools, record.place) if tools.strip() else None
         if tools is not None and not isinstance(tools, list):

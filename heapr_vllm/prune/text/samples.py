@@ -79,7 +79,7 @@ class Samples:
     @classmethod
     def equal(cls, ids: torch.Tensor) -> Samples:
         """Takes every row of int64 [N, L] as a sample of which all tokens count."""
-        counted = torch.ones(ids.shape[1], dtype=torch.bool)
+        counted = torch.ones(ids.shape[1], dtype=torch.bool, device=ids.device)
         return cls([Sample(row, counted) for row in ids])
 
     def __len__(self) -> int:
@@ -185,25 +185,26 @@ def draw_samples(checkpoint: Checkpoint, settings: TextSettings, num_samples: in
     if settings.chat_template is not None:
         set_chat_template(tokenizer, settings.chat_template)
     samples = Samples([])
-    for source, count, text in zip(sources, counts, texts, strict=True):
+    for number, (source, count, text) in enumerate(zip(sources, counts, texts, strict=True)):
         try:
-            _add_source(samples, source, text, tokenizer, settings, count)
+            found, record = _source_samples(source, number, count, text, tokenizer, settings)
         except HeaprError as error:
             raise error if len(sources) == 1 else HeaprError(f"source {source.name}: {error}") from error
+        samples = Samples([*samples.entries, *found], [*samples.sources, record])
     return samples
 
 
-def _add_source(
-    samples: Samples,
+def _source_samples(
     source: Source,
+    number: int,
+    count: int,
     text: list[str] | Conversations,
     tokenizer: Any,
     settings: TextSettings,
-    count: int,
-) -> None:
-    """Adds `count` samples of a source to `samples`."""
+) -> tuple[list[Sample], SourceRecord]:
+    """Draws the `count` samples of source `number`."""
     truncated = skipped = 0
-    length, seed, number = settings.max_seq_length, settings.seed, len(samples.sources)
+    length, seed = settings.max_seq_length, settings.seed
     if isinstance(text, Conversations):
         renderer = ChatRenderer(tokenizer, assistant_only=settings.loss == "assistant")
         chats, truncated, skipped = chat_samples(text, renderer, count, length, seed)
@@ -211,18 +212,16 @@ def _add_source(
     else:
         counted = torch.ones(length, dtype=torch.bool)
         found = [Sample(ids, counted, number) for ids in token_samples(text, tokenizer, count, length, seed)]
-    samples.entries.extend(found)
-    samples.sources.append(
-        SourceRecord(
-            name=source.name,
-            share=float(source.share),
-            samples=count,
-            tokens=Samples(found).tokens,
-            predictions=Samples(found).predictions,
-            truncated=truncated,
-            skipped=skipped,
-        )
+    record = SourceRecord(
+        name=source.name,
+        share=float(source.share),
+        samples=count,
+        tokens=Samples(found).tokens,
+        predictions=Samples(found).predictions,
+        truncated=truncated,
+        skipped=skipped,
     )
+    return found, record
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -20,6 +20,7 @@ from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationRec
 from heapr_vllm.prune.calibration.saved_state import PARTIAL_FILE, SavedState
 from heapr_vllm.prune.models.hidden_states import ActivationStore
 from heapr_vllm.prune.selection.selector import Selector
+from tests.cli.test_hostile import refused
 from tests.prune.text.test_batches import assert_same
 from tests.prune.text.test_chats import CHATML, write_chats
 
@@ -157,3 +158,99 @@ def test_from_the_command_to_a_repair(mix: CalibrationSettings, tmp_path: Path, 
     assert main(evaluate) == 0
     base, small = json.loads(capsys.readouterr().out)
     assert base["perplexity"] > 1 and small["executed_reduction"] > 0
+
+
+def test_sources_are_kept_apart(mix: CalibrationSettings, plain: Path, tmp_path: Path) -> None:
+    """The sums of a source are those of a calibration on it alone; together they are those of the whole."""
+    both = NeuronMoments.from_pretrained(plain)
+    assert list(both.sources) == ["text", "chat"]
+    for name, spec in zip(both.sources, mix.dataset, strict=True):
+        loss = "assistant" if name == "chat" else "all"
+        settings = replace(mix, dataset=spec, loss=loss, num_calibration_samples=3)
+        calibrate(settings, tmp_path / name)
+        assert_same(NeuronMoments(both.sources[name], {}), NeuronMoments.from_pretrained(tmp_path / name))
+    for prefix, layer in both.layers.items():
+        parts = [layers[prefix] for layers in both.sources.values()]
+        assert torch.equal(layer.tokens, parts[0].tokens + parts[1].tokens)
+        assert torch.equal(layer.fisher, parts[0].fisher + parts[1].fisher)
+        assert torch.equal(layer.peak_norm, torch.maximum(parts[0].peak_norm, parts[1].peak_norm))
+        assert torch.equal(layer.down_norm, parts[0].down_norm)
+
+
+def test_norms_are_stored_once_and_one_source_as_before(plain: Path, calibration: Path) -> None:
+    with safe_open(plain / MOMENTS_FILE, framework="pt") as file:
+        names = set(file.keys())
+        assert json.loads(file.metadata()["heapr"])["format_version"] == 3
+    prefix = "model.layers.0.mlp.experts"
+    assert {f"text/{prefix}.fisher", f"chat/{prefix}.fisher", f"{prefix}.down_norm"} < names
+    assert f"text/{prefix}.down_norm" not in names and f"{prefix}.fisher" not in names
+    with safe_open(calibration / MOMENTS_FILE, framework="pt") as file:
+        assert json.loads(file.metadata()["heapr"])["format_version"] == 2
+    assert list(NeuronMoments.from_pretrained(calibration).sources) == ["all"]
+    one = NeuronMoments.from_pretrained(calibration)
+    assert one.mixed({"all": 1.0}) is one
+
+
+def test_mixes_are_weighed_per_token(plain: Path) -> None:
+    moments = NeuronMoments.from_pretrained(plain)
+    text, chat = CalibrationRecord.read(plain, "").sources
+    total = text.tokens + chat.tokens
+    same = moments.mixed({"text": text.tokens / total, "chat": chat.tokens / total})
+    assert_same(same, moments)
+    assert same.loss_tokens == moments.loss_tokens and same.calibration_tokens == total
+    mixed = moments.mixed({"chat": 0.7, "text": 0.3})
+    for prefix, layer in mixed.layers.items():
+        a, b = (moments.sources[name][prefix] for name in ("text", "chat"))
+        for name in ("activation_sq", "gradient_sq", "fisher", "routed_norm"):
+            wanted = total * (0.3 * getattr(a, name) / text.tokens + 0.7 * getattr(b, name) / chat.tokens)
+            torch.testing.assert_close(getattr(layer, name), wanted, rtol=1e-5, atol=0)
+        counts = total * (0.3 * a.tokens.double() / text.tokens + 0.7 * b.tokens.double() / chat.tokens)
+        assert (layer.tokens - counts).abs().max() <= 1 and torch.equal(layer.tokens > 0, counts > 0)
+        assert torch.equal(layer.down_norm, a.down_norm)
+    alone = moments.mixed({"chat": 1.0})
+    scale = total / chat.tokens
+    for prefix, layer in alone.layers.items():
+        chats = moments.sources["chat"][prefix]
+        torch.testing.assert_close(layer.fisher, chats.fisher * scale, rtol=1e-5, atol=0)
+        assert torch.equal(layer.peak_norm, chats.peak_norm), "what does not count is not protected either"
+
+
+def test_masks_of_a_mix(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    prune = ["prune", str(plain), "--sparsity", "0.5", "--criterion", "fisher"]
+    assert main([*prune, "-o", str(tmp_path / "as-is")]) == 0
+    assert main([*prune, "--mix", "chat=0.9,text=0.1", "-o", str(tmp_path / "chat")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("by source, in nats per token of its own: text ") == 2
+    assert "chosen for the mix chat 90%, text 10%" in printed
+    found = {}
+    for name in ("as-is", "chat"):
+        assert main(["inspect", str(tmp_path / name), "--json"]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+    assert found["chat"]["metadata"]["mix"] == {"chat": 0.9, "text": 0.1} and "mix" not in found["as-is"]["metadata"]
+    losses = {name: report["frontier"]["sources"] for name, report in found.items()}
+    assert losses["chat"]["chat"] < losses["as-is"]["chat"] and losses["chat"]["text"] > losses["as-is"]["text"]
+    mixed = NeuronMoments.from_pretrained(plain).mixed({"chat": 0.9, "text": 0.1})
+    record = CalibrationRecord.read(tmp_path / "chat" / "heapr", "")
+    assert record.tokens == {prefix: tokens.tolist() for prefix, tokens in mixed.tokens.items()}
+    assert record.mix == {"chat": 0.9, "text": 0.1} and found["chat"]["executed_reduction"] > 0
+    assert main(["sweep", str(plain), "--mix", "chat=1", "--criterion", "fisher", "--ratios", "0.5"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ("chat=0.9,code=0.1", "the moments have no source code, only text, chat; choose among them"),
+        ("chat=0.9", "the shares of the sources add up to 0.9; change them so that it is 1"),
+        ("chat=1.5,text=-0.5", "the share of chat is 1.5; give it one from 0 to 1"),
+        ("chat", "--mix chat is not like code=0.7,chat=0.3; name sources and shares"),
+        ("chat=nan", "the share of chat is nan"),
+    ],
+)
+def test_bad_mixes(shares: str, message: str, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["prune", str(plain), "--sparsity", "0.5", "--mix", shares, "-o", str(tmp_path / "masks")]
+    refused(command, message, capsys, plain)
+
+
+def test_a_mix_of_one_text(calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["prune", str(calibration), "--sparsity", "0.5", "--mix", "code=1", "-o", str(tmp_path / "masks")]
+    refused(command, "have no source code, only all; choose among them, or calibrate on several", capsys, calibration)

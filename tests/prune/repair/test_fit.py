@@ -258,7 +258,7 @@ def moved(masks_repository: Path, folder: Path, **changes: object) -> Path:
         (
             {"dataset": "gone.txt"},
             ["--repair", "least-squares"],
-            "needs the calibration text: dataset file gone.txt does not exist; or name another text with --repair",
+            "dataset file gone.txt does not exist; correct its name; or name another text with --repair",
         ),
         ({"seed": 5}, ["--repair", "least-squares"], "not the text of the calibration any more .* --repair-dataset"),
     ],

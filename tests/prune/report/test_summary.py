@@ -68,7 +68,7 @@ def test_the_record_on_disk(calibration: Path, tmp_path: Path) -> None:
     (tmp_path / CALIBRATION_FILE).write_text(json.dumps(later))
     assert CalibrationRecord.read(tmp_path, "calibrate again") == found
     (tmp_path / CALIBRATION_FILE).write_text("{}")
-    with pytest.raises(HeaprError, match="is damaged .*missing required field `model`.*; calibrate again"):
+    with pytest.raises(HeaprError, match="is damaged .*missing required field `dataset`.*; calibrate again"):
         CalibrationRecord.read(tmp_path, "calibrate again")
     with pytest.raises(HeaprError, match="calibration.json is missing; calibrate again"):
         CalibrationRecord.read(tmp_path / "nowhere", "calibrate again")

@@ -34,9 +34,10 @@ FORGETS = (
     + PROMPT
 )
 REFUSES = "{% if messages[0].role != 'user' %}{{ raise_exception('roles must\\nalternate') }}{% endif %}" + CHATML
-HIDDEN = (
-    "{% for message in messages %}{{ message.content + '.' }}{% endfor %}{% if add_generation_prompt %}???{% endif %}"
-)
+TWICE = "{% for message in messages %}{{ message.content + message.content }}{% endfor %}" + PROMPT
+# as those of Qwen3.5 and DeepSeek-R1: the prompt begins a reasoning, which is in the last turn only, or in none
+BEGINS = FORGETS.replace("<assistant>{% endif %}", "<assistant><think>{% endif %}")
+NEVER = CHATML.replace("<assistant>{% endif %}", "<assistant><think>{% endif %}")
 
 
 def user(text: str) -> dict[str, str]:
@@ -88,7 +89,7 @@ def written(template: str, messages: list[dict], tools: list | None = None) -> l
 
 
 @pytest.mark.parametrize("tools", [None, [{"name": "f", "parameters": {}}]])
-@pytest.mark.parametrize("template", [CHATML, TOOLS, MARKED, FORGETS])
+@pytest.mark.parametrize("template", [CHATML, TOOLS, MARKED, FORGETS, BEGINS])
 def test_ids_are_those_of_the_template(template: str, tools: list | None) -> None:
     ours = renderer(template)
     ids, counted = ours.render(Conversation("", CHAT, tools))
@@ -103,7 +104,8 @@ def test_only_what_the_assistant_wrote_counts(template: str) -> None:
     assert written(template, CHAT[:2]) == []
 
 
-def test_a_template_that_forgets_reasoning() -> None:
+@pytest.mark.parametrize("template", [FORGETS, BEGINS])
+def test_a_template_that_forgets_reasoning(template: str) -> None:
     messages = [
         user("a"),
         assistant("<think>hm</think>One"),
@@ -112,14 +114,19 @@ def test_a_template_that_forgets_reasoning() -> None:
         user("c"),
         assistant("no</think>3"),
     ]
-    assert written(FORGETS, messages) == [f"One{END}", f"Two{END}", f"<think>no</think>3{END}"]
+    begun = "" if template == BEGINS else "<think>"
+    assert written(template, messages) == [f"One{END}", f"Two{END}", f"{begun}no</think>3{END}"]
+
+
+def test_a_prompt_that_begins_what_is_never_there() -> None:
+    assert written(NEVER, CHAT) == [f"Good day{END}", f"Yes{END}"]
 
 
 def test_turns_that_cannot_be_told() -> None:
     with pytest.raises(
         HeaprError, match=r"c.jsonl:7: what the assistant wrote in message 3 cannot be told .*--loss all"
     ):
-        written(HIDDEN, CHAT)
+        written(TWICE, CHAT)
 
 
 @pytest.mark.parametrize(
