@@ -94,10 +94,10 @@ class ModelRecord:
 class EvaluationRecord:
     """The content of the file."""
 
+    format_version: Literal[1] = 1
     settings: MeasuredOn
     versions: dict[str, str]
     models: tuple[ModelRecord, ...]
-    format_version: Literal[1] = 1
 
     @classmethod
     def read(cls, path: Path) -> EvaluationRecord:
