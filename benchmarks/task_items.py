@@ -43,7 +43,10 @@ def python_tokens(text: str) -> list[tuple[tokenize.TokenInfo, int]]:
 
 
 def bracket_places(text: str) -> Iterator[Place]:
-    """Finds runs of closing brackets behind a name or number that end a line; the answer is the run."""
+    """Finds runs of closing brackets that end a line; the answer is the run.
+
+    Those behind a name or number: other cuts would lie inside of what tokenizers take as one.
+    """
     run, begin = "", 0
     for token, offset in python_tokens(text):
         if token.string in CLOSERS and token.type == tokenize.OP:
@@ -51,9 +54,9 @@ def bracket_places(text: str) -> Iterator[Place]:
                 run, begin = "", offset
             run += token.string
             continue
-        if token.type in (tokenize.NEWLINE, tokenize.NL) and len(run) >= MIN_CLOSERS and begin + len(run) == offset:
-            if text[begin - 1].isalnum():  # else the cut is inside of what tokenizers take as one
-                yield begin, run
+        is_whole = len(run) >= MIN_CLOSERS and begin + len(run) == offset
+        if token.type in (tokenize.NEWLINE, tokenize.NL) and is_whole and text[begin - 1].isalnum():
+            yield begin, run
         run = ""
 
 
