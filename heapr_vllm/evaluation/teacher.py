@@ -10,6 +10,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,6 +32,7 @@ class Teacher:
     text: str
     backend: str
     dtype: str
+    engine_args: dict[str, Any]
     top_k: int
 
     @classmethod
@@ -46,6 +48,7 @@ class Teacher:
             text=fingerprint(samples),
             backend=settings.backend,
             dtype=settings.dtype,
+            engine_args=settings.engine_args,
             top_k=settings.top_k,
         )
 
