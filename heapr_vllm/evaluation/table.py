@@ -29,8 +29,9 @@ def _model_cells(model: ModelRecord) -> dict[str, str]:
         "perplexity": f"{model.perplexity:.3f}",
         "change": f"{model.change:+.1%}",
         "stored": _reduction(model.stored_reduction),
-        "executed": _reduction(model.executed_reduction),
     }
+    if model.executed_reduction is not None:
+        cells["executed"] = _reduction(model.executed_reduction)
     if model.agreement:
         found = model.agreement
         cells["KL"] = f"{found.kl_divergence:.4f}{_interval(found.kl_low, found.kl_high, '.4f')}"
@@ -60,8 +61,9 @@ def _notes(record: EvaluationRecord) -> list[str]:
     if found is None:
         return []
     what = f"next-token predictions against {found.against} at {found.tokens} places"
-    how = f"{found.top_k} likely tokens one by one, the rest as one"
-    return [f"KL and top-1: {what}, {how}. In brackets: 95 % intervals."]
+    whose = "of both " if record.settings.backend == "vllm" else ""  # vLLM tells a model's own likely tokens only
+    how = f"the {found.top_k} most likely tokens {whose}one by one, the rest as one"
+    return [f"KL and top-1: {what}, {how}. In brackets: 95% intervals."]
 
 
 def _reduction(fraction: float | None) -> str:
