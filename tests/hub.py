@@ -38,7 +38,11 @@ class Hub:
             return 200, {"errors": [], "warnings": []}
         if path.endswith("/preupload/main"):
             files = [
-                {"path": each["path"], "uploadMode": "lfs" if is_large(each["path"]) else "regular", "shouldIgnore": False}
+                {
+                    "path": each["path"],
+                    "uploadMode": "lfs" if is_large(each["path"]) else "regular",
+                    "shouldIgnore": False,
+                }
                 for each in json.loads(body)["files"]
             ]
             return 200, {"files": files}
@@ -61,7 +65,9 @@ class Hub:
             return self.refused[name], {"error": "not for you"}
         if name in self.repositories:
             return 409, {"error": "You already created this model repo", "url": f"{self.endpoint}/{name}"}
-        self.repositories[name] = Repository(private=wanted.get("visibility") == "private" or bool(wanted.get("private")))
+        self.repositories[name] = Repository(
+            private=wanted.get("visibility") == "private" or bool(wanted.get("private"))
+        )
         return 200, {"url": f"{self.endpoint}/{name}", "name": name}
 
     def _commit(self, name: str, body: bytes) -> tuple[int, Any]:

@@ -53,7 +53,9 @@ def upload_model(folder: Path, repo_id: str, *, private: bool) -> str:
     hub = HfApi()
     try:
         repository = hub.create_repo(repo_id, private=private or None, exist_ok=True)
-        return str(hub.upload_folder(folder_path=folder, repo_id=repository.repo_id, commit_message="Upload with heapr"))
+        return str(
+            hub.upload_folder(folder_path=folder, repo_id=repository.repo_id, commit_message="Upload with heapr")
+        )
     except OfflineModeIsEnabled as error:
         raise HeaprError("HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it") from error
     except HfHubHTTPError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README.md of a masks repository or a pruned checkpoint: metadata for the Hub, numbers, limits, how to serve it."""
+"""The README.md of a masks repository or a pruned checkpoint: metadata for the Hub, use, results, limits."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def _quality(found: Measured | None) -> str:
         rows.append([_text(f"{name}, {task.metric}"), before, format_task(task), recovery])
     return (
         f"{on.num_samples} x {on.max_seq_length} tokens of {_text(_name(on.dataset))}, seed {on.seed}, run by "
-        f"{_text(on.backend)} in {_text(on.dtype)}; 95 % intervals in brackets.\n\n"
+        f"{_text(on.backend)}, dtype {_text(on.dtype)}; 95 % intervals in brackets.\n\n"
         f"| | {_text(_name(base.model))} | this model | |\n|---|---|---|---|\n{_rows(rows)}"
     )
 

@@ -18,6 +18,13 @@ Spec = dict[str, Any]
 _FIT = {"type": "fit-x", "contains": "padding"}  # the page says how wide, the chart how high
 
 
+def _altair() -> Any:
+    """Imports Altair; type checkers cannot follow the decorators of its methods."""
+    import altair
+
+    return altair
+
+
 def layer_names(summary: Summary) -> dict[str, str]:
     """Numbers the MoE modules by their decoder layers, prefix -> name; by their prefixes if that is ambiguous."""
     names = {prefix: str(layer_index(prefix)) for prefix in summary.widths}
@@ -31,8 +38,7 @@ def widths_chart(summary: Summary, tokens: Mapping[str, list[int]]) -> Spec:
     `tokens`: MoE module prefix -> calibration tokens of each expert. Rows of the data are layers, which Vega flattens:
     a cell takes a few bytes. `at_row`, `at_expert` are what the keyboard points to.
     """
-    import altair as alt
-
+    alt = _altair()
     names = layer_names(summary)
     rows = []
     for row, (prefix, widths) in enumerate(summary.widths.items()):
@@ -51,7 +57,9 @@ def widths_chart(summary: Summary, tokens: Mapping[str, list[int]]) -> Spec:
     num_experts = max(map(len, summary.widths.values()))
     base = alt.Chart(alt.NamedData(name="layers")).encode(
         x=alt.X(
-            "expert:O", axis=alt.Axis(labelAngle=0, labelOverlap=True, values=list(range(0, num_experts, 8))), title="expert"
+            "expert:O",
+            axis=alt.Axis(labelAngle=0, labelOverlap=True, values=list(range(0, num_experts, 8))),
+            title="expert",
         ),
         y=alt.Y("layer:O", sort=None, title="layer", axis=alt.Axis(labelOverlap=True)),
     )
@@ -86,7 +94,12 @@ def widths_chart(summary: Summary, tokens: Mapping[str, list[int]]) -> Spec:
             share="datum.routes ? datum.tokens / datum.routes : 0",
         )
         .add_params(alt.param(name="at_row", value=-1), alt.param(name="at_expert", value=-1))
-        .properties(width="container", height=len(rows) * max(8, min(32, 600 // len(rows))), datasets={"layers": rows}, autosize=_FIT)
+        .properties(
+            width="container",
+            height=len(rows) * max(8, min(32, 600 // len(rows))),
+            datasets={"layers": rows},
+            autosize=_FIT,
+        )
     )
     return chart.to_dict()
 
@@ -97,8 +110,7 @@ def frontier_chart(curves: list[dict[str, Any]], models: list[dict[str, Any]], k
     Rows are `Point`s, those of `curves` with `curve` and `budget`, those of `models` with `model`. Losses of 0 have no
     place on the axis, which is logarithmic.
     """
-    import altair as alt
-
+    alt = _altair()
     x = alt.X(f"{kind}_reduction:Q", title=KINDS[kind], axis=alt.Axis(format="%", tickCount=5, labelOverlap=True))
     powers = sorted({10.0 ** math.floor(math.log10(point["loss_increase"])) for point in _drawn([*curves, *models])})
     y = alt.Y(
@@ -151,8 +163,7 @@ def intervals_chart(rows: list[dict[str, Any]], title: str, *, zero: bool = Fals
 
     `zero`: whether the axis starts there.
     """
-    import altair as alt
-
+    alt = _altair()
     groups = len({row["group"] for row in rows})
     series = len({row["series"] for row in rows})
     base = alt.Chart(alt.Data(values=rows)).encode(
@@ -171,7 +182,10 @@ def intervals_chart(rows: list[dict[str, Any]], title: str, *, zero: bool = Fals
             alt.Tooltip("high:Q", title="to"),
         ],
     )
-    ranges = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=title, scale=alt.Scale(zero=zero), axis=alt.Axis(tickCount=6, labelOverlap=True)), x2="high:Q")
+    ranges = base.mark_rule(strokeWidth=2).encode(
+        x=alt.X("low:Q", title=title, scale=alt.Scale(zero=zero), axis=alt.Axis(tickCount=6, labelOverlap=True)),
+        x2="high:Q",
+    )
     dots = base.mark_point(filled=True, size=70, opacity=1).encode(x="value:Q")
     height = max(60, groups * (18 * series + 14))
     return alt.layer(ranges, dots).properties(width="container", height=height, autosize=_FIT).to_dict()

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import shlex
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ def write_page(
 ) -> None:
     """Writes the report of pruned models, masks repositories or exported checkpoints, to `output`.
 
-    `evaluation`: what `heapr eval -o` wrote; models that it lacks are shown as measured in their folders. `speed`: CSV rows of
-    `benchmarks.serving`. Raises HeaprError if a folder is no pruned model, a file is damaged, or Altair is missing.
+    `evaluation`: what `heapr eval -o` wrote; models that it lacks are shown as measured in their folders. `speed`: CSV
+    rows of `benchmarks.serving`. Raises HeaprError if a folder is no pruned model, a file is damaged, or Altair is
+    missing.
     """
     labels = short_names(map(str, directories))
     models = [ReportedModel.read(directory, labels[str(directory)]) for directory in dict.fromkeys(directories)]
@@ -48,12 +50,11 @@ def render(models: Sequence[ReportedModel], records: Sequence[EvaluationRecord],
     """Makes the page. Raises HeaprError without Altair, Vega or Jinja."""
     try:
         import jinja2
-        import vl_convert
 
+        scripts = [_vega(), (_TEMPLATE / "page.js").read_text()]
         specs = _specs(models, records, speed)
     except ImportError as error:
         raise HeaprError(f"the report needs {error.name}: {install_command('prune')}") from error
-    scripts = [vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), (_TEMPLATE / "page.js").read_text()]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATE),
         autoescape=True,
@@ -75,6 +76,14 @@ def render(models: Sequence[ReportedModel], records: Sequence[EvaluationRecord],
         hashes=[_content_hash(script) for script in scripts],
         version=__version__,
     )
+
+
+@cache
+def _vega() -> str:
+    """Bundles Vega's runtime, which takes seconds."""
+    import vl_convert
+
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
 def _content_hash(script: str) -> str:

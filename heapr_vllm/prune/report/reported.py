@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from heapr_vllm.formats.evaluation_record import EvaluationRecord, ModelRecord
 from heapr_vllm.prune.calibration.record import CalibrationRecord

@@ -6,10 +6,14 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
 
 from heapr_vllm.errors import HeaprError, first_line
 from heapr_vllm.formats.schema import convert
 
+Measure = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
 _REMEDY = "`python -m benchmarks.serving --dense BASE --pruned DIR --csv rows.csv` writes such rows"
 
 
@@ -22,12 +26,12 @@ class SpeedRow:
     """
 
     arm: str
-    tok_s: float
-    tok_s_min: float | None = None
-    tok_s_max: float | None = None
-    vs_dense: float | None = None
-    weights_gib: float | None = None
-    kv_tokens: float | None = None
+    tok_s: Measure
+    tok_s_min: Measure | None = None
+    tok_s_max: Measure | None = None
+    vs_dense: Measure | None = None
+    weights_gib: Measure | None = None
+    kv_tokens: Measure | None = None
     model: str = ""
     workload: str = ""
     concurrency: str = ""
