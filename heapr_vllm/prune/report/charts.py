@@ -77,7 +77,15 @@ def widths_chart(summary: Summary, tokens: Mapping[str, list[int]]) -> Spec:
             alt.Tooltip("share:Q", title="routing share", format=".2%"),
         ],
     )
-    dead = base.mark_point(aria=False, shape="cross", angle=45, filled=True, color="#e4572e", size=60, tooltip=None)
+    dead = base.mark_point(
+        aria=False,
+        shape="cross",
+        angle=45,
+        filled=True,
+        color="#e4572e",
+        size=max(8, min(60, 1500 // num_experts)),
+        tooltip=None,
+    )
     cursor = base.mark_rect(aria=False, filled=False, stroke="#e4572e", strokeWidth=3, tooltip=None)
     chart = alt.layer(
         cells,
@@ -111,7 +119,11 @@ def frontier_chart(curves: list[dict[str, Any]], models: list[dict[str, Any]], k
     place on the axis, which is logarithmic.
     """
     alt = _altair()
-    x = alt.X(f"{kind}_reduction:Q", title=KINDS[kind], axis=alt.Axis(format="%", tickCount=5, labelOverlap=True))
+    x = alt.X(
+        f"{kind}_reduction:Q",
+        title=KINDS[kind],
+        axis=alt.Axis(format="%", tickCount=5, labelOverlap="greedy", labelSeparation=6),
+    )
     powers = sorted({10.0 ** math.floor(math.log10(point["loss_increase"])) for point in _drawn([*curves, *models])})
     y = alt.Y(
         "loss_increase:Q",

@@ -51,6 +51,8 @@ def test_it_fits_and_shows_every_chart(opened: Any) -> None:
         box = chart.query_selector("svg").bounding_box()
         assert box["width"] > 200 and box["height"] > 50
         assert box["x"] + box["width"] <= opened.viewport_size["width"], "nothing sticks out"
+    for header in filter(lambda each: each.is_visible(), opened.query_selector_all("tbody th")):
+        assert header.bounding_box()["width"] > 60 and header.bounding_box()["height"] < 90, header.inner_text()
     luminance = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).reduce((sum, each) => sum + +each, 0)"
     is_dark = opened.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
     assert (opened.evaluate(luminance) < 200) == is_dark

@@ -9,7 +9,7 @@ function colour(name) {
 }
 
 function config() {
-  const text = { labelColor: colour("faint"), titleColor: colour("ink"), titleFontWeight: "normal", labelFontSize: 12, titleFontSize: 12 };
+  const text = { labelColor: colour("faint"), titleColor: colour("ink"), titleFontWeight: "normal", labelFontSize: 12, titleFontSize: 12, titlePadding: 8 };
   return {
     background: null,
     font: "system-ui, sans-serif",
