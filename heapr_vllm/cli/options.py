@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 Commands = argparse._SubParsersAction
 
@@ -92,6 +94,13 @@ def integer(text: str) -> int:
     value = int(text)
     if abs(value) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text} does not fit into 64 bits")
+    return value
+
+
+def json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text} is not a JSON object such as {{"max_model_len": 4096}}')
     return value
 
 

@@ -1,76 +1,149 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity and tasks of several models in one table (`heapr eval`)."""
+"""Several models on the same text and tasks, against the first of them (`heapr eval`)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
-from heapr_vllm.environment import install_command
-from heapr_vllm.errors import HeaprError, first_line
-from heapr_vllm.evaluation.perplexity import counted_routes, perplexity
-from heapr_vllm.evaluation.served import served_perplexity
+from heapr_vllm.environment import versions
+from heapr_vllm.errors import HeaprError
+from heapr_vllm.evaluation.agreement import agreement
+from heapr_vllm.evaluation.in_transformers import run_in_transformers
+from heapr_vllm.evaluation.predictions import Predictions, PredictionsFolder
+from heapr_vllm.evaluation.served import run_served
+from heapr_vllm.evaluation.settings import BACKENDS, EvaluationSettings
+from heapr_vllm.evaluation.tasks import Outcomes, check_tasks
+from heapr_vllm.evaluation.teacher import Teacher, teacher_folder
 from heapr_vllm.formats import sizes
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.config import MASKS_FILE
+from heapr_vllm.formats.evaluation_record import EvaluationRecord, MeasuredOn, ModelRecord
 from heapr_vllm.formats.pruned import read_masks
 from heapr_vllm.prune.models.loading import check_device
-from heapr_vllm.prune.models.pruned import opened
 from heapr_vllm.prune.report.summary import load_report
 from heapr_vllm.prune.selection.budget import format_size
-from heapr_vllm.prune.text.samples import checkpoint_samples, fingerprint, load_tokenizer
-
-BACKENDS = ("transformers", "vllm")
+from heapr_vllm.prune.text.samples import checkpoint_samples, fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """Text, tasks, and what runs the models.
+class _Measured:
+    """What one run of a model found, beside the predictions in its folder."""
 
-    The text is `num_samples` seeded samples of `max_seq_length` tokens, the same for every model.
-    """
-
-    dataset: str
-    num_samples: int = 64
-    max_seq_length: int = 2048
-    batch_size: int = 8
-    seed: int = 0
-    tasks: tuple[str, ...] = ()
-    dtype: str = "auto"
-    device: str = "cpu"
-    backend: str = "transformers"
+    tasks: dict[str, Outcomes] = field(default_factory=dict)
+    executed_reduction: float | None = None
 
 
-def compare(models: list[str], settings: EvaluationSettings) -> list[dict[str, Any]]:
-    """Measures one row per checkpoint directory or Hub id, with `change` of the perplexity against the first.
+def evaluate(models: list[str], settings: EvaluationSettings) -> EvaluationRecord:
+    """Measures checkpoint directories or Hub ids; the first is what the others are compared with.
 
-    Rows hold JSON values only, `weight_bytes` the size of all weights on the disk, None if it is not known. Pruned
-    models also have their stored reduction, and with the backend "transformers" the
-    executed one, counted from their routing of this text. Raises HeaprError if a model cannot be loaded, the tokenizers
-    differ, lm-eval is missing, or `settings` do not fit together.
+    Pruned models also have their stored reduction, and with the backend "transformers" the executed one, counted from
+    their routing of this text. Raises HeaprError if a model cannot be loaded, the tokenizers differ, lm-eval is
+    missing, or `settings` do not fit together.
     """
     if settings.backend not in BACKENDS:
         raise HeaprError(f"backend {settings.backend!r} is not one of {', '.join(BACKENDS)}")
+    if settings.engine_args and settings.backend != "vllm":
+        raise HeaprError("--engine-args are vLLM's; add --backend vllm")
     check_device(settings.device)
     if settings.tasks:
-        if settings.backend == "vllm":
-            raise HeaprError("--tasks needs --backend transformers; for served tasks use lm-eval's own vLLM model")
-        _lm_eval()
-    measure = _measure_served if settings.backend == "vllm" else _measure
+        check_tasks(settings)
     checkpoints = [Checkpoint.resolve(model) for model in models]
-    texts = [_text(checkpoint, settings) for checkpoint in checkpoints]
+    samples = _text(checkpoints, settings)
+    rows: list[ModelRecord] = []
+    with teacher_folder(Teacher.of(checkpoints[0], samples, settings), settings.cache) as teacher:
+        if len(models) > 1 and settings.top_k:
+            _announce(models[0], samples, settings, teacher)
+        baseline = _measure(models[0], checkpoints[0], samples, settings, teacher)
+        rows.append(_row(models[0], checkpoints[0], baseline, teacher.perplexity(len(samples))))
+        for number, (name, checkpoint) in enumerate(zip(models[1:], checkpoints[1:], strict=True), 1):
+            with tempfile.TemporaryDirectory() as work:
+                folder = PredictionsFolder(Path(work))
+                found = _measure(name, checkpoint, samples, settings, folder, teacher, number)
+                row = _row(name, checkpoint, found, folder.perplexity(len(samples)), rows[0].perplexity, baseline)
+                rows.append(_compared(row, models[0], teacher, folder, len(samples), settings.top_k))
+    return EvaluationRecord(settings=_measured_on(settings), versions=versions(), models=tuple(rows))
+
+
+def _text(checkpoints: list[Checkpoint], settings: EvaluationSettings) -> torch.Tensor:
+    """Draws the samples, int64 [N, L]. Raises HeaprError if they are not the same for all models."""
+    text = settings.dataset, settings.num_samples, settings.max_seq_length, settings.seed
+    texts = [checkpoint_samples(checkpoint, *text) for checkpoint in checkpoints]
     if len({fingerprint(samples) for samples in texts}) > 1:
         raise HeaprError("the models have different tokenizers, so their perplexities cannot be compared")
-    rows: list[dict[str, Any]] = []
-    for name, checkpoint in zip(models, checkpoints, strict=True):
-        size = _weight_bytes(checkpoint)
-        row = measure(checkpoint, texts[0], settings)
-        change = row["perplexity"] / (rows[0] if rows else row)["perplexity"] - 1
-        rows.append({"model": name, "weight_bytes": size, **row, "change": change})
-    return rows
+    limit = min(checkpoint.text.max_position_embeddings or sys.maxsize for checkpoint in checkpoints)
+    if settings.backend == "vllm" and settings.max_seq_length >= limit:
+        raise HeaprError(
+            f"--max-seq-length {settings.max_seq_length} leaves vLLM none of the model's {limit} positions to generate "
+            f"a token; pass --max-seq-length {limit - 1}"
+        )
+    return texts[0]
+
+
+def _announce(name: str, samples: torch.Tensor, settings: EvaluationSettings, teacher: PredictionsFolder) -> None:
+    places = samples.shape[0] * (samples.shape[1] - 1)
+    size = format_size(Predictions.num_bytes(places, settings.top_k))
+    kept = f"in {teacher.folder}" if settings.cache else "of temporary files; --cache DIR keeps them"
+    print(f"{settings.top_k} log-probabilities of {name} at {places} places: {size} {kept}", file=sys.stderr)
+
+
+def _measure(
+    name: str,
+    checkpoint: Checkpoint,
+    samples: torch.Tensor,
+    settings: EvaluationSettings,
+    folder: PredictionsFolder,
+    teacher: PredictionsFolder | None = None,
+    number: int = 0,
+) -> _Measured:
+    """Fills the folder and runs the tasks; starts nothing if there is nothing to do."""
+    missing = folder.missing(len(samples))
+    if not missing and not settings.tasks:
+        return _Measured()
+    answers = Path(settings.samples) / f"{number}-{Path(name).name}" if settings.samples else None
+    if settings.backend == "vllm":
+        return _Measured(tasks=run_served(checkpoint, samples, missing, folder, settings, answers))
+    tasks, executed = run_in_transformers(checkpoint, samples, missing, folder, settings, teacher, answers)
+    return _Measured(tasks=tasks, executed_reduction=executed)
+
+
+def _row(
+    name: str,
+    checkpoint: Checkpoint,
+    found: _Measured,
+    perplexity: float,
+    baseline_perplexity: float | None = None,
+    baseline: _Measured | None = None,
+) -> ModelRecord:
+    is_pruned = (checkpoint.path / MASKS_FILE).is_file()
+    others = baseline.tasks if baseline else {}
+    tasks = {task: outcomes.against(others.get(task)) for task, outcomes in found.tasks.items()}
+    recoveries = {task: result.recovery for task, result in tasks.items() if result.recovery is not None}
+    worst = min(recoveries, key=recoveries.__getitem__, default=None)
+    return ModelRecord(
+        model=name,
+        weight_bytes=_weight_bytes(checkpoint),
+        perplexity=perplexity,
+        change=perplexity / (baseline_perplexity or perplexity) - 1,
+        stored_reduction=read_masks(checkpoint.path).sparsity if is_pruned else None,
+        executed_reduction=found.executed_reduction,
+        tasks=tasks,
+        worst_task=worst,
+        worst_recovery=recoveries[worst] if worst else None,
+    )
+
+
+def _compared(
+    row: ModelRecord, against: str, teacher: PredictionsFolder, folder: PredictionsFolder, num_samples: int, top_k: int
+) -> ModelRecord:
+    if not top_k:
+        return row
+    found = agreement(against, teacher.read_all(num_samples), folder.read_all(num_samples), top_k)
+    return replace(row, agreement=found)
 
 
 def _weight_bytes(checkpoint: Checkpoint) -> int | None:
@@ -78,87 +151,6 @@ def _weight_bytes(checkpoint: Checkpoint) -> int | None:
     return sizes.num_bytes(checkpoint) if checkpoint.has_weights else load_report(checkpoint.path).compact_bytes
 
 
-def _text(checkpoint: Checkpoint, settings: EvaluationSettings) -> torch.Tensor:
-    return checkpoint_samples(
-        checkpoint, settings.dataset, settings.num_samples, settings.max_seq_length, settings.seed
-    )
-
-
-def _measure_served(checkpoint: Checkpoint, samples: torch.Tensor, settings: EvaluationSettings) -> dict[str, Any]:
-    row = {"perplexity": served_perplexity(checkpoint, samples, settings.dtype)}
-    if (checkpoint.path / MASKS_FILE).is_file():
-        row["stored_reduction"] = read_masks(checkpoint.path).sparsity
-    return row
-
-
-def _measure(checkpoint: Checkpoint, samples: torch.Tensor, settings: EvaluationSettings) -> dict[str, Any]:
-    with opened(checkpoint, settings.dtype, settings.device) as (model, masks):
-        with counted_routes(model) as tokens:
-            row: dict[str, Any] = {"perplexity": perplexity(model, samples, settings.batch_size)}
-        if masks is not None:
-            row |= {"stored_reduction": masks.sparsity, "executed_reduction": masks.executed_reduction(tokens)}
-        if settings.tasks:
-            row["tasks"] = run_tasks(model, checkpoint, settings)
-    return row
-
-
-def run_tasks(
-    model: PreTrainedModel, checkpoint: Checkpoint, settings: EvaluationSettings
-) -> dict[str, dict[str, float]]:
-    """Runs lm-eval; returns task -> metric -> value, as it reports them."""
-    lm_eval = _lm_eval()
-    tokenizer = load_tokenizer(checkpoint)
-    harness = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)
-    try:
-        results = lm_eval.simple_evaluate(model=harness, tasks=list(settings.tasks))["results"]
-    except (KeyError, ValueError) as error:
-        raise HeaprError(f"lm-eval cannot run {', '.join(settings.tasks)}: {first_line(error)}") from error
-    numbers: dict[str, dict[str, float]] = {}
-    for task, metrics in results.items():
-        floats = {name: value for name, value in metrics.items() if isinstance(value, float)}
-        numbers[task] = {name.removesuffix(",none"): value for name, value in floats.items()}
-    return numbers
-
-
-def _lm_eval() -> Any:
-    try:
-        import lm_eval.models.huggingface
-    except ImportError as error:
-        raise HeaprError(f"--tasks needs lm-eval: {install_command('eval')}") from error
-    return lm_eval
-
-
-def format_comparison(rows: list[dict[str, Any]]) -> str:
-    """Aligns the rows as a table, one column per metric of every task."""
-    cells = [_cells(row) for row in rows]
-    columns = dict.fromkeys(["model", "size", "perplexity", "change", "stored", "executed"])
-    for found in cells:
-        columns |= dict.fromkeys(found)
-    table = [list(columns)]
-    table += [[found.get(column, "") for column in columns] for found in cells]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(_aligned(line, widths) for line in table)
-
-
-def _cells(row: dict[str, Any]) -> dict[str, str]:
-    """Formats a row, column -> text."""
-    cells = {"model": row["model"], "perplexity": f"{row['perplexity']:.3f}", "change": f"{row['change']:+.1%}"}
-    if row["weight_bytes"]:
-        cells["size"] = format_size(row["weight_bytes"])
-    for column in ("stored", "executed"):
-        if f"{column}_reduction" in row:
-            cells[column] = f"{-row[f'{column}_reduction']:.1%}"
-    return cells | {metric: f"{value:.3f}" for metric, value in _task_metrics(row).items()}
-
-
-def _aligned(line: list[str], widths: list[int]) -> str:
-    first, *others = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-    return "  ".join([line[0].ljust(len(first)), *others])
-
-
-def _task_metrics(row: dict[str, Any]) -> dict[str, float]:
-    """Collects "task metric" -> value, without the standard errors."""
-    found: dict[str, float] = {}
-    for task, metrics in row.get("tasks", {}).items():
-        found |= {f"{task} {metric}": value for metric, value in metrics.items() if "stderr" not in metric}
-    return found
+def _measured_on(settings: EvaluationSettings) -> MeasuredOn:
+    names = {field.name for field in fields(MeasuredOn)}
+    return MeasuredOn(**{name: value for name, value in asdict(settings).items() if name in names})

@@ -2,7 +2,7 @@
 """Perplexity and routing of a transformers model on token samples."""
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,16 +13,26 @@ from transformers import PreTrainedModel
 from heapr_vllm.prune.models.experts import expert_modules
 
 
-@torch.no_grad()
 def perplexity(model: PreTrainedModel, samples: torch.Tensor, batch_size: int = 8) -> float:
     """Computes exp of the mean next-token cross entropy over `samples` int64 [N, L], each its own context."""
+    nll = sum(
+        F.cross_entropy(logits, following, reduction="sum").item()
+        for logits, following in next_token_logits(model, samples, batch_size)
+    )
+    return math.exp(nll / (samples.shape[0] * (samples.shape[1] - 1)))
+
+
+def next_token_logits(
+    model: PreTrainedModel, samples: torch.Tensor, batch_size: int = 8
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields logits fp32 [L-1, V] and the tokens that follow, int64 [L-1], of one sample after the other."""
     model.eval()
-    nll = 0.0
     for ids in samples.split(batch_size):
         ids = ids.to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        nll += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(nll / (samples.shape[0] * (samples.shape[1] - 1)))
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+        for each, sample in zip(logits, ids, strict=True):
+            yield each[:-1].float(), sample[1:]
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class MeasuredOn:
     dtype: str
     tasks: tuple[str, ...] = ()
     num_fewshot: Count | None = None
-    limit: Positive | None = None
+    limit: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,24 +3,26 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from heapr_vllm.cli.main import main
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.evaluation.compare import EvaluationSettings, compare, format_comparison
+from heapr_vllm.evaluation.compare import evaluate
 from heapr_vllm.evaluation.perplexity import counted_routes
+from heapr_vllm.evaluation.settings import EvaluationSettings
+from heapr_vllm.evaluation.table import format_evaluation
 from heapr_vllm.formats import sizes
 from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.formats.evaluation_record import EvaluationRecord
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.prune import export_checkpoint
 from heapr_vllm.prune.models.pruned import applied, opened
+from tests.evaluation.local_tasks import write_task
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_table(compact: Path, masks_repository: Path, qwen3: Path, corpus: Path,
         )
         == 0
     )
-    base, masked, small = rows = json.loads(output.read_text())
+    base, masked, small = json.loads(output.read_text())["models"]
     assert base["change"] == 0 and "stored_reduction" not in base
     assert masked["perplexity"] == small["perplexity"] == pytest.approx(base["perplexity"] * (1 + small["change"]))
     assert masked["stored_reduction"] == NeuronMasks.from_pretrained(compact).sparsity
@@ -84,7 +86,10 @@ def test_table(compact: Path, masks_repository: Path, qwen3: Path, corpus: Path,
         masked["weight_bytes"] == small["weight_bytes"] == sizes.num_bytes(Checkpoint(compact)) < base["weight_bytes"]
     )
     assert 0 < masked["executed_reduction"] < 1
-    assert capsys.readouterr().out.strip() == format_comparison(rows)
+    assert masked["agreement"] == small["agreement"] and masked["agreement"]["top_k"] == 64 and "agreement" not in base
+    printed = capsys.readouterr()
+    assert printed.out.strip() == format_evaluation(EvaluationRecord.read(output))
+    assert "64 log-probabilities of" in printed.err and "at 252 places: 127.97 KiB of temporary files" in printed.err
 
 
 def test_routes_are_counted_in_forward_passes(qwen3: Path) -> None:
@@ -95,31 +100,47 @@ def test_routes_are_counted_in_forward_passes(qwen3: Path) -> None:
     assert all(int(count.sum()) == 40 * 2 and len(count) == 8 for count in tokens.values()) and len(tokens) == 3
 
 
-def test_tasks_go_through_lm_eval(qwen3: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = EvaluationSettings(dataset=str(corpus), num_samples=2, max_seq_length=64, tasks=("arc_easy",))
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(HeaprError, match=r"--tasks needs lm-eval: pip install .+\[eval\]"):
-        compare([str(qwen3)], settings)
-    harness = ModuleType("lm_eval")
-    harness.models = ModuleType("lm_eval.models")
-    harness.models.huggingface = ModuleType("lm_eval.models.huggingface")
-    harness.models.huggingface.HFLM = SimpleNamespace
-    harness.simple_evaluate = lambda model, tasks: {
-        "results": {task: {"alias": task, "acc,none": 0.25, "acc_stderr,none": 0.01} for task in tasks}
-    }
-    for module in (harness, harness.models, harness.models.huggingface):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    rows = compare([str(qwen3)], settings)
-    assert rows[0]["tasks"] == {"arc_easy": {"acc": 0.25, "acc_stderr": 0.01}}
-    header, line = format_comparison(rows).splitlines()
-    assert header.endswith("arc_easy acc") and line.endswith("0.250")
+def test_tasks_in_transformers(compact: Path, qwen3: Path, corpus: Path, tmp_path: Path) -> None:
+    """The pruned model must answer as transformers' own generation does, and is compared item by item."""
+    prompts = ["abc def", "gaf bca", "hhd", "ca fe ba"]
+    answers: dict[Path, list[str]] = {}
+    tokenizer = AutoTokenizer.from_pretrained(qwen3)
+    for model in (qwen3, compact):
+        with opened(Checkpoint.resolve(model), "auto", "cpu") as (loaded, _):
+            ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
+            outputs = [loaded.generate(each, max_new_tokens=4, do_sample=False)[0, each.shape[1] :] for each in ids]
+            answers[model] = [tokenizer.decode(output, skip_special_tokens=True).split("\n")[0] for output in outputs]
+    expected = [*answers[qwen3][:3], "none"]
+    items = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, expected, strict=True)]
+    write_task(tmp_path / "tasks", "own", items)
+    settings = EvaluationSettings(
+        dataset=str(corpus),
+        num_samples=2,
+        max_seq_length=64,
+        tasks=("own",),
+        include_path=str(tmp_path / "tasks"),
+        samples=str(tmp_path / "answers"),
+    )
+    record = evaluate([str(qwen3), str(compact)], settings)
+    base, small = (row.tasks["own"] for row in record.models)
+    kept = sum(one == other for one, other in zip(expected, answers[compact], strict=True))
+    assert base.value == 0.75 and small.value == kept / 4 and small.recovery == pytest.approx(kept / 3)
+    assert record.models[1].worst_task == "own" and record.models[1].worst_recovery == small.recovery
+    assert (tmp_path / "answers" / "0-base" / "own.jsonl").is_file()
+    assert (tmp_path / "answers" / "1-compact" / "own.jsonl").is_file()
+    header, line, other = format_evaluation(record).split("\n\n")[1].splitlines()
+    assert header.split() == ["task", "model", "metric", "shots", "samples", "value", "recovery", "McNemar", "p"]
+    assert "0.750 [0.301, 0.954]" in line and other.endswith("  0.25")
 
 
 def test_text_longer_than_the_models_positions(qwen3: Path, corpus: Path) -> None:
     with pytest.raises(HeaprError, match="--max-seq-length 2048 exceeds the model's 512 positions"):
-        compare([str(qwen3)], EvaluationSettings(dataset=str(corpus)))
+        evaluate([str(qwen3)], EvaluationSettings(dataset=str(corpus)))
 
 
-def test_tasks_are_not_run_in_vllm(qwen3: Path, corpus: Path) -> None:
-    with pytest.raises(HeaprError, match="--tasks needs --backend transformers"):
-        compare([str(qwen3)], EvaluationSettings(dataset=str(corpus), tasks=("arc_easy",), backend="vllm"))
+def test_settings_that_do_not_fit(qwen3: Path, corpus: Path) -> None:
+    settings = EvaluationSettings(dataset=str(corpus), num_samples=1, max_seq_length=512, backend="vllm")
+    with pytest.raises(HeaprError, match="none of the model's 512 positions to generate .* --max-seq-length 511"):
+        evaluate([str(qwen3)], settings)
+    with pytest.raises(HeaprError, match="--engine-args are vLLM's; add --backend vllm"):
+        evaluate([str(qwen3)], EvaluationSettings(dataset=str(corpus), engine_args={"max_model_len": 64}))

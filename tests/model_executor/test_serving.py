@@ -9,12 +9,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from heapr_vllm.cli.main import main
+from heapr_vllm.formats.evaluation_record import EvaluationRecord
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.prune import CalibrationSettings, NeuronMoments, export_checkpoint, write_masks_repository
 from heapr_vllm.prune.calibration.calibrate import calibrate
 from heapr_vllm.prune.repair.fit import RepairSettings
 from tests import tiny_models
 from tests.conftest import awkward
+from tests.evaluation.local_tasks import write_task
 from tests.model_executor import engine
 
 pytestmark = pytest.mark.vllm
@@ -66,20 +68,30 @@ def test_repaired_checkpoint(masks_repository: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_served_perplexity_equals_that_of_transformers(
+def test_evaluation_of_what_is_served_equals_that_of_transformers(
     compact: Path, masks_repository: Path, qwen3: Path, corpus: Path, tmp_path: Path
 ) -> None:
+    prompts = ["abc def", "gaf bca", "hhd", "ca fe ba", "bc", "e hd ab"]
+    write_task(tmp_path / "tasks", "own", [{"prompt": prompt, "answer": "a"} for prompt in prompts])
     rows = {}
+    answers = {}
     for backend in ("transformers", "vllm"):
         output = tmp_path / f"{backend}.json"
         models = [str(compact), str(masks_repository), "--baseline", str(qwen3)]
-        text = ["--dataset", str(corpus), "--num-samples", "4", "--max-seq-length", "64"]
+        text = ["--dataset", str(corpus), "--num-samples", "4", "--max-seq-length", "64", "--top-k", "320"]
+        tasks = ["--tasks", "own", "--include-path", str(tmp_path / "tasks"), "--samples", str(tmp_path / backend)]
         how = ["--dtype", "float32", "--backend", backend, "-o", str(output)]
-        assert main(["eval", *models, *text, *how]) == 0
-        rows[backend] = json.loads(output.read_text())
+        assert main(["eval", *models, *text, *tasks, *how]) == 0
+        rows[backend] = EvaluationRecord.read(output).models
+        files = sorted((tmp_path / backend).rglob("own.jsonl"))
+        answers[backend] = [[json.loads(line)["resps"] for line in path.read_text().splitlines()] for path in files]
+    assert answers["transformers"] == answers["vllm"] and len(answers["vllm"]) == 3
     for one, other in zip(rows["transformers"], rows["vllm"], strict=True):
-        assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-4)
-        assert one.get("stored_reduction") == other.get("stored_reduction")
+        assert one.perplexity == pytest.approx(other.perplexity, rel=1e-4)
+        assert one.stored_reduction == other.stored_reduction and one.tasks == other.tasks
+    for one, other in zip(rows["transformers"][1:], rows["vllm"][1:], strict=True):
+        assert one.agreement.kl_divergence == pytest.approx(other.agreement.kl_divergence, rel=1e-3)
+        assert one.agreement.top1 == pytest.approx(other.agreement.top1, abs=0.01)
 
 
 def test_masks_repository_also_after_reload(masks_repository: Path, stock: dict) -> None:
