@@ -115,8 +115,7 @@ def widths_chart(summary: Summary, tokens: Mapping[str, list[int]]) -> Spec:
 def frontier_chart(curves: list[dict[str, Any]], models: list[dict[str, Any]], kind: str) -> Spec:
     """Draws the predicted loss over the stored or the executed reduction (`kind`): curves, and one point per model.
 
-    Rows are `Point`s, those of `curves` with `curve` and `budget`, those of `models` with `model`. Losses of 0 have no
-    place on the axis, which is logarithmic.
+    Rows are `Point`s, those of `curves` with `curve`, those of `models` with `model`. Some of either must be `drawn`.
     """
     alt = _altair()
     x = alt.X(
@@ -124,7 +123,7 @@ def frontier_chart(curves: list[dict[str, Any]], models: list[dict[str, Any]], k
         title=KINDS[kind],
         axis=alt.Axis(format="%", tickCount=5, labelOverlap="greedy", labelSeparation=6),
     )
-    powers = sorted({10.0 ** math.floor(math.log10(point["loss_increase"])) for point in _drawn([*curves, *models])})
+    powers = sorted({10.0 ** math.floor(math.log10(point["loss_increase"])) for point in (*curves, *models)})
     y = alt.Y(
         "loss_increase:Q",
         scale=alt.Scale(type="log"),
@@ -138,7 +137,7 @@ def frontier_chart(curves: list[dict[str, Any]], models: list[dict[str, Any]], k
     ]
     legend = {"orient": "bottom", "columns": 1, "labelLimit": 260, "title": None}
     lines = (
-        alt.Chart(alt.Data(values=_drawn(curves)))
+        alt.Chart(alt.Data(values=curves))
         .mark_line(point=alt.OverlayMarkDef(size=18), strokeWidth=1.6)
         .encode(
             x=x,
@@ -149,7 +148,7 @@ def frontier_chart(curves: list[dict[str, Any]], models: list[dict[str, Any]], k
         )
     )
     points = (
-        alt.Chart(alt.Data(values=_drawn(models)))
+        alt.Chart(alt.Data(values=models))
         .mark_point(size=150, filled=True, opacity=1, color="#e4572e", stroke="#ffffff", strokeWidth=1)
         .encode(
             x=x,
@@ -166,12 +165,13 @@ def frontier_chart(curves: list[dict[str, Any]], models: list[dict[str, Any]], k
     return alt.layer(lines, points).properties(width="container", height=300, autosize=_FIT).to_dict()
 
 
-def _drawn(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def drawn(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leaves out losses of 0, which have no place on a logarithmic axis."""
     return [point for point in points if point["loss_increase"] > 0]
 
 
 def intervals_chart(rows: list[dict[str, Any]], title: str, *, zero: bool = False) -> Spec:
-    """Draws one dot with its interval per row of `group`, `series`, `value`, `low` and `high`; the last may be None.
+    """Draws one dot with its interval per row of `group`, `series`, `value`, `low` and `high`.
 
     `zero`: whether the axis starts there.
     """

@@ -98,8 +98,9 @@ def _specs(
     for number, model in enumerate(models):
         specs[f"widths-{number}"] = charts.widths_chart(model.summary, model.calibration.tokens)
     points = [{**model.summary.frontier["chosen"], "model": model.label} for model in models if model.summary.frontier]
-    for kind in charts.KINDS if points else ():
-        specs[f"loss-{kind}"] = charts.frontier_chart(_curves(models), points, kind)
+    curves, points = charts.drawn(_curves(models)), charts.drawn(points)
+    for kind in charts.KINDS if curves and points else ():
+        specs[f"loss-{kind}"] = charts.frontier_chart(curves, points, kind)
     for number, record in enumerate(records):
         if rows := _task_rows(record):
             specs[f"tasks-{number}"] = charts.intervals_chart(rows, "score, with its 95 % interval")
@@ -129,11 +130,16 @@ def _task_rows(record: EvaluationRecord) -> list[dict[str, Any]]:
     rows = []
     for model in record.models:
         for task, found in model.tasks.items():
-            place = {"group": task, "series": names[model.model]}
-            rows.append({**place, "value": found.value, "low": found.low, "high": found.high})
+            rows.append(_interval(task, names[model.model], found.value, found.low, found.high))
     return rows
 
 
 def _speed_row(row: SpeedRow) -> dict[str, Any]:
-    place = {"group": row.workload or "all", "series": " ".join(filter(None, (row.model, row.arm)))}
-    return {**place, "value": row.tok_s, "low": row.tok_s_min, "high": row.tok_s_max}
+    series = " ".join(filter(None, (row.model, row.arm)))
+    return _interval(row.workload or "all", series, row.tok_s, row.tok_s_min, row.tok_s_max)
+
+
+def _interval(group: str, series: str, value: float, low: float | None, high: float | None) -> dict[str, Any]:
+    """Makes a row of `charts.intervals_chart`; without an interval it is the value alone."""
+    low, high = value if low is None else low, value if high is None else high
+    return {"group": group, "series": series, "value": value, "low": low, "high": high}
