@@ -36,6 +36,5 @@ def check_whole(directory: Path) -> None:
         if checkpoint.pruning is None or checkpoint.pruning.layout != "masks":
             raise HeaprError(f"{directory} lacks its weights; run `heapr export` again with --overwrite")
         return
-    checkpoint.check_readable()
     if checkpoint.expert_shapes().keys() != summary.widths.keys():
         raise HeaprError(f"{directory} lacks experts that it has masks of; run `heapr export` again with --overwrite")
