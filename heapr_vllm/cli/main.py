@@ -19,7 +19,9 @@ from heapr_vllm.cli.evaluate import add_eval
 from heapr_vllm.cli.export import add_export
 from heapr_vllm.cli.masks import add_masks
 from heapr_vllm.cli.prune import add_inspect, add_prune, add_sweep
+from heapr_vllm.cli.push import add_push
 from heapr_vllm.cli.refusals import refusal
+from heapr_vllm.cli.report import add_report
 from heapr_vllm.cli.tune import add_tune
 from heapr_vllm.errors import HeaprError, first_line
 
@@ -33,7 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="heapr", description="HEAPr expert pruning for Mixture-of-Experts models.")
     parser.add_argument("--version", action="version", version=f"heapr-vllm {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (add_calibrate, add_prune, add_sweep, add_masks, add_export, add_inspect, add_eval, add_tune):
+    inspecting = (add_inspect, add_eval, add_report)
+    for add in (add_calibrate, add_prune, add_sweep, add_masks, add_export, *inspecting, add_push, add_tune):
         add(commands)
     options.add_command(commands, "env", run_env, "versions and hardware as JSON, for bug reports", "heapr env")
     return parser

@@ -170,6 +170,12 @@ def png(text: str) -> Path:
     return Path(text)
 
 
+def html(text: str) -> Path:
+    if Path(text).suffix.lower() not in (".html", ".htm"):
+        raise argparse.ArgumentTypeError(f"{text} is not a .html file")
+    return Path(text)
+
+
 def fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:

@@ -37,10 +37,10 @@ def parse_json(text: bytes | str, kind: type[Kind], where: str, remedy: str) -> 
         raise _damaged(where, error, remedy) from error
 
 
-def convert(value: Any, kind: type[Kind], where: str, remedy: str) -> Kind:
-    """Does as `read_json` with JSON values that another library has parsed."""
+def convert(value: Any, kind: type[Kind], where: str, remedy: str, *, strict: bool = True) -> Kind:
+    """Does as `read_json` with values that another library has parsed: of JSON, or texts alone (`strict` false)."""
     try:
-        return msgspec.convert(value, type=kind)
+        return msgspec.convert(value, type=kind, strict=strict)
     except (msgspec.MsgspecError, HeaprError, ValueError, RecursionError) as error:
         raise _damaged(where, error, remedy) from error
 
