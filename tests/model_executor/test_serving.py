@@ -89,7 +89,7 @@ def test_evaluation_of_what_is_served_equals_that_of_transformers(
         assert main(["eval", *models, *text, *tasks, *how]) == 0
         rows[backend] = EvaluationRecord.read(output).models
         files = sorted((tmp_path / backend).rglob("own.jsonl"))
-        answers[backend] = [[json.loads(line)["resps"] for line in path.read_text().splitlines()] for path in files]
+        answers[backend] = [answered(path) for path in files]
     assert answers["transformers"] == answers["vllm"] and len(answers["vllm"]) == 3
     for one, other in zip(rows["transformers"], rows["vllm"], strict=True):
         assert one.perplexity == pytest.approx(other.perplexity, rel=1e-4)
