@@ -4,9 +4,10 @@
     python serving_examples/python_corpus.py -o build/corpus
     python -m benchmarks.task_items --corpus build/corpus -o build/tasks
 
-writes `brackets.jsonl` (write the closing brackets that end a line) and `identifiers.jsonl` (write the rest of a name
-that stands earlier in the prompt): at most one item a file, drawn by the file's name. The tasks themselves are in
-`benchmarks/tasks`; they read `build/tasks`, so `heapr eval --include-path benchmarks/tasks` runs in the repository.
+writes `brackets.jsonl` (write the closing brackets that must begin the next line) and `identifiers.jsonl` (write the
+rest of a name that stands earlier in the prompt): at most one item a file, drawn by the file's name. The tasks
+themselves are in `benchmarks/tasks`; they read `build/tasks`, so `heapr eval --include-path benchmarks/tasks` runs in
+the repository.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from pathlib import Path
 
 CHARACTERS = 700  # of a prompt at most: within the bundled model's 512 positions
 MIN_CHARACTERS = 200
-MIN_CLOSERS = 2
 MIN_NAME, MIN_SHOWN = 8, 3  # characters
-CLOSERS = frozenset(")]}")
+OPENERS, CLOSERS = frozenset("([{"), frozenset(")]}")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 
 Place = tuple[int, str]  # where the prompt ends, in characters, and the answer
@@ -43,20 +43,27 @@ def python_tokens(text: str) -> list[tuple[tokenize.TokenInfo, int]]:
 
 
 def bracket_places(text: str) -> Iterator[Place]:
-    """Finds runs of closing brackets that end a line; the answer is the run.
+    """Finds closing brackets that begin a line, no deeper than what they close, where nothing else can stand.
 
-    Those behind a name or number: other cuts would lie inside of what tokenizers take as one.
+    The answer is all of them. The last space of the line's indentation is left out of the prompt, since tokenizers
+    put it together with what follows.
     """
-    run, begin = "", 0
+    openers: list[int] = []
+    run, begin, indent = "", 0, 0
     for token, offset in python_tokens(text):
-        if token.string in CLOSERS and token.type == tokenize.OP:
-            if not run or begin + len(run) != offset:
-                run, begin = "", offset
-            run += token.string
+        if token.type == tokenize.OP and token.string in OPENERS:
+            openers.append(len(token.line) - len(token.line.lstrip()))
+        if token.type == tokenize.OP and token.string in CLOSERS and openers:
+            opened = openers.pop()
+            if not token.line[: token.start[1]].strip():
+                run, begin, indent = token.string, offset, token.start[1]
+                if indent > opened:
+                    run = ""
+            elif run and begin + len(run) == offset:
+                run += token.string
             continue
-        is_whole = len(run) >= MIN_CLOSERS and begin + len(run) == offset
-        if token.type in (tokenize.NEWLINE, tokenize.NL) and is_whole and text[begin - 1].isalnum():
-            yield begin, run
+        if run:
+            yield begin - min(1, indent), run
         run = ""
 
 

@@ -67,6 +67,11 @@ def test_repaired_checkpoint(masks_repository: Path, tmp_path: Path) -> None:
     assert_same(engine.results(engine.run(tmp_path / "compact", env=RAGGED))[0], expected)
 
 
+def answered(samples: Path) -> list[str]:
+    """Answers without an unfinished character at the end, which only transformers shows."""
+    return [json.loads(line)["resps"][0][0].rstrip("\ufffd") for line in samples.read_text().splitlines()]
+
+
 @pytest.mark.slow
 def test_evaluation_of_what_is_served_equals_that_of_transformers(
     compact: Path, masks_repository: Path, qwen3: Path, corpus: Path, tmp_path: Path
@@ -84,7 +89,7 @@ def test_evaluation_of_what_is_served_equals_that_of_transformers(
         assert main(["eval", *models, *text, *tasks, *how]) == 0
         rows[backend] = EvaluationRecord.read(output).models
         files = sorted((tmp_path / backend).rglob("own.jsonl"))
-        answers[backend] = [[json.loads(line)["resps"] for line in path.read_text().splitlines()] for path in files]
+        answers[backend] = [answered(path) for path in files]
     assert answers["transformers"] == answers["vllm"] and len(answers["vllm"]) == 3
     for one, other in zip(rows["transformers"], rows["vllm"], strict=True):
         assert one.perplexity == pytest.approx(other.perplexity, rel=1e-4)
