@@ -30,13 +30,25 @@ NO_PROGRESS_BARS = {  # of other libraries, which read these when they are impor
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 
+COMMANDS = (
+    add_calibrate,
+    add_prune,
+    add_sweep,
+    add_masks,
+    add_export,
+    add_inspect,
+    add_eval,
+    add_report,
+    add_push,
+    add_tune,
+)
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="heapr", description="HEAPr expert pruning for Mixture-of-Experts models.")
     parser.add_argument("--version", action="version", version=f"heapr-vllm {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    inspecting = (add_inspect, add_eval, add_report)
-    for add in (add_calibrate, add_prune, add_sweep, add_masks, add_export, *inspecting, add_push, add_tune):
+    for add in COMMANDS:
         add(commands)
     options.add_command(commands, "env", run_env, "versions and hardware as JSON, for bug reports", "heapr env")
     return parser
