@@ -127,9 +127,9 @@ def _stopped_by_signals(stops: list[int]) -> Generator[None]:
         sys.unraisablehook = lambda _: None  # objects that were half made complain when they go
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    before = {signal.SIGTERM: signal.getsignal(signal.SIGTERM)}
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
-        before[signal.SIGINT] = signal.default_int_handler
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    if before[signal.SIGINT] is signal.SIG_IGN:  # a job in the background
+        del before[signal.SIGINT]
     for number in before:
         signal.signal(number, end)
     try:
