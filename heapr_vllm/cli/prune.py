@@ -33,6 +33,14 @@ def add_prune(commands: options.Commands) -> None:
         metavar="SIZE",
         help="weights of the compact checkpoint at most, such as 34GiB or 800MB",
     )
+    stored.add_argument(
+        "--gpu-memory",
+        type=options.size,
+        metavar="SIZE",
+        help="of one GPU, such as 80GiB: what the requests of the next two options leave of it is for the weights",
+    )
+    command.add_argument("--max-model-len", type=options.positive, metavar="L", help="as for `vllm serve`")
+    command.add_argument("--max-num-seqs", type=options.positive, metavar="N", help="requests that run at once")
     command.add_argument(
         "--flops",
         type=float,
@@ -80,9 +88,11 @@ def run_prune(args: argparse.Namespace) -> None:
     scheme = None
     if args.quantize:
         scheme = ExpertScheme.for_hidden_size(args.quantize, Checkpoint.resolve(args.calibration).hidden_size)
-    stored = args.sparsity
-    if args.target_size is not None:
-        stored = stored_for_size(args.target_size, moments.metadata, selector.blocks, scheme)
+    stored, target_size = args.sparsity, args.target_size
+    if args.gpu_memory is not None:
+        target_size = _weights_beside_requests(args)
+    if target_size is not None:
+        stored = stored_for_size(target_size, moments.metadata, selector.blocks, scheme)
     budget = Budget(stored=stored, executed=args.flops)
     if args.worst_case:
         selector = worst_case(moments, budget, **_selection(args)).selector
@@ -96,6 +106,18 @@ def run_prune(args: argparse.Namespace) -> None:
     if note := speed_note(summary):
         print(note)
     print(f"wrote {args.output}")
+
+
+def _weights_beside_requests(args: argparse.Namespace) -> int:
+    from heapr_vllm.formats.checkpoint import Checkpoint
+    from heapr_vllm.prune.selection.gpu_memory import GpuMemory
+
+    if args.max_model_len is None or args.max_num_seqs is None:
+        raise HeaprError("--gpu-memory needs to know the requests; add --max-model-len and --max-num-seqs")
+    memory = GpuMemory(total=args.gpu_memory, max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs)
+    config = Checkpoint.resolve(args.calibration).config
+    print(memory.describe(config))
+    return memory.weights(config)
 
 
 def add_sweep(commands: options.Commands) -> None:
