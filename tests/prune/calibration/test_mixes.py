@@ -156,7 +156,7 @@ def test_from_the_command_to_a_repair(mix: CalibrationSettings, tmp_path: Path, 
     capsys.readouterr()
     evaluate = ["eval", mix.model, pruned, "--dataset", f"chat={chat}", *arguments, "--num-samples", "3", "--json"]
     assert main(evaluate) == 0
-    base, small = json.loads(capsys.readouterr().out)
+    base, small = json.loads(capsys.readouterr().out)["models"]
     assert base["perplexity"] > 1 and small["executed_reduction"] > 0
 
 
