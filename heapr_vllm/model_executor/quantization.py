@@ -218,7 +218,14 @@ class HeaprConfig(QuantizationConfig):
             kept += keep.sum(-1).tolist() if keep.shape == shape else []
         parts = moe.moe_parallel_config.tp_size
         widths = [-(-width // parts) for width in kept]
-        layer = TimedLayer.of(widths, moe.num_local_experts, moe.experts_per_token, moe.hidden_dim, moe.in_dtype)
+        layer = TimedLayer.of(
+            widths,
+            shape[0],
+            moe.experts_per_token,
+            moe.hidden_dim,
+            moe.in_dtype,
+            num_local_experts=moe.num_local_experts,
+        )
         return choose_kernel(candidates(moe.in_dtype, moe.hidden_dim, scheme), layer)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

@@ -25,7 +25,8 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 15
 class TimedLayer:
     """What is timed: some experts that stand for all of a rank's.
 
-    widths: kept neurons of each of them. num_experts: of the rank, among which tokens are spread.
+    widths: kept neurons of each of them. num_experts: of the layer, among which tokens are spread.
+    is_shared_out: whether the rank holds some of the layer's experts only, so that routes have to be looked at.
     """
 
     widths: tuple[int, ...]
@@ -33,16 +34,30 @@ class TimedLayer:
     top_k: int
     hidden_size: int
     dtype: torch.dtype
+    is_shared_out: bool = False
 
     @classmethod
-    def of(cls, kept: Sequence[int], num_experts: int, top_k: int, hidden_size: int, dtype: torch.dtype) -> TimedLayer:
-        """Takes evenly from the widths `kept` of all experts of a model, as many as `WEIGHTS_BYTES` allow."""
+    def of(
+        cls,
+        kept: Sequence[int],
+        num_experts: int,
+        top_k: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        *,
+        num_local_experts: int | None = None,
+    ) -> TimedLayer:
+        """Takes evenly from the widths `kept` of all experts of a model, as many as `WEIGHTS_BYTES` allow.
+
+        `num_local_experts`: of `num_experts` on the rank, None for all.
+        """
         mean = max(1.0, sum(kept) / len(kept))
         affordable = int(WEIGHTS_BYTES / (3 * mean * hidden_size * dtype.itemsize))
-        count = min(num_experts, max(affordable, 2 * top_k))
+        count = min(num_local_experts or num_experts, max(affordable, 2 * top_k))
         ordered = sorted(kept)
         widths = tuple(ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count))
-        return cls(widths, num_experts, min(top_k, count), hidden_size, dtype)
+        is_shared_out = num_local_experts not in (None, num_experts)
+        return cls(widths, num_experts, min(top_k, count), hidden_size, dtype, is_shared_out)
 
     def num_tokens(self, tokens: int) -> int:
         """How many tokens bring as many rows to each of these experts as `tokens` to each of the layer's."""
@@ -53,7 +68,10 @@ def time_kernels(layer: TimedLayer, kernels: Sequence[RaggedKernel]) -> dict[str
     """Measures seconds per call at each of `TOKENS`, by kernel; the best of several rounds, kernels in turn."""
     layouts = [RaggedLayout.build(layer.widths, kernel.stored_widths(list(layer.widths))) for kernel in kernels]
     weights = _weights(3 * max(layout.num_rows for layout in layouts), layer)
-    calls = {kernel.name: _Call(kernel, layout, weights) for kernel, layout in zip(kernels, layouts, strict=True)}
+    calls = {
+        kernel.name: _Call(kernel, layout, weights, may_be_uniform=not layer.is_shared_out)
+        for kernel, layout in zip(kernels, layouts, strict=True)
+    }
     shape = MoEShape(len(layer.widths), layer.top_k, layer.hidden_size, max(layer.widths))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for tokens in TOKENS:
@@ -66,10 +84,12 @@ def time_kernels(layer: TimedLayer, kernels: Sequence[RaggedKernel]) -> dict[str
 class _Call:
     """A kernel with experts of its own stored widths."""
 
-    def __init__(self, kernel: RaggedKernel, layout: RaggedLayout, weights: torch.Tensor) -> None:
+    def __init__(
+        self, kernel: RaggedKernel, layout: RaggedLayout, weights: torch.Tensor, *, may_be_uniform: bool
+    ) -> None:
         """`weights` [rows, H] are not packed: speed does not depend on what they are."""
         slots, table = kernel.index_tables(layout.slots, layout)
-        uniform_experts = len(layout.widths) if layout.is_uniform else 0
+        uniform_experts = len(layout.widths) if layout.is_uniform and may_be_uniform else 0
         rows = layout.num_rows
         self.kernel = kernel
         self.slots = slots
@@ -83,7 +103,7 @@ class _Call:
 
 def _weights(rows: int, layer: TimedLayer) -> torch.Tensor:
     """Normal numbers [rows, H], the same ones again and again: drawing them all would take longer than the timing."""
-    some = torch.randn(min(rows, 256), layer.hidden_size).mul_(layer.hidden_size**-0.5).to(layer.dtype)
+    some = torch.randn(256, layer.hidden_size, dtype=torch.float32).mul_(layer.hidden_size**-0.5).to(layer.dtype)
     return some.repeat(-(-rows // len(some)), 1)[:rows]
 
 

@@ -69,8 +69,8 @@ class Batch(NamedTuple):
 
 def random_batch(num_tokens: int, shape: MoEShape, dtype: torch.dtype, device: torch.device) -> Batch:
     """Standard normal tokens, uniformly random routing."""
-    x = torch.randn(num_tokens, shape.hidden_size, device=device).to(dtype)
-    scores = torch.rand(num_tokens, shape.num_experts, device=device)
+    x = torch.randn(num_tokens, shape.hidden_size, dtype=torch.float32, device=device).to(dtype)
+    scores = torch.rand(num_tokens, shape.num_experts, dtype=torch.float32, device=device)
     weights, ids = scores.softmax(-1).topk(shape.top_k)
     return Batch(x, weights, ids.int())
 

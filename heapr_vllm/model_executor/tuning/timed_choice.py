@@ -43,7 +43,7 @@ class Timing:
     """
 
     machine: dict[str, str | int]
-    layer: dict[str, str | int | list[int]]
+    layer: dict[str, str | int | bool | list[int]]
     tokens: list[int]
     seconds: dict[str, list[float]]
 

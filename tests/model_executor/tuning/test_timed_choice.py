@@ -129,14 +129,25 @@ def test_experts_that_are_timed() -> None:
     layer = TimedLayer.of(kept, 128, 8, 2048, torch.bfloat16)
     assert 16 <= len(layer.widths) < 128 and sum(layer.widths) / len(layer.widths) == pytest.approx(381, abs=12)
     assert layer.num_tokens(1) == 1 and layer.num_tokens(512) == round(512 * len(layer.widths) / 128)
+    rank = TimedLayer.of(kept, 128, 8, 2048, torch.bfloat16, num_local_experts=16)
+    assert len(rank.widths) == 16 and rank.is_shared_out and not layer.is_shared_out
+    assert rank.num_tokens(512) == 64, "each expert gets as many rows as it would of the whole layer"
     few = TimedLayer.of([0, 0, 0, 0], 4, 8, 64, torch.float32)
     assert few.top_k == 4 and few.widths == (0, 0, 0, 0)
 
 
-def test_every_candidate_of_this_machine_is_timed() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [[16, 32, 48, 64] * 4, [32] * 16, [0] * 15 + [64], [0] * 16])
+def test_every_candidate_of_this_machine_is_timed(dtype: torch.dtype, kept: list[int]) -> None:
+    """Also while vLLM builds a model, when new tensors are of the model's dtype."""
     current_platform.import_kernels()
     register_op()
-    kernels = candidates(torch.float32, 64)
-    seconds = time_kernels(LAYER, kernels)
+    kernels = candidates(dtype, 64)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        seconds = time_kernels(TimedLayer.of(kept, 8, 2, 64, dtype), kernels)
+    finally:
+        torch.set_default_dtype(before)
     assert list(seconds) == [kernel.name for kernel in kernels]
     assert all(len(each) == len(TOKENS) and min(each) > 0 for each in seconds.values())
