@@ -63,6 +63,8 @@ def text(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `dataset` by the names of `TextSettings`; a single spec stays a string."""
     names = ("text_column", "chat_template", "loss", "max_seq_length", "seed")
     datasets = args.dataset
+    if args.chat_template is not None:
+        args.chat_template = str(Path(args.chat_template).resolve())  # a repair may be asked for elsewhere
     return {"dataset": datasets[0] if len(datasets) == 1 else datasets} | {name: getattr(args, name) for name in names}
 
 

@@ -66,7 +66,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "0 conversations with something to predict, 4 are",
         ),
         ("text.txt --loss assistant", "--loss assistant needs conversations, and this is text"),
-        ("chats.jsonl --text-column body", "the model has no chat template"),
+        ("chats.jsonl --text-column body", "has no `body` field, only "),
         ("text.txt --packing --max-seq-length 4000", "exceeds the model's 512 positions"),
     ],
 )

@@ -38,6 +38,9 @@ def combine_masks(how: str, repositories: Sequence[Path], output: Path, *, overw
     if len(repositories) < 2:
         raise HeaprError(f"heapr masks {how} needs two masks repositories or more")
     configs = [read_pruning_config(path) for path in repositories]
+    for path, config in zip(repositories, configs, strict=True):
+        if config.layout != "masks":
+            raise HeaprError(f"{path} is a {config.layout} checkpoint; combine the masks it was made of")
     all_masks = [read_masks(path) for path in repositories]
     for path, config, masks in zip(repositories, configs, all_masks, strict=True):
         shapes = {prefix: keep.shape for prefix, keep in masks.keep.items()}

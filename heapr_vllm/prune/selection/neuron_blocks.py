@@ -70,7 +70,9 @@ class NeuronBlocks:
         """
         shapes = {tuple(neurons.shape) for neurons in self.order.values()}
         if len(shapes) > 1:
-            raise HeaprError(f"layers have experts of shapes {sorted(shapes)}, which no scope {scope} covers")
+            raise HeaprError(
+                f"layers have experts of shapes {sorted(shapes)}, which no scope {scope} covers; use --scope layer"
+            )
         ((experts, width),) = shapes
         column = torch.arange(width // self.align).repeat(experts)
         first = torch.arange(len(self.order)) * (width // self.align if scope == "layer-uniform" else 0)

@@ -63,7 +63,10 @@ class Selector:
             )
         floors = {prefix: torch.full_like(tokens, min_width) for prefix, tokens in moments.tokens.items()}
         protected = self._protect(floors, protect)
-        for prefix in _whole_layers(moments, include_layers, exclude_layers):
+        whole = _whole_layers(moments, include_layers, exclude_layers)
+        if whole and scope == "uniform":
+            raise HeaprError("scope uniform has one width for all layers, so none can stay whole; use layer-uniform")
+        for prefix in whole:
             floors[prefix][:] = moments[prefix].fisher.shape[1]
         for prefix, tokens in moments.tokens.items():
             silent = tokens == 0
@@ -200,9 +203,10 @@ def select_by_saliency(
 
     Inside an expert neurons are sorted by saliency and cut into blocks of `align`; blocks compete by their mean
     saliency across the scope ("global": the model, "layer", "expert"), so every kept count is a multiple of `align`,
-    and the total is exact to one block; in the scopes "layer-uniform" and "uniform" to one block of every expert, since
-    they keep as many as the others of the layer or the model. At least `min_width` neurons of every expert stay. Raises
-    HeaprError if `sparsity` is outside (0, 1), `align` does not divide a width, or `min_width` exceeds the budget.
+    and the total is exact to one block; in the scopes "layer-uniform" and "uniform", whose experts keep as many as the
+    others of the layer or the model, below it by less than a block of each. At least `min_width` neurons of every
+    expert stay. Raises HeaprError if `sparsity` is outside (0, 1), `align` does not divide a width, or `min_width`
+    exceeds the budget.
     """
     budget = Budget(stored=sparsity)
     floors = {prefix: torch.full((len(scores),), min_width) for prefix, scores in saliency.items()}
@@ -222,19 +226,25 @@ def keep_blocks(blocks: NeuronBlocks, budget: Budget, scope: str) -> tuple[torch
     if scope not in SCOPES:
         raise HeaprError(f"scope {scope!r} is not one of {', '.join(SCOPES)}")
     if scope not in SHARED_WIDTHS:
-        return _keep(blocks.groups(scope), blocks.saliency, blocks.frequency, budget, scope)
+        groups = blocks.groups(scope)
+        return _keep(groups, _counts(groups, budget.stored), blocks.saliency, blocks.frequency, budget, scope)
     column = blocks.columns(scope)
     size = column.bincount()
     saliency, frequency = column.bincount(blocks.saliency) / size, column.bincount(blocks.frequency)
-    kept, _ = _keep([slice(0, len(size))], saliency, frequency, budget, scope)
+    counts = [None if budget.stored is None else math.floor(len(size) * (1 - budget.stored) + 1e-9)]
+    kept, _ = _keep([slice(0, len(size))], counts, saliency, frequency, budget, scope)
     return kept[column], []  # prices of columns say nothing about blocks
 
 
 def _keep(
-    groups: list[slice], saliencies: torch.Tensor, frequencies: torch.Tensor, budget: Budget, scope: str
+    groups: list[slice],
+    counts: list[int | None],
+    saliencies: torch.Tensor,
+    frequencies: torch.Tensor,
+    budget: Budget,
+    scope: str,
 ) -> tuple[torch.Tensor, list[Prices]]:
-    """Does as `keep_blocks` with what competes in `groups`."""
-    counts = _counts(groups, budget.stored)
+    """Does as `keep_blocks` with what competes in `groups`, of each of which at most `counts` may stay."""
     kept = torch.zeros(len(saliencies), dtype=torch.bool)
     prices = []
     reach = {"sparsity": 1.0, "flops": 1.0}
@@ -252,8 +262,8 @@ def _keep(
     for name, value in (("sparsity", budget.stored), ("flops", budget.executed)):
         if reach[name] < 1:
             raise HeaprError(
-                f"{name} {value:g} is out of reach with scope {scope}: --min-width, --protect and experts "
-                f"without a calibration token keep too much; the nearest is {_floor(reach[name])}; lower "
+                f"{name} {value:g} is out of reach with scope {scope}: --min-width, --protect, layers that stay whole "
+                f"and experts without a calibration token keep too much; the nearest is {_floor(reach[name])}; lower "
                 "the budget or the floors, calibrate on more text, or choose --unrouted prune"
             )
     return kept, prices

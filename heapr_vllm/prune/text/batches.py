@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +53,19 @@ class Batch:
         return summed_loss(logits[:, :-1], self.labels[:, 1:].to(logits.device))
 
 
-def token_counts(batches: list[Batch]) -> dict[str, int]:
-    """Counts all tokens, and those whose prediction counts, as metadata of moments."""
+def token_counts(batches: list[Batch]) -> dict[str, Any]:
+    """Counts all tokens, and those whose prediction counts, as metadata of moments; of several sources also of each."""
+    counts: dict[str, Any] = _counted(batches)
+    numbers = sorted({batch.source for batch in batches})
+    if len(numbers) > 1:
+        counts["sources"] = []
+        for number in numbers:
+            tokens, predictions = _counted([batch for batch in batches if batch.source == number]).values()
+            counts["sources"].append({"name": str(number), "tokens": tokens, "predictions": predictions})
+    return counts
+
+
+def _counted(batches: list[Batch]) -> dict[str, int]:
     return {
         "calibration_tokens": sum(batch.ids.numel() for batch in batches),
         "loss_tokens": sum(int((batch.labels != IGNORED).sum()) for batch in batches),

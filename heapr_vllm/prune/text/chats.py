@@ -124,6 +124,8 @@ class ChatRenderer:
 
         Of earlier turns some templates drop the reasoning and leave the end. None if the text does not go on so.
         """
+        if index == 0:
+            return None  # no template renders a conversation without a message
         prompt = self._text(chat.messages[:index], chat.tools, prompt=True)
         last = self._text(chat.messages[: index + 1], chat.tools)
         if not last.startswith(prompt) or not text.startswith(prompt):

@@ -51,17 +51,19 @@ class Conversations(Sequence[Conversation]):
         return Conversation(record.place, _messages(_value(record, self.column), record.place), tools or None)
 
 
-def read_dataset(spec: str, column: str | None = None) -> list[str] | Conversations:
+def read_dataset(spec: str, column: str | None = None, *, is_alone: bool = True) -> list[str] | Conversations:
     """Reads the documents of a dataset, or its conversations.
 
-    They are in the field `column`, or else the first of COLUMNS that the first record has; a string is a document, a
-    list a conversation. Rows of a dataset of the Hub are joined into passages. Raises HeaprError if there is nothing.
+    They are in the field `column`, or else the first of COLUMNS that the first record has, in place of a `column` only
+    if the dataset is not alone: others of a mix may have it. A string is a document, a list a conversation. Rows of a
+    dataset of the Hub are joined into passages. Raises HeaprError if there is nothing.
     """
     records = read_records(spec)
     if not records:
         raise HeaprError(f"dataset {spec} holds no text; name another")
     first = records[0]
-    chosen = next((name for name in (column, *COLUMNS) if name in first.fields), None) or column or COLUMNS[0]
+    names = (column,) if column and is_alone else (column, *COLUMNS)
+    chosen = next((name for name in names if name in first.fields), None) or column or COLUMNS[0]
     if isinstance(_value(first, chosen), list):
         return Conversations(records, chosen)
     if isinstance(records, HubRecords):

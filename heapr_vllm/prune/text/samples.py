@@ -178,11 +178,12 @@ def draw_samples(checkpoint: Checkpoint, settings: TextSettings, num_samples: in
         raise HeaprError(f"--loss {settings.loss} is not one of {', '.join(LOSSES)}; choose one")
     sources = parse_sources(settings.dataset)
     counts = share_out(sources, num_samples)
-    texts = [read_dataset(source.spec, settings.text_column) for source in sources]
+    is_alone = len(sources) == 1
+    texts = [read_dataset(source.spec, settings.text_column, is_alone=is_alone) for source in sources]
     if settings.loss == "assistant" and not any(isinstance(text, Conversations) for text in texts):
         raise HeaprError("--loss assistant needs conversations, and this is text; name some, or use --loss all")
     tokenizer = load_tokenizer(checkpoint)
-    if settings.chat_template is not None:
+    if settings.chat_template is not None and any(isinstance(text, Conversations) for text in texts):
         set_chat_template(tokenizer, settings.chat_template)
     samples = Samples([])
     for number, (source, count, text) in enumerate(zip(sources, counts, texts, strict=True)):

@@ -38,6 +38,9 @@ def test_combined(how: str, two: list[Path], tmp_path: Path) -> None:
 
 def test_refused(two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = ["-o", str(tmp_path / "out")]
+    export_checkpoint(two[0], tmp_path / "compact")
+    assert main(["masks", "union", *[str(tmp_path / "compact")] * 2, *output]) == 2
+    assert "is a compact checkpoint; combine the masks it was made of" in capsys.readouterr().err
     config = json.loads((two[1] / "config.json").read_text())
     config["quantization_config"]["base_model"]["fingerprint"] = "routers:another"
     (two[1] / "config.json").write_text(json.dumps(config))

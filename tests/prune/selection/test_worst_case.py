@@ -75,6 +75,8 @@ def test_layers_that_stay_whole() -> None:
     for options in ({"include_layers": {1}}, {"exclude_layers": {0, 2}}):
         widths = Selector(moments, "fisher", protect=0.0, **options).masks(Budget(stored=0.2)).widths
         assert [bool((own == 32).all()) for own in widths.values()] == [True, False, True]
+    with pytest.raises(HeaprError, match="one width for all layers, so none can stay whole; use layer-uniform"):
+        Selector(moments, "fisher", scope="uniform", exclude_layers={1})
     with pytest.raises(HeaprError, match="layer 3 has no routed experts; name some of 0 to 2"):
         Selector(moments, "fisher", exclude_layers={3})
     with pytest.raises(HeaprError, match="out of reach"):

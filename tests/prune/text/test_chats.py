@@ -105,6 +105,15 @@ def test_only_what_the_assistant_wrote_counts(template: str) -> None:
 
 
 @pytest.mark.parametrize("template", [FORGETS, BEGINS])
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_conversations_that_the_assistant_opens(template: str) -> None:
+    tokens = tokenizer()
+    tokens.chat_template = template
+    renderer = ChatRenderer(tokens, assistant_only=True)
+    ids, counted = renderer.render(Conversation("file:1", [assistant("Welcome"), user("Hi"), assistant("Ask")], None))
+    assert tokens.decode(ids[counted]).split(END) == ["Welcome", "Ask", ""]
+
+
 def test_a_template_that_forgets_reasoning(template: str) -> None:
     messages = [
         user("a"),

@@ -27,6 +27,16 @@ def talking(qwen3: Path, tmp_path: Path) -> Checkpoint:
     return Checkpoint(tmp_path / "talking")
 
 
+def test_a_column_that_is_not_there(talking: Checkpoint, tmp_path: Path) -> None:
+    """Nothing else is taken in its place, unless another source of a mix may have it."""
+    for name, fields in (("a", '{"text": "abc", "code": "real"}'), ("b", '{"cod": "fish and chips"}')):
+        (tmp_path / f"{name}.jsonl").write_text(f"{fields}\n" * 200)
+    one, other = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+    with pytest.raises(HeaprError, match="has no `cod` field, only text, code"):
+        draw_samples(talking, TextSettings(dataset=one, max_seq_length=8, text_column="cod"), 2)
+    assert len(draw_samples(talking, TextSettings(dataset=[one, other], max_seq_length=8, text_column="cod"), 2)) == 2
+
+
 def test_text_is_seeded_and_joined_by_end_of_text(corpus: Path) -> None:
     documents = read_documents(str(corpus))
     blocks = token_samples(documents, tokenizer(), 5, 100, seed=0)
