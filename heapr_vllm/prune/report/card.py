@@ -14,8 +14,8 @@ from heapr_vllm.formats.atomic import atomic_file
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.config import PruningConfig
 from heapr_vllm.formats.evaluation_record import EvaluationRecord
-from heapr_vllm.formats.masks import NeuronMasks
-from heapr_vllm.formats.pruned import read_masks
+from heapr_vllm.formats.masks import NeuronMasks, file_sha256
+from heapr_vllm.formats.pruned import masks_path, read_masks
 from heapr_vllm.formats.repair_record import RepairRecord
 from heapr_vllm.prune.calibration.record import CalibrationRecord
 from heapr_vllm.prune.report.measured import (
@@ -129,7 +129,8 @@ def write_results(directory: Path, evaluation: EvaluationRecord) -> None:
     it: what somebody added is not overwritten.
     """
     masks = read_masks(directory)
-    found = measured(evaluation, directory, masks.sparsity)
+    digest = file_sha256(masks_path(directory))
+    found = measured(evaluation, directory, digest, masks.sparsity)
     if found is None:
         raise HeaprError(
             f"{directory} is not among the models of the evaluation; run `heapr eval {directory} --baseline BASE "
@@ -137,7 +138,7 @@ def write_results(directory: Path, evaluation: EvaluationRecord) -> None:
         )
     path = directory / CARD_FILE
     before = own_evaluation(directory)
-    known = measured(before, directory, masks.sparsity) if before else None
+    known = measured(before, directory, digest, masks.sparsity, is_own=True) if before else None
     if path.is_file() and path.read_text() not in (_card_of(directory, masks, each) for each in (None, known, found)):
         raise HeaprError(
             f"{path} was changed, or written by another version of heapr-vllm; move it away, and a new one is written"

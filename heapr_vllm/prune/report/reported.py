@@ -9,6 +9,8 @@ from itertools import chain
 from pathlib import Path
 
 from heapr_vllm.formats.evaluation_record import EvaluationRecord, ModelRecord
+from heapr_vllm.formats.masks import file_sha256
+from heapr_vllm.formats.pruned import masks_path
 from heapr_vllm.prune.calibration.record import CalibrationRecord
 from heapr_vllm.prune.report.measured import (
     format_divergence,
@@ -35,6 +37,7 @@ class ReportedModel:
     summary: Summary
     calibration: CalibrationRecord
     evaluation: EvaluationRecord | None
+    masks_sha256: str
 
     @classmethod
     def read(cls, directory: Path, label: str) -> ReportedModel:
@@ -46,6 +49,7 @@ class ReportedModel:
             summary=summary,
             calibration=CalibrationRecord.read(directory / "heapr", "run `heapr prune` again"),
             evaluation=own_evaluation(directory),
+            masks_sha256=file_sha256(masks_path(directory)),
         )
 
     @property
@@ -74,8 +78,12 @@ class ReportedModel:
 
     def measured(self, records: Iterable[EvaluationRecord]) -> ModelRecord | None:
         """Finds the first measurement of this model."""
-        found = (measured(record, self.directory, self.summary.stored_reduction) for record in records)
-        return next((each.model for each in found if each), None)
+        for record in records:
+            is_own = record is self.evaluation
+            reduction = self.summary.stored_reduction
+            if found := measured(record, self.directory, self.masks_sha256, reduction, is_own=is_own):
+                return found.model
+        return None
 
     def layers(self) -> Table:
         """Lists widths per MoE module."""

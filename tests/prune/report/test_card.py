@@ -11,8 +11,9 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from heapr_vllm.cli.main import main
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.formats.config import PruningConfig
+from heapr_vllm.formats.config import MASKS_FILE, PruningConfig
 from heapr_vllm.formats.evaluation_record import EvaluationRecord
+from heapr_vllm.formats.masks import NeuronMasks, file_sha256
 from heapr_vllm.prune.export.push import check_whole
 from heapr_vllm.prune.report.card import model_card, write_results
 from heapr_vllm.prune.report.measured import EVALUATION_FILE, measured, read_evaluation
@@ -20,13 +21,14 @@ from tests.prune.report.test_page import HOSTILE, row, write_evaluation
 from tests.prune.report.test_summary import masks, record
 
 METADATA = {"criterion": "fisher", "scope": "global", "align": 16}
+DIGEST = "0" * 64
 
 
 def card(pruning: PruningConfig | None = None, evaluation: Path | None = None, **changes: object) -> ModelCard:
     """A card of the small masks of test_summary.py."""
     pruned = masks()
     pruned.metadata.update(METADATA)
-    found = measured(read_evaluation(evaluation), Path("pruned"), 0.5) if evaluation else None
+    found = measured(read_evaluation(evaluation), Path("pruned"), DIGEST, 0.5) if evaluation else None
     sizes = {"checkpoint_bytes": 1000, "routed_bytes": 600}
     layout = pruning.layout if pruning else "zeroed"
     text = model_card(pruned, layout, pruning, record(**sizes, **changes), found=found)
@@ -69,7 +71,7 @@ def test_results(tmp_path: Path) -> None:
 def test_names_stay_text(tmp_path: Path) -> None:
     name = f"a|b\n# {HOSTILE}"
     evaluation = write_evaluation(
-        tmp_path / "e.json", row(name, tasks={name: row("")["tasks"]["brackets"]}), dataset=name
+        tmp_path / "e.json", row(name, masks_sha256=DIGEST, tasks={name: row("")["tasks"]["brackets"]}), dataset=name
     )
     found = card(None, evaluation, model=name, dataset=name, revision=name, versions={"heapr-vllm": name})
     assert "<script>" not in found.text and len([line for line in found.text.splitlines() if line[:2] == "# "]) == 1
@@ -99,10 +101,19 @@ def test_results_go_into_the_folder(masks_repository: Path, tmp_path: Path, caps
 
 
 def test_an_evaluation_of_something_else(masks_repository: Path, tmp_path: Path) -> None:
-    models = [row("one", stored_reduction=0.999), row("two")]
-    for rows in (models[:1], models, []):
+    digest = file_sha256(masks_repository / MASKS_FILE)
+    models = [row("one", stored_reduction=NeuronMasks.from_pretrained(masks_repository).sparsity), row("two")]
+    changed = row(masks_repository, masks_sha256=DIGEST)
+    for rows in (models[:1], models[1:], models, [], [changed], [row(name, masks_sha256=digest) for name in "ab"]):
         evaluation = read_evaluation(write_evaluation(tmp_path / "e.json", *rows))
         with pytest.raises(HeaprError, match="is not among the models of the evaluation; run `heapr eval"):
             write_results(masks_repository, evaluation)
     assert not (masks_repository / EVALUATION_FILE).exists()
     assert json.loads((tmp_path / "e.json").read_text())["models"][0]["model"] == "base"
+
+
+def test_an_evaluation_of_the_same_masks_elsewhere(masks_repository: Path, tmp_path: Path) -> None:
+    shutil.copytree(masks_repository, tmp_path / "moved")
+    moved = row("/before", perplexity=8.125, masks_sha256=file_sha256(masks_repository / MASKS_FILE))
+    write_results(tmp_path / "moved", read_evaluation(write_evaluation(tmp_path / "e.json", row("other"), moved)))
+    assert "| perplexity | 9.210 | 8.125 |" in (tmp_path / "moved" / "README.md").read_text()
