@@ -20,7 +20,7 @@ from heapr_vllm.prune.report.measured import (
     own_evaluation,
 )
 from heapr_vllm.prune.report.speed import SpeedRow
-from heapr_vllm.prune.report.summary import Summary, format_repair, load_report, speed_note
+from heapr_vllm.prune.report.summary import Summary, choice_lines, format_repair, load_report, speed_note
 from heapr_vllm.prune.selection.budget import format_size
 from heapr_vllm.prune.selection.selector import Point
 from heapr_vllm.prune.selection.sweep import Frontier
@@ -59,14 +59,19 @@ class ReportedModel:
         return f"{metadata.get('criterion')}, scope {metadata.get('scope')}, align {metadata.get('align')}"
 
     @property
+    def is_combined(self) -> bool:
+        """Whether `heapr masks` made it of others, which have frontiers of their own."""
+        return self.summary.metadata.get("scope") in ("union", "intersect")
+
+    @property
     def loss_increase(self) -> float | None:
         return self.summary.frontier["chosen"]["loss_increase"] if self.summary.frontier else None
 
     @property
     def notes(self) -> list[str]:
-        """What deserves attention."""
+        """How neurons were chosen, and what deserves attention."""
         summary = self.summary
-        notes = [speed_note(summary) or ""]
+        notes = [*choice_lines(summary), speed_note(summary) or ""]
         for words, names in (("width 0", summary.dead_experts), ("no calibration token", summary.unrouted_experts)):
             if names:
                 notes.append(f"experts with {words}: {len(names)} ({', '.join(names[:6])}{', ...' * (len(names) > 6)})")
