@@ -71,10 +71,10 @@ def run_eval(args: argparse.Namespace) -> None:
     from heapr_vllm.evaluation.compare import evaluate
     from heapr_vllm.evaluation.settings import EvaluationSettings
     from heapr_vllm.evaluation.table import format_evaluation
-    from heapr_vllm.formats.atomic import check_writable
+    from heapr_vllm.formats.atomic import check_file
 
     if args.output:
-        check_writable(args.output)
+        check_file(args.output)
     models = [args.baseline, *args.directories] if args.baseline else args.directories
     names = {field.name for field in fields(EvaluationSettings)}
     chosen: dict[str, Any] = {name: value for name, value in vars(args).items() if name in names}

@@ -113,7 +113,7 @@ def _is_debugging(args: argparse.Namespace) -> bool:
 
 @contextmanager
 def _stopped_by_signals(stops: list[int]) -> Generator[None]:
-    """Lets SIGTERM end the command as Ctrl-C does, so that temporaries go, and notes in `stops` which signal came.
+    """Lets SIGTERM and SIGHUP end the command as Ctrl-C does, so that temporaries go, and notes in `stops` which came.
 
     The exception by which it ends may reach us as another one: libraries that import or compile something make their
     own of any that they meet.
@@ -127,9 +127,10 @@ def _stopped_by_signals(stops: list[int]) -> Generator[None]:
         sys.unraisablehook = lambda _: None  # objects that were half made complain when they go
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    if before[signal.SIGINT] is signal.SIG_IGN:  # a job in the background
-        del before[signal.SIGINT]
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if before[number] is signal.SIG_IGN:  # a job in the background, or under nohup
+            del before[number]
     for number in before:
         signal.signal(number, end)
     try:

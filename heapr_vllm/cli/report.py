@@ -36,12 +36,14 @@ def add_report(commands: options.Commands) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
+    from heapr_vllm.formats.atomic import check_file
     from heapr_vllm.prune.report.card import write_results
     from heapr_vllm.prune.report.measured import read_evaluation
     from heapr_vllm.prune.report.page import write_page
 
     if args.card and not args.evaluation:
         raise HeaprError("--card writes an evaluation into model cards; name it with --evaluation")
+    check_file(args.output)
     for directory in args.directories if args.card else ():
         write_results(directory, read_evaluation(args.evaluation))
         print(f"wrote {directory / 'README.md'}")

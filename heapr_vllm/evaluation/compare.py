@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -21,7 +22,8 @@ from heapr_vllm.formats import sizes
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.config import MASKS_FILE
 from heapr_vllm.formats.evaluation_record import EvaluationRecord, MeasuredOn, ModelRecord
-from heapr_vllm.formats.pruned import read_masks
+from heapr_vllm.formats.masks import NeuronMasks, file_sha256
+from heapr_vllm.formats.pruned import masks_path
 from heapr_vllm.prune.models.loading import check_device
 from heapr_vllm.prune.report.summary import load_report
 from heapr_vllm.prune.selection.budget import format_size
@@ -116,7 +118,9 @@ def _row(
     baseline_perplexity: float | None = None,
     baseline: _Measured | None = None,
 ) -> ModelRecord:
-    is_pruned = (checkpoint.path / MASKS_FILE).is_file()
+    if not math.isfinite(perplexity):
+        raise HeaprError(f"{name} predicts no numbers for this text, so it has no perplexity; try --dtype float32")
+    masks = masks_path(checkpoint.path) if (checkpoint.path / MASKS_FILE).is_file() else None
     others = baseline.tasks if baseline else {}
     tasks = {task: outcomes.against(others.get(task)) for task, outcomes in found.tasks.items()}
     recoveries = {task: result.recovery for task, result in tasks.items() if result.recovery is not None}
@@ -126,8 +130,9 @@ def _row(
         weight_bytes=_weight_bytes(checkpoint),
         perplexity=perplexity,
         change=perplexity / (baseline_perplexity or perplexity) - 1,
-        stored_reduction=read_masks(checkpoint.path).sparsity if is_pruned else None,
+        stored_reduction=NeuronMasks.load(masks).sparsity if masks else None,
         executed_reduction=found.executed_reduction,
+        masks_sha256=file_sha256(masks) if masks else None,
         tasks=tasks,
         worst_task=worst,
         worst_recovery=recoveries[worst] if worst else None,

@@ -12,6 +12,8 @@ from heapr_vllm.evaluation.predictions import Predictions, PredictionsFolder
 from heapr_vllm.evaluation.settings import EvaluationSettings
 from heapr_vllm.evaluation.tasks import Outcomes, run_tasks
 from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.formats.config import MASKS_FILE
+from heapr_vllm.formats.pruned import read_masks
 from heapr_vllm.prune.models.pruned import opened
 from heapr_vllm.prune.text.samples import Samples, load_tokenizer
 
@@ -31,6 +33,8 @@ def run_in_transformers(
     the routing of the text; None for an unpruned model, or if nothing was missing.
     """
     with opened(checkpoint, settings.dtype, settings.device) as (model, masks):
+        if masks is None and (checkpoint.path / MASKS_FILE).is_file():  # exported for any engine
+            masks = read_masks(checkpoint.path)
         with counted_routes(model) as routes:
             _predict(model, samples, missing, folder, settings, teacher)
         executed = masks.executed_reduction(routes) if masks is not None and missing else None

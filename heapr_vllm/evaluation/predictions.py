@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.atomic import atomic_file
 
+LARGEST = 700.0  # nats, of which exp is a float
+
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
@@ -80,12 +82,13 @@ class PredictionsFolder:
         return map(self.read, range(num_samples))
 
     def perplexity(self, num_samples: int) -> float:
-        """Computes exp of the mean negative log-probability of the tokens that follow."""
+        """Computes exp of the mean negative log-probability of the tokens that follow; NaN if there are no numbers."""
         total, places = 0.0, 0
         for predictions in self.read_all(num_samples):
             total -= predictions.following.double().sum().item()
             places += len(predictions.following)
-        return math.exp(total / places)
+        mean = total / places
+        return math.exp(mean) if mean < LARGEST else math.nan
 
     def _file(self, index: int) -> Path:
         return self.folder / f"sample-{index:06}.safetensors"

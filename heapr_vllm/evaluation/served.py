@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +33,9 @@ from heapr_vllm.prune.text.samples import Sample, Samples
 if TYPE_CHECKING:
     from vllm import LLM
 
-TEXT, ANSWER, REFUSAL = "samples.safetensors", "outcomes.json", "refusal.txt"
+TEXT, ANSWER, REFUSAL, ERRORS = "samples.safetensors", "outcomes.json", "refusal.txt", "errors.txt"
 SAMPLES_AT_ONCE = 16  # so that little is lost by a kill, and little lies in memory
+PATIENCE = 10.0  # seconds that an engine has to end before it is killed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +73,32 @@ def run_served(
         work = Path(name)
         save_file(_tensors(samples), work / TEXT)
         (work / "request.json").write_text(json.dumps(asdict(request)))
-        command = [sys.executable, "-m", "heapr_vllm.evaluation.served", str(work / "request.json")]
-        env = {"VLLM_LOGGING_LEVEL": "ERROR", **os.environ}
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        command = [sys.executable, "-P", "-m", "heapr_vllm.evaluation.served", str(work / "request.json")]
+        run_alone(command, work / ERRORS)
         if (work / REFUSAL).is_file():
             raise HeaprError((work / REFUSAL).read_text())
         if not (work / ANSWER).is_file():
-            reason = [line for line in done.stderr.splitlines() if line.strip()]
+            reason = [line for line in (work / ERRORS).read_text(errors="replace").splitlines() if line.strip()]
             raise HeaprError(f"vLLM could not evaluate {checkpoint.path}: {reason[-1] if reason else 'no output'}")
         return read_json(work / ANSWER, dict[str, Outcomes], "evaluate again")
+
+
+def run_alone(command: list[str], errors: Path) -> None:
+    """Waits for a command, whose stderr goes to the file `errors`; all processes that it started end with the wait."""
+    env = {"VLLM_LOGGING_LEVEL": "ERROR", **os.environ}
+    with errors.open("wb") as file:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, env=env, start_new_session=True)
+    try:
+        process.wait()
+    except BaseException:  # Ctrl-C or SIGTERM: nobody else tells a session of its own
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(PATIENCE)
+        raise
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _tensors(samples: Samples) -> dict[str, torch.Tensor]:

@@ -119,10 +119,13 @@ def _leaves(task: str, found: dict[str, Any]) -> list[str]:
 
 
 def _outcomes(name: str, leaves: list[str], found: dict[str, Any]) -> dict[str, Outcomes]:
-    """Puts the samples of all `leaves` together, one entry per metric that all of them have."""
+    """Puts the samples of all `leaves` together, one entry per metric that all have; without one they stand alone."""
     metrics = [_metrics(leaf, found) for leaf in leaves]
     common = [metric for metric in metrics[0] if all(metric in others for others in metrics)]
     entries: dict[str, Outcomes] = {}
+    if not common and len(leaves) > 1:
+        for leaf in leaves:
+            entries |= _outcomes(leaf, [leaf], found)
     for metric in common:
         entry = name if len(common) == 1 else f"{name} {metric.removesuffix(',none')}"
         entries[entry] = _pooled(leaves, metric, found)
@@ -150,7 +153,7 @@ def _pooled(leaves: list[str], name: str, found: dict[str, Any]) -> Outcomes:
         total += found["results"][leaf][name] * count
         num_samples += count
     value = total / num_samples
-    is_binary = all(each in (0, 1) for each in values.values() if isinstance(each, int | float))
+    is_binary = all(each in (0, 1) for each in values.values())  # what is averaged otherwise may be any object
     is_mean = is_binary and len(values) == num_samples and math.isclose(sum(values.values()), total, abs_tol=1e-6)
     return Outcomes(
         metric=metric,

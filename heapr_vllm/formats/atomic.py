@@ -55,6 +55,13 @@ def check_writable(path: Path) -> None:
         raise HeaprError(f"{folder} cannot be written to; choose another --output, or change its permissions")
 
 
+def check_file(path: Path) -> None:
+    """Raises HeaprError if no file can become `path`."""
+    if path.is_dir():
+        raise HeaprError(f"{path} is a directory; name a file with --output")
+    check_writable(path)
+
+
 def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
@@ -116,7 +123,8 @@ def alone_in(folder: Path) -> Generator[None]:
 
 
 def atomic_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` on a temporary name, flushes it to disk and renames it to `path`."""
+    """Calls `write` on a temporary name, flushes it to disk and renames it to `path`, whose folder it makes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     folder = path.with_name(f".{path.name}.partial.{os.getpid()}")  # safetensors puts a temporary of its own beside it
     folder.mkdir()

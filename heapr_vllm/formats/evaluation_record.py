@@ -77,7 +77,7 @@ class ModelRecord:
     """One model.
 
     `change` is of the perplexity, against the baseline's. The reductions are of neurons stored and run, None for an
-    unpruned model. `worst_task` has the lowest recovery.
+    unpruned model; `masks_sha256` tells by which masks it was pruned. `worst_task` has the lowest recovery.
     """
 
     model: str
@@ -86,6 +86,7 @@ class ModelRecord:
     change: float
     stored_reduction: float | None = None
     executed_reduction: float | None = None
+    masks_sha256: str | None = None
     agreement: Agreement | None = None
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     worst_task: str | None = None

@@ -24,6 +24,18 @@ CREATE_AGAIN = "create or download it again"
 
 
 @dataclass(frozen=True)
+class WorstCaseHeader:
+    """How masks were chosen for the source that loses most.
+
+    `weights`: of the sources, by name; `largest`: predicted loss in nats per token; `bound`: no choice gets below.
+    """
+
+    weights: dict[str, float]
+    largest: float
+    bound: float
+
+
+@dataclass(frozen=True)
 class MasksHeader:
     """What is believed of the metadata of a masks file.
 
@@ -42,6 +54,7 @@ class MasksHeader:
     protected: list[str] | None = None
     prices: dict[str, float] | None = None
     mix: dict[str, float] | None = None
+    worst_case: WorstCaseHeader | None = None
 
 
 def pack_bits(keep: torch.Tensor) -> torch.Tensor:

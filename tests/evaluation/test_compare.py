@@ -18,8 +18,9 @@ from heapr_vllm.evaluation.settings import EvaluationSettings
 from heapr_vllm.evaluation.table import format_evaluation
 from heapr_vllm.formats import sizes
 from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.formats.config import MASKS_FILE
 from heapr_vllm.formats.evaluation_record import EvaluationRecord
-from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.formats.masks import NeuronMasks, file_sha256
 from heapr_vllm.prune import export_checkpoint
 from heapr_vllm.prune.models.pruned import applied, opened
 from tests.evaluation.local_tasks import write_task
@@ -57,7 +58,7 @@ def test_changed_weights_of_a_compact_checkpoint_count(compact: Path, tmp_path: 
 
 
 def test_table(compact: Path, masks_repository: Path, qwen3: Path, corpus: Path, tmp_path: Path, capsys) -> None:
-    output = tmp_path / "eval.json"
+    output = tmp_path / "results" / "eval.json"
     assert (
         main(
             [
@@ -81,6 +82,7 @@ def test_table(compact: Path, masks_repository: Path, qwen3: Path, corpus: Path,
     base, masked, small = json.loads(output.read_text())["models"]
     assert base["change"] == 0 and "stored_reduction" not in base
     assert masked["perplexity"] == small["perplexity"] == pytest.approx(base["perplexity"] * (1 + small["change"]))
+    assert masked["masks_sha256"] == small["masks_sha256"] == file_sha256(masks_repository / MASKS_FILE)
     assert masked["stored_reduction"] == NeuronMasks.from_pretrained(compact).sparsity
     assert (
         masked["weight_bytes"] == small["weight_bytes"] == sizes.num_bytes(Checkpoint(compact)) < base["weight_bytes"]
@@ -131,6 +133,32 @@ def test_tasks_in_transformers(compact: Path, qwen3: Path, corpus: Path, tmp_pat
     header, line, other = format_evaluation(record).split("\n\n")[1].splitlines()
     assert header.split() == ["task", "model", "metric", "shots", "samples", "value", "recovery", "McNemar", "p"]
     assert "0.750 [0.301, 0.954]" in line and other.endswith("  0.25")
+
+
+def test_executed_flops_of_a_checkpoint_for_any_engine(
+    compact: Path, masks_repository: Path, corpus: Path, tmp_path: Path
+) -> None:
+    export_checkpoint(masks_repository, tmp_path / "zeroed", layout="zeroed")
+    settings = EvaluationSettings(dataset=str(corpus), num_samples=2, max_seq_length=64)
+    one, other = evaluate([str(compact), str(tmp_path / "zeroed")], settings).models
+    assert one.executed_reduction == other.executed_reduction is not None
+
+
+def test_a_model_that_overflows(qwen3: Path, corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(qwen3, tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.norm.weight"].fill_(torch.nan)
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    settings = EvaluationSettings(dataset=str(corpus), num_samples=1, max_seq_length=64)
+    with pytest.raises(HeaprError, match="base predicts no numbers for this text, .*; try --dtype float32"):
+        evaluate([str(tmp_path / "base")], settings)
+
+
+def test_an_output_that_is_a_directory(qwen3: Path, corpus: Path, tmp_path: Path, capsys) -> None:
+    for command in (["eval", str(qwen3), "--dataset", str(corpus)], ["report", str(qwen3)]):
+        (tmp_path / "x.html").mkdir(exist_ok=True)
+        assert main([*command, "-o", str(tmp_path / "x.html")]) == 2
+        assert "x.html is a directory; name a file with --output" in capsys.readouterr().err
 
 
 def test_text_longer_than_the_models_positions(qwen3: Path, corpus: Path) -> None:

@@ -10,7 +10,7 @@ from lm_eval.models.dummy import DummyLM
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.evaluation.settings import EvaluationSettings
-from heapr_vllm.evaluation.tasks import Outcomes, check_tasks, run_tasks
+from heapr_vllm.evaluation.tasks import Outcomes, _outcomes, check_tasks, run_tasks
 from tests.evaluation.local_tasks import write_group, write_task
 
 
@@ -58,6 +58,25 @@ def test_filters_stand_apart(folder: Path) -> None:
         "filtered exact_match,first": 0,
         "filtered exact_match,whole": 1,
     }
+
+
+def test_samples_that_are_more_than_right_or_wrong() -> None:
+    found = {
+        "samples": {
+            "f1": [
+                {"doc_id": i, "filter": "none", "f1": each, "acc": i % 2} for i, each in enumerate([(1, 0), (1, 1)])
+            ],
+            "wiki": [{"doc_id": 0, "filter": "none", "ppl": (-3.5, 7)}],
+        },
+        "results": {"f1": {"f1,none": 0.75}, "wiki": {"ppl,none": 8.5}},
+        "n-samples": {"f1": {"effective": 2}, "wiki": {"effective": 1}},
+        "n-shot": {"f1": 0, "wiki": 0},
+        "higher_is_better": {"f1": {"f1": True}, "wiki": {"ppl": False}},
+    }
+    (graded,) = _outcomes("f1", ["f1"], found).values()
+    assert graded.value == 0.75 and graded.num_samples == 2 and not graded.right
+    alone = _outcomes("group", ["f1", "wiki"], found)
+    assert {name: each.value for name, each in alone.items()} == {"f1": 0.75, "wiki": 8.5}, "no metric is common"
 
 
 def test_against_the_baseline() -> None:

@@ -114,6 +114,10 @@ def test_damaged_files_are_reported(awkward_masks: NeuronMasks, tmp_path: Path) 
         NeuronMasks.load(path)
     with pytest.raises(HeaprError, match="does not exist"):
         NeuronMasks.load(tmp_path / "nothing")
+    for worst in ({"weights": {"a": 1.0}, "largest": "much", "bound": 0.1}, {"weights": {"a": 1.0}, "largest": 0.2}):
+        NeuronMasks(awkward_masks.keep, {"worst_case": worst}).save(path)
+        with pytest.raises(HeaprError, match="is damaged .*worst_case"):
+            NeuronMasks.load(path)
 
 
 def test_newer_format_is_refused(awkward_masks: NeuronMasks, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from heapr_vllm.prune.export.layouts import LAYOUTS, current_name
 from heapr_vllm.prune.export.masks_repository import read_pruning_config, write_config
 from heapr_vllm.prune.export.plain_config import common_width, plain_config
 from heapr_vllm.prune.export.shards import Stage, write_shards
-from heapr_vllm.prune.report.card import model_card
+from heapr_vllm.prune.report.card import card_of
 from heapr_vllm.prune.report.summary import FRONTIER_FILE
 
 
@@ -144,6 +144,6 @@ def _write_side_files(
             experts=storage.scheme.to_dict() if storage.scheme else None,
             format_version=FORMAT_VERSION,
         )
-    (folder / "README.md").write_text(model_card(inputs.masks, layout, pruning, inputs.calibration, repair))
     block = pruning.to_dict() if pruning else storage.inner
     write_config(folder, config, block)
+    (folder / "README.md").write_text(card_of(folder))

@@ -19,9 +19,9 @@ from heapr_vllm.formats.config import MASKS_FILE
 from heapr_vllm.formats.folder import inside
 from heapr_vllm.formats.masks import NeuronMasks, file_sha256
 from heapr_vllm.formats.pruned import read_masks
-from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationRecord
+from heapr_vllm.prune.calibration.record import CALIBRATION_FILE
 from heapr_vllm.prune.export.masks_repository import read_pruning_config, write_config
-from heapr_vllm.prune.report.card import model_card
+from heapr_vllm.prune.report.card import card_of
 
 HOW: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "union": torch.logical_or,
@@ -65,7 +65,6 @@ def _metadata(how: str, all_masks: list[NeuronMasks]) -> dict[str, Any]:
 
 def _write(masks: NeuronMasks, repositories: Sequence[Path], output: Path, overwrite: bool) -> None:
     first = repositories[0]
-    record = CalibrationRecord.read(first / "heapr", "run `heapr prune` again")
     with atomic_directory(output, MASKS, overwrite=overwrite, inputs=repositories) as folder:
         masks.save_pretrained(folder)
         for name in SIDE_FILES:
@@ -81,4 +80,4 @@ def _write(masks: NeuronMasks, repositories: Sequence[Path], output: Path, overw
             align=masks.metadata["align"],
         )
         write_config(folder, Checkpoint(first).config, pruning.to_dict())
-        (folder / "README.md").write_text(model_card(masks, "masks", pruning, record))
+        (folder / "README.md").write_text(card_of(folder))

@@ -18,7 +18,7 @@ from heapr_vllm.formats.masks import NeuronMasks, file_sha256
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationRecord
 from heapr_vllm.prune.calibration.saved_state import PARTIAL_FILE
-from heapr_vllm.prune.report.card import model_card
+from heapr_vllm.prune.report.card import card_of
 from heapr_vllm.prune.report.summary import FRONTIER_FILE, check_counts
 from heapr_vllm.prune.selection.sweep import Frontier
 
@@ -64,7 +64,7 @@ def write_masks_repository(
             experts=scheme.to_dict() if scheme else None,
         )
         write_config(folder, base.config, pruning.to_dict())
-        (folder / "README.md").write_text(model_card(masks, "masks", pruning, record))
+        (folder / "README.md").write_text(card_of(folder))
 
 
 def read_pruning_config(masks_dir: Path) -> PruningConfig:

@@ -9,7 +9,7 @@ from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.atomic import CHECKPOINT, MASKS, kind_of
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.hub import upload_model
-from heapr_vllm.prune.report.card import CARD_FILE
+from heapr_vllm.prune.report.card import CARD_FILE, is_on_hub
 from heapr_vllm.prune.report.summary import load_report
 
 
@@ -17,9 +17,15 @@ def push(directory: Path, repo_id: str, *, private: bool = False) -> str:
     """Uploads a masks repository or an exported checkpoint; returns the address of the commit.
 
     Makes the repository if there is none, `private` or as the account's default is. Raises HeaprError if `directory`
-    is neither, half-written or damaged, or if the Hub refuses.
+    is neither, half-written or damaged, if its weights are in a folder here, or if the Hub refuses.
     """
     check_whole(directory)
+    checkpoint = Checkpoint(directory)
+    if not checkpoint.has_weights and checkpoint.pruning and not is_on_hub(checkpoint.pruning.base_model):
+        raise HeaprError(
+            f"the base model of {directory} is a folder here, so nobody else could serve these masks; push what "
+            "`heapr export` makes of them, or calibrate from the model's id on the Hub"
+        )
     return upload_model(directory, repo_id, private=private)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import html
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from heapr_vllm.environment import SUPPORTED_VLLM, install_command
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.atomic import atomic_file
 from heapr_vllm.formats.checkpoint import Checkpoint
-from heapr_vllm.formats.config import PruningConfig
+from heapr_vllm.formats.config import BaseModel, PruningConfig
 from heapr_vllm.formats.evaluation_record import EvaluationRecord
-from heapr_vllm.formats.masks import NeuronMasks
-from heapr_vllm.formats.pruned import read_masks
+from heapr_vllm.formats.masks import file_sha256
+from heapr_vllm.formats.pruned import masks_path, read_masks
 from heapr_vllm.formats.repair_record import RepairRecord
 from heapr_vllm.prune.calibration.record import CalibrationRecord
 from heapr_vllm.prune.report.measured import (
@@ -27,8 +28,9 @@ from heapr_vllm.prune.report.measured import (
     measured,
     own_evaluation,
 )
-from heapr_vllm.prune.report.summary import Summary, format_repair, speed_note, summarize
+from heapr_vllm.prune.report.summary import Summary, choice_lines, format_repair, load_report, speed_note
 from heapr_vllm.prune.selection.budget import format_size
+from heapr_vllm.prune.text.sources import public_name
 
 CARD_FILE = "README.md"
 _WHAT = {
@@ -56,7 +58,7 @@ _TEMPLATE = """---
 {experts}{repair}| calibration | {samples} samples, {tokens:,} tokens of {dataset}, seed {seed} |
 | dead experts (width 0) | {dead} |
 
-## Sizes
+{choice}## Sizes
 
 | | base | pruned | |
 |---|---|---|---|
@@ -84,16 +86,16 @@ Method: HEAPr, arXiv 2509.22299. Made with heapr-vllm {version}.
 
 
 def model_card(
-    masks: NeuronMasks,
+    summary: Summary,
     layout: str,
     pruning: PruningConfig | None,
     calibration: CalibrationRecord,
-    repair: RepairRecord | None = None,
     found: Measured | None = None,
 ) -> str:
     """Writes the text of the card. `layout`: masks, or one of `heapr export`; `pruning`: for the plugin."""
     scheme = pruning.expert_scheme if pruning else None
-    summary = summarize(masks, calibration, scheme)
+    repair, method = summary.repair, summary.metadata
+    choice = "\n".join(f"- {_text(line)}" for line in choice_lines(summary))
     base = _name(calibration.model)
     percent = f"{summary.stored_reduction:.0%}"
     return _TEMPLATE.format(
@@ -103,16 +105,17 @@ def model_card(
         what=_WHAT[layout],
         own_width="" if layout == "plain" else " Each expert keeps its own width.",
         percent=percent,
-        criterion=_text(masks.metadata["criterion"]),
-        scope=_text(masks.metadata["scope"]),
-        align=masks.metadata["align"],
+        criterion=_text(method["criterion"]),
+        scope=_text(method["scope"]),
+        align=method["align"],
         samples=calibration.num_calibration_samples,
         tokens=calibration.calibration_tokens,
         dataset=_text(_names(calibration.dataset)),
         seed=calibration.seed,
         dead=len(summary.dead_experts),
         experts=f"| experts stored as | {scheme.name}, {_GRANULARITY[scheme.strategy]} |\n" if scheme else "",
-        repair=f"| repair | {_text(format_repair(repair))} |\n" if repair else "",
+        repair=f"| repair | {_text(format_repair(_without_paths(repair)))} |\n" if repair else "",
+        choice=f"## Choice\n\n{choice}\n\n" if choice else "",
         sizes=_rows(_sizes(summary, layout)),
         quality=_quality(found),
         limits=_limits(summary, layout, found),
@@ -129,7 +132,8 @@ def write_results(directory: Path, evaluation: EvaluationRecord) -> None:
     it: what somebody added is not overwritten.
     """
     masks = read_masks(directory)
-    found = measured(evaluation, directory, masks.sparsity)
+    digest = file_sha256(masks_path(directory))
+    found = measured(evaluation, directory, digest, masks.sparsity)
     if found is None:
         raise HeaprError(
             f"{directory} is not among the models of the evaluation; run `heapr eval {directory} --baseline BASE "
@@ -137,26 +141,31 @@ def write_results(directory: Path, evaluation: EvaluationRecord) -> None:
         )
     path = directory / CARD_FILE
     before = own_evaluation(directory)
-    known = measured(before, directory, masks.sparsity) if before else None
-    if path.is_file() and path.read_text() not in (_card_of(directory, masks, each) for each in (None, known, found)):
+    known = measured(before, directory, digest, masks.sparsity, is_own=True) if before else None
+    if path.is_file() and path.read_text() not in (card_of(directory, each) for each in (None, known, found)):
         raise HeaprError(
             f"{path} was changed, or written by another version of heapr-vllm; move it away, and a new one is written"
         )
-    text = _card_of(directory, masks, found)
+    text = card_of(directory, found)
     found.alone.write(directory / EVALUATION_FILE)
     atomic_file(path, lambda partial: partial.write_text(text))
 
 
-def _card_of(directory: Path, masks: NeuronMasks, found: Measured | None) -> str:
+def card_of(directory: Path, found: Measured | None = None) -> str:
+    """Writes the text of the card of a masks repository or an exported checkpoint, by all its other files.
+
+    Raises HeaprError if it is neither.
+    """
+    summary = load_report(directory)
     calibration = CalibrationRecord.read(directory / "heapr", "run `heapr prune` again")
     pruning = Checkpoint(directory).pruning
-    layout = pruning.layout if pruning else _layout_for_any_engine(directory, masks)
-    return model_card(masks, layout, pruning, calibration, RepairRecord.read(directory), found)
+    layout = pruning.layout if pruning else _layout_for_any_engine(directory, summary)
+    return model_card(summary, layout, pruning, calibration, found)
 
 
-def _layout_for_any_engine(directory: Path, masks: NeuronMasks) -> str:
+def _layout_for_any_engine(directory: Path, summary: Summary) -> str:
     """Tells plain from zeroed checkpoints, which have no `quantization_config` of ours."""
-    full = {prefix: tuple(keep.shape) for prefix, keep in masks.keep.items()}
+    full = {prefix: (len(widths), summary.full_width[prefix]) for prefix, widths in summary.widths.items()}
     return "zeroed" if Checkpoint(directory).expert_shapes() == full else "plain"
 
 
@@ -165,7 +174,7 @@ def _metadata(calibration: CalibrationRecord, layout: str, name: str, found: Mea
     from huggingface_hub import ModelCardData
 
     known: dict[str, Any] = {}
-    if _is_hub_id(calibration.model) and calibration.revision:
+    if is_on_hub(BaseModel(calibration.model, calibration.revision)):
         known = {"base_model": calibration.model}
         known["base_model_relation"] = "adapter" if layout == "masks" else "quantized"
     if found:
@@ -201,7 +210,7 @@ def _sizes(summary: Summary, layout: str) -> list[list[str]]:
     rows = [["routed neurons", f"{summary.neurons:,}", f"{summary.kept:,}", f"-{summary.stored_reduction:.1%}"]]
     rows.append(["routed FLOPs per token, by the calibration's routing", "", "", f"-{summary.executed_reduction:.1%}"])
     before, after = summary.checkpoint_bytes, summary.compact_bytes
-    if before and after and layout != "zeroed":
+    if before and after:
         what = "weights once loaded or exported" if layout == "masks" else "weights"
         rows.append([what, format_size(before), format_size(after), f"{after / before - 1:+.1%}"])
     return rows
@@ -223,7 +232,8 @@ def _quality(found: Measured | None) -> str:
         before = format_task(other) if other else ""
         rows.append([_text(f"{name}, {task.metric}"), before, format_task(task), recovery])
     return (
-        f"{on.num_samples} x {on.max_seq_length} tokens of {_text(_names(on.dataset))}, seed {on.seed}, run by "
+        f"{on.num_samples} x up to {on.max_seq_length} tokens of {_text(_names(on.dataset))}, {_counted(on.loss)}"
+        f"seed {on.seed}, run by "
         f"{_text(on.backend)}, dtype {_text(on.dtype)}; 95 % intervals in brackets.\n\n"
         f"| | {_text(_name(base.model))} | this model | |\n|---|---|---|---|\n{_rows(rows)}"
     )
@@ -251,17 +261,30 @@ def _rows(rows: list[list[str]]) -> str:
 
 def _text(text: object) -> str:
     """Escapes what Markdown or HTML would take for markup: names are anybody's."""
-    return html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|").replace("[", "\\[")
+    return re.sub(r"[\\|\[]", r"\\\g<0>", html.escape(" ".join(str(text).split()), quote=False))
 
 
 def _name(spec: str) -> str:
-    """Shortens a local path to its last part; Hub ids and data set specs stay whole."""
+    """Shortens a local path to its last part; Hub ids stay whole."""
     return Path(spec).name if spec.startswith(("/", ".", "~")) else spec
 
 
 def _names(dataset: str | list[str]) -> str:
-    """Lists the specs of a data set, those of a mix too."""
-    return ", ".join(map(_name, [dataset] if isinstance(dataset, str) else dataset))
+    """Names a data set, those of a mix too."""
+    return ", ".join(map(public_name, [dataset] if isinstance(dataset, str) else dataset))
+
+
+def _without_paths(repair: RepairRecord) -> RepairRecord:
+    return replace(repair, dataset=_names(repair.dataset.split(", ")))
+
+
+def _counted(loss: str) -> str:
+    return "" if loss == "all" else f"{_text(loss)} tokens only, "
+
+
+def is_on_hub(base: BaseModel) -> bool:
+    """Tells whether others can get a base model: by its id, at its commit."""
+    return bool(base.revision) and _is_hub_id(base.name_or_path)
 
 
 def _is_hub_id(name: str) -> bool:

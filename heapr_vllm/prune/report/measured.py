@@ -51,16 +51,25 @@ def own_evaluation(directory: Path) -> EvaluationRecord | None:
     return read_evaluation(path) if path.is_file() else None
 
 
-def measured(record: EvaluationRecord, directory: Path, stored_reduction: float) -> Measured | None:
-    """Finds the row of the model in `directory`, by its path or as the only one after the baseline; None without one.
+def measured(
+    record: EvaluationRecord, directory: Path, masks_sha256: str, stored_reduction: float, *, is_own: bool = False
+) -> Measured | None:
+    """Finds the row of the model in `directory`, by its path or as the only one of its masks; None without one.
 
-    A row whose stored reduction is another one is none of this model.
+    A row of other masks is none of this model. One that does not name its masks, as older versions wrote it, is found
+    by its path only, or if the record `is_own`: the one in the folder.
     """
     baseline, *others = record.models
     place = os.path.realpath(directory)
-    rows = [row for row in others if os.path.realpath(row.model) == place] or (others if len(others) == 1 else [])
-    fitting = [row for row in rows if _is_near(row.stored_reduction, stored_reduction)]
-    return Measured(baseline, fitting[0], record) if fitting else None
+    here = [row for row in others if os.path.realpath(row.model) == place]
+    elsewhere = [row for row in others if row.masks_sha256 or is_own]
+
+    def fits(row: ModelRecord) -> bool:
+        near = _is_near(row.stored_reduction, stored_reduction)
+        return row.masks_sha256 == masks_sha256 if row.masks_sha256 else near
+
+    rows = [*filter(fits, here)][:1] or [*filter(fits, elsewhere)]
+    return Measured(baseline, rows[0], record) if len(rows) == 1 else None
 
 
 def _is_near(found: float | None, expected: float) -> bool:

@@ -9,6 +9,8 @@ from itertools import chain
 from pathlib import Path
 
 from heapr_vllm.formats.evaluation_record import EvaluationRecord, ModelRecord
+from heapr_vllm.formats.masks import file_sha256
+from heapr_vllm.formats.pruned import masks_path
 from heapr_vllm.prune.calibration.record import CalibrationRecord
 from heapr_vllm.prune.report.measured import (
     format_divergence,
@@ -18,7 +20,7 @@ from heapr_vllm.prune.report.measured import (
     own_evaluation,
 )
 from heapr_vllm.prune.report.speed import SpeedRow
-from heapr_vllm.prune.report.summary import Summary, format_repair, load_report, speed_note
+from heapr_vllm.prune.report.summary import Summary, choice_lines, format_repair, load_report, speed_note
 from heapr_vllm.prune.selection.budget import format_size
 from heapr_vllm.prune.selection.selector import Point
 from heapr_vllm.prune.selection.sweep import Frontier
@@ -35,6 +37,7 @@ class ReportedModel:
     summary: Summary
     calibration: CalibrationRecord
     evaluation: EvaluationRecord | None
+    masks_sha256: str
 
     @classmethod
     def read(cls, directory: Path, label: str) -> ReportedModel:
@@ -46,6 +49,7 @@ class ReportedModel:
             summary=summary,
             calibration=CalibrationRecord.read(directory / "heapr", "run `heapr prune` again"),
             evaluation=own_evaluation(directory),
+            masks_sha256=file_sha256(masks_path(directory)),
         )
 
     @property
@@ -55,14 +59,19 @@ class ReportedModel:
         return f"{metadata.get('criterion')}, scope {metadata.get('scope')}, align {metadata.get('align')}"
 
     @property
+    def is_combined(self) -> bool:
+        """Whether `heapr masks` made it of others, which have frontiers of their own."""
+        return self.summary.metadata.get("scope") in ("union", "intersect")
+
+    @property
     def loss_increase(self) -> float | None:
         return self.summary.frontier["chosen"]["loss_increase"] if self.summary.frontier else None
 
     @property
     def notes(self) -> list[str]:
-        """What deserves attention."""
+        """How neurons were chosen, and what deserves attention."""
         summary = self.summary
-        notes = [speed_note(summary) or ""]
+        notes = [*choice_lines(summary), speed_note(summary) or ""]
         for words, names in (("width 0", summary.dead_experts), ("no calibration token", summary.unrouted_experts)):
             if names:
                 notes.append(f"experts with {words}: {len(names)} ({', '.join(names[:6])}{', ...' * (len(names) > 6)})")
@@ -74,8 +83,12 @@ class ReportedModel:
 
     def measured(self, records: Iterable[EvaluationRecord]) -> ModelRecord | None:
         """Finds the first measurement of this model."""
-        found = (measured(record, self.directory, self.summary.stored_reduction) for record in records)
-        return next((each.model for each in found if each), None)
+        for record in records:
+            is_own = record is self.evaluation
+            reduction = self.summary.stored_reduction
+            if found := measured(record, self.directory, self.masks_sha256, reduction, is_own=is_own):
+                return found.model
+        return None
 
     def layers(self) -> Table:
         """Lists widths per MoE module."""

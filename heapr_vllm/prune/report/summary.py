@@ -123,7 +123,7 @@ def _experts_with_none(counts: dict[str, list[int]]) -> list[str]:
 def format_report(summary: Summary) -> str:
     """Writes the summary as text: totals and how they came about, one row per layer, then what deserves attention."""
     header = f"{'MoE module':<34} {'mean':>6} {'min':>5} {'max':>5} {'full':>5}  widths"
-    lines = [format_reductions(summary), *_choice(summary), "", header]
+    lines = [format_reductions(summary), *_size(summary), *choice_lines(summary), "", header]
     for prefix, widths in summary.widths.items():
         full = summary.full_width[prefix]
         lines.append(
@@ -159,13 +159,18 @@ def format_repair(repair: RepairRecord) -> str:
     )
 
 
-def _choice(summary: Summary) -> list[str]:
-    """Lists size on disk, predicted loss and prices, as far as they are known."""
+def _size(summary: Summary) -> list[str]:
+    """Writes one line about the size on disk, if it is known."""
+    if summary.compact_bytes is None or summary.checkpoint_bytes is None:
+        return []
+    whole = format_size(summary.checkpoint_bytes)
+    experts = f", experts in {summary.experts}" if summary.experts else ""
+    return [f"compact checkpoint: {format_size(summary.compact_bytes)} of {whole}{experts}"]
+
+
+def choice_lines(summary: Summary) -> list[str]:
+    """Lists how neurons were chosen: predicted loss, also by source, and prices, as far as they are known."""
     lines = []
-    if summary.compact_bytes is not None and summary.checkpoint_bytes is not None:
-        whole = format_size(summary.checkpoint_bytes)
-        experts = f", experts in {summary.experts}" if summary.experts else ""
-        lines.append(f"compact checkpoint: {format_size(summary.compact_bytes)} of {whole}{experts}")
     if summary.frontier is not None:
         loss = summary.frontier["chosen"]["loss_increase"]
         lines.append(

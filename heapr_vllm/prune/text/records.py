@@ -62,6 +62,11 @@ def stem(spec: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name) or "text"
 
 
+def is_file(spec: str) -> bool:
+    """Tells a file, which may not be there, from a dataset of the Hub."""
+    return _kind(Path(spec)) is not None
+
+
 def read_records(spec: str) -> Sequence[Record]:
     """Reads the records of a file by its ending, or of `name[subset](split)` through `datasets`.
 

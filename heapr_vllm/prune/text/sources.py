@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.prune.text.records import stem
+from heapr_vllm.prune.text.records import is_file, stem
 
 TOLERANCE = 1e-6  # of the sum of shares
 _NAMED = re.compile(r"(?:(?P<name>[\w.-]+)=)?(?P<spec>.+?)(?::(?P<share>[-+.\w]+))?", re.DOTALL)
@@ -98,17 +98,31 @@ def _parse(text: str) -> tuple[str, str, Fraction | None]:
     """Takes a source apart: name, spec, share. A path that exists is one, whatever is in it."""
     if text and Path(text).exists():
         return stem(text), text, None
+    name, spec, number = _split(text)
+    if number is not None and not 0 < number < math.inf:
+        raise HeaprError(f"the share of {spec} is {number:g}; give it more than 0, or leave the source out")
+    fraction = None if number is None else Fraction(number).limit_denominator(10**9)
+    if fraction == 0:
+        raise HeaprError(f"the share of {spec} is {number:g}, less than one in 10^9; raise it, or leave the source out")
+    return name or stem(spec), spec, fraction
+
+
+def _split(text: str) -> tuple[str | None, str, float | None]:
+    """Does as `_parse` without looking at any file: name if there is one, spec, share."""
     match = _NAMED.fullmatch(text)
     if match is None:
         raise HeaprError("a dataset spec is empty; write a file or name[subset](split)")
-    spec, share = match["spec"], match["share"]
+    name, spec, share = match.group("name", "spec", "share")
     try:
-        number = None if share is None else float(share)
+        return name, spec, None if share is None else float(share)
     except ValueError:
-        spec, number = f"{spec}:{share}", None
-    if number is not None and not 0 < number < math.inf:
-        raise HeaprError(f"the share of {spec} is {share}; give it more than 0, or leave the source out")
-    fraction = None if number is None else Fraction(number).limit_denominator(10**9)
-    if fraction == 0:
-        raise HeaprError(f"the share of {spec} is {share}, less than one in 10^9; raise it, or leave the source out")
-    return match["name"] or stem(spec), spec, fraction
+        return name, f"{spec}:{share}", None
+
+
+def public_name(text: str) -> str:
+    """Names a source without telling where on this machine it lies: files by name, datasets of the Hub by their spec.
+
+    Raises HeaprError if it is empty.
+    """
+    name, spec, _ = _split(text)
+    return name or Path(spec).name if is_file(spec) or spec.startswith(("/", ".", "~")) else spec

@@ -19,6 +19,8 @@ from heapr_vllm.prune.calibration.moments import MOMENTS_FILE
 from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationRecord
 from heapr_vllm.prune.calibration.saved_state import PARTIAL_FILE, SavedState
 from heapr_vllm.prune.models.hidden_states import ActivationStore
+from heapr_vllm.prune.report import reported
+from heapr_vllm.prune.report.card import card_of
 from heapr_vllm.prune.selection.selector import Selector
 from tests.cli.test_hostile import refused
 from tests.prune.text.test_batches import assert_same
@@ -150,9 +152,10 @@ def test_from_the_command_to_a_repair(mix: CalibrationSettings, tmp_path: Path, 
     assert main([*command, "-o", calib, "--resume"]) == 0
     assert main(["prune", calib, "--sparsity", "0.5", "-o", masks]) == 0
     assert main(["export", masks, "--repair", "least-squares", "-o", pruned]) == 0
-    assert f"tokens of text={text}:0.5, chat={chat}:0.25, more={text}:0.25, seed 0" in (
-        tmp_path / "masks" / "README.md"
-    ).read_text().replace(" |", "")
+    for card in (tmp_path / "masks" / "README.md", tmp_path / "pruned" / "README.md"):
+        written = card.read_text()
+        assert "tokens of text, chat, more, seed 0 |" in written and str(Path(text).parent) not in written
+    assert str(Path(chat).parent) not in written and written.count("tokens of text, chat, more, ") == 2, "the repair's"
     capsys.readouterr()
     evaluate = ["eval", mix.model, pruned, "--dataset", f"chat={chat}", *arguments, "--num-samples", "3", "--json"]
     assert main(evaluate) == 0
@@ -233,6 +236,12 @@ def test_masks_of_a_mix(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     record = CalibrationRecord.read(tmp_path / "chat" / "heapr", "")
     assert record.tokens == {prefix: tokens.tolist() for prefix, tokens in mixed.tokens.items()}
     assert record.mix == {"chat": 0.9, "text": 0.1} and found["chat"]["executed_reduction"] > 0
+    card = (tmp_path / "chat" / "README.md").read_text()
+    assert card == card_of(tmp_path / "chat") and "- chosen for the mix chat 90%, text 10%\n" in card
+    assert f"| -{found['chat']['executed_reduction']:.1%} |" in card
+    page = reported.ReportedModel.read(tmp_path / "chat", "chat")
+    assert "chosen for the mix chat 90%, text 10%" in page.notes
+    assert any(note.startswith("by source, in nats per token of its own: text ") for note in page.notes)
     assert main(["sweep", str(plain), "--mix", "chat=1", "--criterion", "fisher", "--ratios", "0.5"]) == 0
 
 

@@ -2,6 +2,7 @@
 """Pruned models to a stand-in of the Hub: all files, or one line that says why not."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,11 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def masks(masks_repository: Path, tmp_path: Path) -> Path:
+    """As `heapr prune` writes them for a base model of the Hub."""
     shutil.copytree(masks_repository, tmp_path / "masks")
+    config = json.loads((tmp_path / "masks" / "config.json").read_text())
+    config["quantization_config"]["base_model"] |= {"name_or_path": "me/base", "revision": "a" * 40}
+    (tmp_path / "masks" / "config.json").write_text(json.dumps(config))
     return tmp_path / "masks"
 
 
@@ -39,9 +44,11 @@ def refused(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> Non
 
 
 @pytest.mark.parametrize("kind", ["masks", "compact"])
-def test_all_files_arrive(kind: str, masks: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_all_files_arrive(
+    kind: str, masks: Path, masks_repository: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     if kind == "compact":
-        export_checkpoint(masks, tmp_path / "compact")
+        export_checkpoint(masks_repository, tmp_path / "compact")
     folder = tmp_path / kind
     assert main(["push", str(folder), "me/pruned", "--private"]) == 0
     assert capsys.readouterr().out.strip() == f"{hub.endpoint}/me/pruned/commit/{'0' * 40}"
@@ -56,8 +63,15 @@ def test_all_files_arrive(kind: str, masks: Path, hub: Hub, tmp_path: Path, caps
     assert main(["push", str(folder), "me/open"]) == 0 and not hub.repositories["me/open"].private
 
 
-def test_what_is_not_whole(masks: Path, qwen3: Path, calibration: Path, hub: Hub, tmp_path: Path, capsys) -> None:
-    export_checkpoint(masks, tmp_path / "compact")
+def test_masks_of_a_local_model(masks_repository: Path, hub: Hub, capsys: pytest.CaptureFixture) -> None:
+    refused([str(masks_repository), "me/pruned"], "is a folder here, so nobody else could serve these masks", capsys)
+    assert not hub.repositories
+
+
+def test_what_is_not_whole(
+    masks_repository: Path, qwen3: Path, calibration: Path, hub: Hub, tmp_path: Path, capsys
+) -> None:
+    export_checkpoint(masks_repository, tmp_path / "compact")
     for folder in (qwen3, calibration, tmp_path / "nowhere"):
         refused([str(folder), "me/pruned"], "is no pruned model; `heapr prune` and", capsys)
     for name, message in (

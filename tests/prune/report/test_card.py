@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,25 +12,40 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from heapr_vllm.cli.main import main
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.formats.config import PruningConfig
+from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.formats.config import MASKS_FILE, PruningConfig
 from heapr_vllm.formats.evaluation_record import EvaluationRecord
+from heapr_vllm.formats.masks import NeuronMasks, file_sha256
+from heapr_vllm.formats.repair_record import RepairRecord
+from heapr_vllm.formats.sizes import num_bytes
+from heapr_vllm.prune import export_checkpoint
 from heapr_vllm.prune.export.push import check_whole
-from heapr_vllm.prune.report.card import model_card, write_results
+from heapr_vllm.prune.report.card import card_of, model_card, write_results
 from heapr_vllm.prune.report.measured import EVALUATION_FILE, measured, read_evaluation
+from heapr_vllm.prune.report.summary import summarize
+from heapr_vllm.prune.selection.budget import format_size
 from tests.prune.report.test_page import HOSTILE, row, write_evaluation
 from tests.prune.report.test_summary import masks, record
 
 METADATA = {"criterion": "fisher", "scope": "global", "align": 16}
+DIGEST = "0" * 64
 
 
-def card(pruning: PruningConfig | None = None, evaluation: Path | None = None, **changes: object) -> ModelCard:
+def card(
+    pruning: PruningConfig | None = None,
+    evaluation: Path | None = None,
+    method: dict = METADATA,
+    repair: RepairRecord | None = None,
+    **changes: object,
+) -> ModelCard:
     """A card of the small masks of test_summary.py."""
     pruned = masks()
-    pruned.metadata.update(METADATA)
-    found = measured(read_evaluation(evaluation), Path("pruned"), 0.5) if evaluation else None
+    pruned.metadata.update(method)
+    found = measured(read_evaluation(evaluation), Path("pruned"), DIGEST, 0.5) if evaluation else None
     sizes = {"checkpoint_bytes": 1000, "routed_bytes": 600}
     layout = pruning.layout if pruning else "zeroed"
-    text = model_card(pruned, layout, pruning, record(**sizes, **changes), found=found)
+    calibration = record(**sizes, **changes)
+    text = model_card(replace(summarize(pruned, calibration), repair=repair), layout, pruning, calibration, found)
     assert ModelCard(text).content.splitlines()[0] == "---"
     return ModelCard(text)
 
@@ -64,18 +80,58 @@ def test_results(tmp_path: Path) -> None:
     assert "| perplexity | 9.210 | 9.310 | +1.09% |" in found.text
     assert "| brackets, exact_match | 0.710 [0.610, 0.790] | 0.700 [0.600, 0.780] | 98.6% of the base's |" in found.text
     assert "/home/me" not in found.content, "where files lay is nobody's business"
+    assert "8 x up to 64 tokens of text.txt, seed 0" in found.text
+    content = json.loads(evaluation.read_text())
+    content["settings"] |= {"loss": "assistant", "dataset": ["chat=/home/me/x.jsonl:0.5", "me/set[a](train):0.5"]}
+    evaluation.write_text(json.dumps(content))
+    found = card(PruningConfig(layout="compact"), evaluation)
+    assert "8 x up to 64 tokens of chat, me/set\\[a](train), assistant tokens only, seed 0" in found.text
+    assert "/home/me" not in found.content
+
+
+def test_local_files_are_named_without_their_folders() -> None:
+    mix = ["code=/home/me/x.jsonl:0.25", "../me/y.txt.gz:0.25", "me/z.md:0.25", "me/set:0.25"]
+    repair = RepairRecord(
+        method="least-squares",
+        dataset=", ".join(mix),
+        dataset_fingerprint="",
+        num_samples=2,
+        max_seq_length=8,
+        seed=0,
+        tokens=16,
+        prior=1.0,
+        experts=3,
+        experts_with_few_tokens=0,
+        output_error_removed=0.5,
+    )
+    found = card(repair=repair, dataset=mix)
+    assert found.text.count("tokens of code, y.txt.gz, z.md, me/set, ") == 2
+
+
+def test_how_neurons_were_chosen() -> None:
+    worst = {"weights": {"a": 0.5, "b": 0.5}, "largest": 0.125, "bound": 0.12}
+    found = card(method=METADATA | {"worst_case": worst, "mix": {"a": 0.75, "b|": 0.25}})
+    assert "- chosen for the source that loses most: 0.1250 nats per token, and no choice gets below" in found.text
+    assert "- chosen for the mix a 75%, b\\| 25%\n" in found.text
+
+
+def test_weights_that_are_there_have_their_own_size(masks_repository: Path, tmp_path: Path) -> None:
+    export_checkpoint(masks_repository, tmp_path / "zeroed", layout="zeroed")
+    size = format_size(num_bytes(Checkpoint(tmp_path / "zeroed")))
+    text = (tmp_path / "zeroed" / "README.md").read_text()
+    assert f"| weights | {size} | {size} | +0.0% |" in text and text == card_of(tmp_path / "zeroed")
 
 
 def test_names_stay_text(tmp_path: Path) -> None:
-    name = f"a|b\n# {HOSTILE}"
+    name = f"a|b\\|c\n# {HOSTILE}"
     evaluation = write_evaluation(
-        tmp_path / "e.json", row(name, tasks={name: row("")["tasks"]["brackets"]}), dataset=name
+        tmp_path / "e.json", row(name, masks_sha256=DIGEST, tasks={name: row("")["tasks"]["brackets"]}), dataset=name
     )
     found = card(None, evaluation, model=name, dataset=name, revision=name, versions={"heapr-vllm": name})
     assert "<script>" not in found.text and len([line for line in found.text.splitlines() if line[:2] == "# "]) == 1
     for line in found.text.splitlines():
         if line.startswith("|"):
-            assert line.replace("\\|", "").count("|") in (3, 5)
+            assert line.replace("\\\\", "").replace("\\|", "").count("|") in (3, 5)
     assert found.data.eval_results[-1].dataset_name == name
 
 
@@ -99,10 +155,19 @@ def test_results_go_into_the_folder(masks_repository: Path, tmp_path: Path, caps
 
 
 def test_an_evaluation_of_something_else(masks_repository: Path, tmp_path: Path) -> None:
-    models = [row("one", stored_reduction=0.999), row("two")]
-    for rows in (models[:1], models, []):
+    digest = file_sha256(masks_repository / MASKS_FILE)
+    models = [row("one", stored_reduction=NeuronMasks.from_pretrained(masks_repository).sparsity), row("two")]
+    changed = row(masks_repository, masks_sha256=DIGEST)
+    for rows in (models[:1], models[1:], models, [], [changed], [row(name, masks_sha256=digest) for name in "ab"]):
         evaluation = read_evaluation(write_evaluation(tmp_path / "e.json", *rows))
         with pytest.raises(HeaprError, match="is not among the models of the evaluation; run `heapr eval"):
             write_results(masks_repository, evaluation)
     assert not (masks_repository / EVALUATION_FILE).exists()
     assert json.loads((tmp_path / "e.json").read_text())["models"][0]["model"] == "base"
+
+
+def test_an_evaluation_of_the_same_masks_elsewhere(masks_repository: Path, tmp_path: Path) -> None:
+    shutil.copytree(masks_repository, tmp_path / "moved")
+    moved = row("/before", perplexity=8.125, masks_sha256=file_sha256(masks_repository / MASKS_FILE))
+    write_results(tmp_path / "moved", read_evaluation(write_evaluation(tmp_path / "e.json", row("other"), moved)))
+    assert "| perplexity | 9.210 | 8.125 |" in (tmp_path / "moved" / "README.md").read_text()

@@ -204,6 +204,18 @@ def test_what_is_missing_says_which_command_makes_it(masks_repository: Path, tmp
     assert "has no frontier: heapr prune CALIB --sparsity R -o MASKS" in text
 
 
+def test_masks_put_together_have_no_frontier(pruned: Path, masks_repository: Path, tmp_path: Path) -> None:
+    assert main(["masks", "union", str(pruned), str(masks_repository), "-o", str(tmp_path / "both")]) == 0
+    evaluation = write_evaluation(tmp_path / "evaluation.json", row("another"))
+    content = json.loads(evaluation.read_text())
+    content["settings"]["loss"] = "assistant"
+    evaluation.write_text(json.dumps(content))
+    write_page([tmp_path / "both"], tmp_path / "page.html", evaluation=evaluation)
+    text = Page(tmp_path / "page.html").text
+    assert "both has no frontier: heapr masks put it together" in text and "heapr prune CALIB" not in text
+    assert "8 samples of up to 64 tokens of held_out.jsonl, assistant tokens only, seed 0" in text
+
+
 def test_an_evaluation_in_the_folder(pruned: Path, masks_repository: Path, tmp_path: Path) -> None:
     folder = tmp_path / "quarter"
     shutil.copytree(pruned, folder)
