@@ -15,10 +15,10 @@ from heapr_vllm.model_executor.tuning.stopwatch import interleave, stopwatch
 from heapr_vllm.model_executor.tuning.synthetic import Batch, MoEShape, random_batch
 
 TOKENS = (1, 16, 512)  # a step of one request, of several, and of prefill
-WEIGHTS_BYTES = 256 * 2**20  # of the experts that are timed: more than caches hold, and quickly made
-BATCHES = 3  # of fresh routing, so that weights are not those of the call before
+WEIGHTS_BYTES = 128 * 2**20  # of the experts that are timed: more than caches hold, and quickly made
+BATCHES = 2  # of fresh routing, so that weights are not those of the call before
 SECONDS = 0.2  # per token count, all kernels together
-LEAST_ROUNDS, MOST_ROUNDS = 3, 15
+LEAST_ROUNDS, MOST_ROUNDS = 2, 15
 
 
 @dataclass(frozen=True)
