@@ -35,36 +35,22 @@ def base(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_killed_calibration(base: Path, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [["--stream"], []], ids=["streamed", "in memory"])
+@pytest.mark.parametrize("is_mix", [False, True], ids=["one source", "mix"])
+def test_killed_calibration(is_mix: bool, options: list[str], base: Path, corpus: Path, tmp_path: Path) -> None:
+    dataset = [f"first={corpus}:0.6", f"second={corpus}:0.4"] if is_mix else [str(corpus)]
     command = [
         "calibrate",
         str(base),
         "--dataset",
-        str(corpus),
+        *dataset,
         "--num-calibration-samples",
         "60",
         "--max-seq-length",
         "64",
         "--checkpoint-every",
         "3",
-    ]
-    kill_and_continue(command, ["--resume"], lambda output: (output / PARTIAL_FILE).exists(), tmp_path)
-
-
-@pytest.mark.slow
-def test_killed_streamed_calibration(base: Path, corpus: Path, tmp_path: Path) -> None:
-    command = [
-        "calibrate",
-        str(base),
-        "--dataset",
-        str(corpus),
-        "--num-calibration-samples",
-        "60",
-        "--max-seq-length",
-        "64",
-        "--checkpoint-every",
-        "3",
-        "--stream",
+        *options,
     ]
     kill_and_continue(command, ["--resume"], lambda output: (output / PARTIAL_FILE).exists(), tmp_path)
 

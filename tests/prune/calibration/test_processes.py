@@ -16,11 +16,16 @@ from heapr_vllm.prune.calibration.processes import Processes
 from heapr_vllm.prune.text.samples import Samples
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_two_processes_equal_one(stream: bool, qwen3: Path, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stream", "is_mix"), [(False, False), (False, True), (True, True)])
+def test_two_processes_equal_one(stream: bool, is_mix: bool, qwen3: Path, corpus: Path, tmp_path: Path) -> None:
+    dataset = [f"first={corpus}:0.6", f"second={corpus}:0.4"] if is_mix else [str(corpus)]
     alone = calibrate(
         CalibrationSettings(
-            model=str(qwen3), dataset=str(corpus), num_calibration_samples=5, max_seq_length=64, stream=stream
+            model=str(qwen3),
+            dataset=dataset if is_mix else dataset[0],
+            num_calibration_samples=5,
+            max_seq_length=64,
+            stream=stream,
         ),
         tmp_path / "alone",
     )
@@ -36,7 +41,7 @@ def test_two_processes_equal_one(stream: bool, qwen3: Path, corpus: Path, tmp_pa
         "calibrate",
         str(qwen3),
         "--dataset",
-        str(corpus),
+        *dataset,
         "-o",
         str(tmp_path / "two"),
         "--num-calibration-samples",
@@ -50,11 +55,13 @@ def test_two_processes_equal_one(stream: bool, qwen3: Path, corpus: Path, tmp_pa
     assert result.stdout.count("wrote ") == 1
     two = NeuronMoments.from_pretrained(tmp_path / "two")
     assert two.metadata == alone.metadata | {"processes": 2}
-    for prefix, tokens in alone.tokens.items():
-        assert torch.equal(two.tokens[prefix], tokens)
-        for name in (*SUMS, *OUTPUTS, *NORMS):  # the file holds float32, the sums were float64
-            wanted = getattr(alone[prefix], name).float()
-            torch.testing.assert_close(getattr(two[prefix], name), wanted, rtol=1e-6, atol=0)
+    assert two.sources.keys() == alone.sources.keys()
+    for source, layers in alone.sources.items():
+        for prefix, layer in layers.items():
+            found = two.sources[source][prefix]
+            assert torch.equal(found.tokens, layer.tokens)
+            for name in (*SUMS, *OUTPUTS, *NORMS):  # the file holds float32, the sums were float64
+                torch.testing.assert_close(getattr(found, name), getattr(layer, name).float(), rtol=1e-6, atol=0)
     names = {path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*")}
     assert {path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*")} == names
 
