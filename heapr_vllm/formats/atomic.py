@@ -73,7 +73,7 @@ def atomic_directory(path: Path, kind: str, *, overwrite: bool = False, inputs: 
     If `path` is a symbolic link, what it points to is replaced. Raises HeaprError as `check_output`.
     """
     if _real(path).parent.is_dir():
-        _remove_leftovers(_real(path))
+        remove_leftovers(_real(path))
     check_output(path, kind, overwrite=overwrite, inputs=inputs)
     path = _real(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def alone_in(folder: Path) -> Generator[None]:
 def atomic_file(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` on a temporary name, flushes it to disk and renames it to `path`, whose folder it makes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
+    remove_leftovers(path)
     folder = path.with_name(f".{path.name}.partial.{os.getpid()}")  # safetensors puts a temporary of its own beside it
     folder.mkdir()
     try:
@@ -146,7 +146,7 @@ def _open_to_readers(file: Path) -> None:
     file.chmod(0o666 & ~mask)
 
 
-def _remove_leftovers(path: Path) -> None:
+def remove_leftovers(path: Path) -> None:
     """Removes temporaries of `path` whose process was killed; what was about to be replaced comes back."""
     for entry in path.parent.iterdir():
         match = _TEMPORARY.fullmatch(entry.name)

@@ -54,8 +54,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("text.txt:0.5 chats.jsonl", "source chats has no share, but others have"),
         ("text.txt:0.9 chats.jsonl:0.1", "source chats gets none of 4 samples; ask for 10 or more"),
         ("chats.jsonl", "the model has no chat template, so conversations cannot be rendered; give one with"),
-        ("chats.jsonl --chat-template none.jinja", "chat template none.jinja cannot be read"),
-        ("chats.jsonl --chat-template empty", "chat template empty cannot be read"),
+        ("chats.jsonl --chat-template none.jinja", "none.jinja cannot be read"),
+        ("chats.jsonl --chat-template empty", "empty cannot be read"),
         ("chats.jsonl --chat-template broken.jinja", "cannot be rendered by the chat template: unexpected"),
         (
             "roles.jsonl --chat-template refuses.jinja",

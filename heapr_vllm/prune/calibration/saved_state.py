@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.atomic import remove_leftovers
 from heapr_vllm.formats.schema import convert
 from heapr_vllm.prune.calibration.mix_collector import MixCollector
 from heapr_vllm.prune.calibration.moments import ALL, MOMENTS_FILE, NeuronMoments
@@ -40,7 +41,9 @@ class SavedState:
 
     @property
     def partial(self) -> Path:
-        rank = self.processes.rank
+        return self._partial_of(self.processes.rank)
+
+    def _partial_of(self, rank: int) -> Path:
         return self.output / (f"partial-{rank}.safetensors" if rank else PARTIAL_FILE)
 
     @property
@@ -68,6 +71,9 @@ class SavedState:
         for path in self.output.glob("partial-*.safetensors"):
             path.unlink()
         (self.output / PARTIAL_FILE).unlink(missing_ok=True)
+        if self.output.is_dir():
+            for rank in range(self.processes.size):
+                remove_leftovers(self._partial_of(rank))
 
     def _load(self, path: Path) -> NeuronMoments | None:
         """Raises HeaprError if the sums belong to other settings."""

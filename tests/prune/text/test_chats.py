@@ -104,7 +104,6 @@ def test_only_what_the_assistant_wrote_counts(template: str) -> None:
     assert written(template, CHAT[:2]) == []
 
 
-@pytest.mark.parametrize("template", [FORGETS, BEGINS])
 @pytest.mark.parametrize("template", [CHATML, MARKED])
 def test_conversations_that_the_assistant_opens(template: str) -> None:
     tokens = tokenizer()
@@ -114,6 +113,7 @@ def test_conversations_that_the_assistant_opens(template: str) -> None:
     assert tokens.decode(ids[counted]).split(END) == ["Welcome", "Ask", ""]
 
 
+@pytest.mark.parametrize("template", [FORGETS, BEGINS])
 def test_a_template_that_forgets_reasoning(template: str) -> None:
     messages = [
         user("a"),

@@ -82,7 +82,8 @@ def test_a_field_by_name(tmp_path: Path) -> None:
     assert read_dataset(spec) == ["a"]
     assert read_dataset(spec, "content") == ["b"]
     assert read_dataset(spec, "chat")[0].messages == HELLO
-    assert read_dataset(write(tmp_path / "a.md", b"plain"), "content") == ["plain"], "of a mix, others have the usual"
+    plain = write(tmp_path / "a.md", b"plain")
+    assert read_dataset(plain, "content", is_alone=False) == ["plain"], "of a mix, others have the usual"
 
 
 def test_datasets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
