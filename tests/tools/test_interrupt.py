@@ -37,10 +37,12 @@ def test_a_few_moments() -> None:
 
 
 @pytest.mark.slow
-def test_moments_of_every_command() -> None:
-    status, rows, output = run("tools.interrupt", "--moments", "10", "--startups", "1")
+def test_moments_of_commands_that_write_folders() -> None:
+    """And pictures; `eval` and `tune` take long, with the tool itself."""
+    commands = ("calibrate", "prune", "sweep", "inspect", "export")
+    status, rows, output = run("tools.interrupt", "--moments", "10", "--startups", "1", "--command", *commands)
     assert status == 0, output
-    assert len({row[0] for row in rows}) == 14
+    assert len({row[0] for row in rows}) == 12
 
 
 def test_full_disks_and_read_only_folders() -> None:
