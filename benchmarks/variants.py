@@ -2,14 +2,13 @@
 """The checkpoints of a comparison, made of a dense one and masks: for the plugin, or zeroed for any engine."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from heapr_vllm.formats.checkpoint import SIDE_FILES, Checkpoint
+from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.config import MASKS_FILE, BaseModel, PruningConfig
 from heapr_vllm.formats.masks import NeuronMasks, file_sha256
 from heapr_vllm.formats.quantized import ExpertScheme
@@ -74,6 +73,4 @@ def _write_side_files(dense: Path, output: Path, extra: dict[str, Any]) -> None:
     """config.json of `dense` with `extra`, and its tokenizer."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.json").write_text(json.dumps({**Checkpoint(dense).config, **extra}, indent=2) + "\n")
-    for name in SIDE_FILES:
-        if (dense / name).is_file():
-            shutil.copyfile(dense / name, output / name)
+    Checkpoint(dense).copy_side_files(output)

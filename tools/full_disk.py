@@ -20,7 +20,8 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
-from tools.interrupt import COMMANDS, ENVIRONMENT, IMPORTED_BY_COMMANDS, Contents, Trial, contents, make_inputs
+from tools.command_trial import Contents, Trial, contents
+from tools.writing_commands import COMMANDS, ENVIRONMENT, IMPORTED_BY_COMMANDS, make_inputs
 
 SHARES = (0.0, 0.2, 0.5, 0.8)  # of what is to be written
 PAGE = os.sysconf("SC_PAGE_SIZE")

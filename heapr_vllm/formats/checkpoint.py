@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -183,6 +184,12 @@ class Checkpoint:
     def is_draft(self, prefix: str) -> bool:
         """Tells whether an MoE module belongs to multi-token prediction, which is never pruned."""
         return is_draft_layer(prefix, self.text.num_hidden_layers)
+
+    def copy_side_files(self, folder: Path) -> None:
+        """Copies SIDE_FILES, as far as they are there, into `folder`."""
+        for name in SIDE_FILES:
+            if inside(self.path, name).is_file():
+                shutil.copyfile(self.path / name, folder / name)
 
     def check_readable(self) -> None:
         """Raises HeaprError if a shard is missing, cut short, or lacks a tensor of the index. Reads headers only."""

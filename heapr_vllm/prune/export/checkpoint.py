@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from heapr_vllm.formats.atomic import CHECKPOINT, alone_in, atomic_directory, check_output
 from heapr_vllm.formats.base_model import base_checkpoint, check_base
-from heapr_vllm.formats.checkpoint import SIDE_FILES, Checkpoint
+from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.config import FORMAT_VERSION, MASKS_FILE, PruningConfig
 from heapr_vllm.formats.folder import inside
 from heapr_vllm.formats.masks import NeuronMasks
@@ -123,9 +123,7 @@ def _write_side_files(
     config: dict[str, Any],
 ) -> None:
     """Writes all that is not weights: tokenizer, masks, records, card and config.json."""
-    for name in SIDE_FILES:
-        if inside(inputs.base.path, name).is_file():
-            shutil.copyfile(inputs.base.path / name, folder / name)
+    inputs.base.copy_side_files(folder)
     (folder / MASKS_FILE).parent.mkdir()
     shutil.copyfile(masks_path(inputs.masks_dir), folder / MASKS_FILE)
     for name in (CALIBRATION_FILE, FRONTIER_FILE):

@@ -14,9 +14,8 @@ import torch
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.atomic import MASKS, atomic_directory
-from heapr_vllm.formats.checkpoint import SIDE_FILES, Checkpoint
+from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.config import MASKS_FILE
-from heapr_vllm.formats.folder import inside
 from heapr_vllm.formats.masks import NeuronMasks, file_sha256
 from heapr_vllm.formats.pruned import read_masks
 from heapr_vllm.prune.calibration.record import CALIBRATION_FILE
@@ -67,9 +66,7 @@ def _write(masks: NeuronMasks, repositories: Sequence[Path], output: Path, overw
     first = repositories[0]
     with atomic_directory(output, MASKS, overwrite=overwrite, inputs=repositories) as folder:
         masks.save_pretrained(folder)
-        for name in SIDE_FILES:
-            if inside(first, name).is_file():
-                shutil.copyfile(first / name, folder / name)
+        Checkpoint(first).copy_side_files(folder)
         shutil.copyfile(first / "heapr" / CALIBRATION_FILE, folder / "heapr" / CALIBRATION_FILE)
         pruning = replace(
             read_pruning_config(first),

@@ -11,9 +11,8 @@ from typing import Any
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.atomic import MASKS, atomic_directory
-from heapr_vllm.formats.checkpoint import SIDE_FILES, Checkpoint
+from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.config import MASKS_FILE, BaseModel, PruningConfig
-from heapr_vllm.formats.folder import inside
 from heapr_vllm.formats.masks import NeuronMasks, file_sha256
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationRecord
@@ -45,9 +44,7 @@ def write_masks_repository(
     base = Checkpoint(calibration)  # its config.json
     with atomic_directory(output, MASKS, overwrite=overwrite, inputs=[calibration]) as folder:
         masks.save_pretrained(folder)
-        for name in SIDE_FILES:
-            if inside(calibration, name).is_file():
-                shutil.copyfile(calibration / name, folder / name)
+        base.copy_side_files(folder)
         if mix := masks.metadata.get("mix"):
             replace(record, mix=mix, tokens=masks.metadata["tokens"]).write(folder / "heapr")
         else:
