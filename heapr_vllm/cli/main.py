@@ -22,6 +22,7 @@ from heapr_vllm.cli.prune import add_inspect, add_prune, add_sweep
 from heapr_vllm.cli.push import add_push
 from heapr_vllm.cli.refusals import refusal
 from heapr_vllm.cli.report import add_report
+from heapr_vllm.cli.traffic import add_traffic
 from heapr_vllm.cli.tune import add_tune
 from heapr_vllm.errors import HeaprError, first_line
 
@@ -35,6 +36,7 @@ COMMANDS = (
     add_prune,
     add_sweep,
     add_masks,
+    add_traffic,
     add_export,
     add_inspect,
     add_eval,

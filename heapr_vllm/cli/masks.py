@@ -22,7 +22,9 @@ def add_masks(commands: options.Commands) -> None:
         "heapr masks union code-masks chat-masks -o masks",
     )
     command.add_argument(
-        "how", choices=("union", "intersect"), help="keep what any of them keeps, or only what all of them keep"
+        "how",
+        choices=("union", "intersect", "full"),
+        help="keep what any of them keeps, only what all of them keep, or everything",
     )
     command.add_argument("masks", type=Path, nargs="+", metavar="MASKS")
     options.output(command, "MASKS")

@@ -57,10 +57,17 @@ def add_prune(commands: options.Commands) -> None:
         choices=("int8", "fp8"),
         help="store experts in 8 bits: while loading where the masks are served, and by `heapr export`",
     )
-    options.mix(command).add_argument(
+    weighed = options.mix(command)
+    weighed.add_argument(
         "--worst-case",
         action="store_true",
         help="of a mix: the least loss in the source that loses most, by the criterion fisher",
+    )
+    weighed.add_argument(
+        "--traffic",
+        type=Path,
+        metavar="TRAFFIC",
+        help="experts as busy, and neurons as active, as in what HEAPR_TRAFFIC recorded while `vllm serve` ran",
     )
     options.selection(command)
     options.output(command, "MASKS")
@@ -69,11 +76,13 @@ def add_prune(commands: options.Commands) -> None:
 def run_prune(args: argparse.Namespace) -> None:
     from heapr_vllm.formats.checkpoint import Checkpoint
     from heapr_vllm.formats.quantized import ExpertScheme
+    from heapr_vllm.formats.traffic import Traffic
     from heapr_vllm.prune.calibration.moments import NeuronMoments
     from heapr_vllm.prune.export.masks_repository import write_masks_repository
     from heapr_vllm.prune.report.summary import format_report, load_report, speed_note
     from heapr_vllm.prune.selection.budget import Budget, stored_for_size
     from heapr_vllm.prune.selection.selector import Selector, default_criterion
+    from heapr_vllm.prune.selection.served_traffic import as_served
     from heapr_vllm.prune.selection.sweep import frontier
     from heapr_vllm.prune.selection.worst_case import CRITERION, worst_case
     from heapr_vllm.prune.text.sources import parse_mix
@@ -84,6 +93,8 @@ def run_prune(args: argparse.Namespace) -> None:
     moments = NeuronMoments.from_pretrained(args.calibration)
     if args.mix:
         moments = moments.mixed(parse_mix(args.mix))
+    if args.traffic:
+        moments = as_served(moments, Traffic.load(args.traffic))
     selector = Selector(moments, args.criterion or default_criterion(args.flops), **_selection(args))
     scheme = None
     if args.quantize:

@@ -15,6 +15,7 @@ from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Rou
 from heapr_vllm.model_executor.pruned_layer import PrunedLayer
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 from heapr_vllm.model_executor.storage.scales import Scales
+from heapr_vllm.model_executor.storage.traffic_sums import TrafficSums
 
 
 class HeaprExperts(mk.FusedMoEExpertsModular):
@@ -110,6 +111,13 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
         if apply_router_weight_on_input:
             topk_weights = torch.ones_like(topk_weights)
         routes = Routes(topk_weights, topk_ids, self.layer.heapr_slots)
-        table, scales = self.layer.heapr_table, self.scales(self.layer)
-        experts = ExpertRows(w1, w2, table, self.max_width, self.uniform_experts, scales)
+        table, scales, traffic = self.layer.heapr_table, self.scales(self.layer), _traffic_sums(self.layer)
+        experts = ExpertRows(w1, w2, table, self.max_width, self.uniform_experts, scales, traffic)
         self.kernel.run_in_graph(output, hidden_states, routes, experts)
+
+
+def _traffic_sums(layer: PrunedLayer) -> TrafficSums | None:
+    """What a `TrafficRecorder` registered; None if the layer is not recorded."""
+    if not hasattr(layer, "heapr_tokens"):
+        return None
+    return TrafficSums(layer.heapr_activation_sq, layer.heapr_tokens)

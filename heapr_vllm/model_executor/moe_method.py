@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -54,13 +55,18 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         kernel: RaggedKernel,
         scheme: ExpertScheme | None,
         base: BaseQuantization | None,
+        record: Callable[[PrunedLayer, DenseStorage], None] | None = None,
     ) -> None:
-        """`scheme`: how experts are stored, None in the model's dtype; `base`: format of codes that masks slice."""
+        """`scheme`: how experts are stored, None in the model's dtype; `base`: format of codes that masks slice.
+
+        `record`: registers the loaded layer with whoever records its traffic.
+        """
         super().__init__(moe)
         self.masks = masks
         self.kernel = kernel
         self.scheme = scheme
         self.base = base
+        self.record = record
         self.router = compat.cpu_router()
         self.needs_weights = True
 
@@ -153,6 +159,8 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         w13, w2, scales = layer.w13_weight.data, layer.w2_weight.data, self.storage.scales(layer)
         self.kernel.pack(w13, w2, self.storage.layout, scales)
         self._register_tables(layer)
+        if self.record:
+            self.record(layer, self.storage)
         rows = ExpertRows(w13, w2, layer.heapr_table, self.storage.layout.max_width, scales=scales)
         self.kernel.warm_up(layer.heapr_slots, rows, self.moe.experts_per_token, self.max_tokens, self.dtype)
         if self.moe_kernel is None:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
     from heapr_vllm.model_executor.kernels.base import RaggedKernel
+    from heapr_vllm.model_executor.pruned_layer import PrunedLayer
+    from heapr_vllm.model_executor.storage.dense import DenseStorage
 
 OWN_TO_A_PROCESS = ("masks", "masks_path", "bases", "inner")  # made anew by every worker
 
@@ -198,11 +201,23 @@ class HeaprConfig(QuantizationConfig):
         refuse_unsupported(pruned, self)
         scheme, base = self.storage_formats()
         masks = self.layer_masks(prefix)
-        kernel = self.kernel(pruned.moe_config, masks.keep.shape, scheme)
-        _note_for_graphs(kernel, scheme, self.inner_block)
-        return HeaprMoEMethod(pruned.moe_config, masks, kernel, scheme, base)
+        record = self._record(prefix)
+        kernel = self.kernel(pruned.moe_config, masks.keep.shape, scheme, adds_up_traffic=record is not None)
+        _note_for_graphs(kernel, scheme, self.inner_block, record is not None)
+        return HeaprMoEMethod(pruned.moe_config, masks, kernel, scheme, base, record)
 
-    def kernel(self, moe: FusedMoEConfig, shape: torch.Size, scheme: ExpertScheme | None) -> RaggedKernel:
+    def _record(self, prefix: str) -> Callable[[PrunedLayer, DenseStorage], None] | None:
+        """What is to be done with the loaded layer if traffic is recorded. Raises HeaprError as `recorder`."""
+        from heapr_vllm.model_executor.traffic_recorder import recorder, traffic_folder
+
+        if (folder := traffic_folder()) is None:
+            return None
+        to = recorder(folder, self.model_name, self.masks, self.pruning.base_model.fingerprint)
+        return partial(to.add, self.name_in_masks(prefix))
+
+    def kernel(
+        self, moe: FusedMoEConfig, shape: torch.Size, scheme: ExpertScheme | None, *, adds_up_traffic: bool = False
+    ) -> RaggedKernel:
         """Returns what runs the layers of `shape` (num_experts, moe_intermediate_size), all of them alike.
 
         Raises HeaprError if nothing can.
@@ -226,7 +241,8 @@ class HeaprConfig(QuantizationConfig):
             moe.in_dtype,
             num_local_experts=moe.num_local_experts,
         )
-        return choose_kernel(candidates(moe.in_dtype, moe.hidden_dim, scheme), layer)
+        able = candidates(moe.in_dtype, moe.hidden_dim, scheme, adds_up_traffic=adds_up_traffic)
+        return choose_kernel(able, layer)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Hands on how vLLM renames modules, which the base model's block names."""
@@ -268,12 +284,15 @@ class HeaprConfig(QuantizationConfig):
         return is_draft_layer(prefix, self.num_layers)
 
 
-def _note_for_graphs(kernel: RaggedKernel, scheme: ExpertScheme | None, inner: dict[str, Any] | None) -> None:
+def _note_for_graphs(
+    kernel: RaggedKernel, scheme: ExpertScheme | None, inner: dict[str, Any] | None, adds_up_traffic: bool
+) -> None:
     """Puts into the config, by which vLLM's cache of compiled graphs is keyed, what graphs hold beside the widths.
 
-    The kernel's name is a constant of theirs, and how weights are stored comes from the base model.
+    The kernel's name is a constant of theirs, how weights are stored comes from the base model, and where traffic is
+    added up there are more tensors.
     """
     config = get_current_vllm_config_or_none()
     block = getattr(config.model_config.hf_config, "quantization_config", None) if config else None
     if isinstance(block, dict):
-        block["stored"] = [kernel.name, scheme.to_dict() if scheme else None, inner]
+        block["stored"] = [kernel.name, scheme.to_dict() if scheme else None, inner, adds_up_traffic]

@@ -13,6 +13,7 @@ import torch
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.storage.layout import RaggedLayout, round_up
 from heapr_vllm.model_executor.storage.scales import Scales
+from heapr_vllm.model_executor.storage.traffic_sums import TrafficSums
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class ExpertRows:
     max_width: widest stored width.
     uniform_experts: number of experts if all of the model's are here, in order and at one stored width, otherwise 0.
     scales: of codes; None for the model's dtype.
+    traffic: where kernels that can add up the tokens of a call do so; None if nobody wants it.
     """
 
     w13: torch.Tensor
@@ -47,6 +49,7 @@ class ExpertRows:
     max_width: int
     uniform_experts: int = 0
     scales: Scales | None = None
+    traffic: TrafficSums | None = None
 
 
 class RaggedKernel(ABC):
@@ -54,11 +57,13 @@ class RaggedKernel(ABC):
 
     share_unit: neurons that a tensor-parallel rank's share of an expert is a multiple of.
     width_unit: neurons that stored widths are multiples of.
+    adds_up_traffic: whether it knows `ExpertRows.traffic`.
     """
 
     name: ClassVar[str]
     share_unit: ClassVar[int] = 16
     width_unit: ClassVar[int] = 1
+    adds_up_traffic: ClassVar[bool] = False
 
     def is_default(self) -> bool:
         """Whether it may be taken unasked on machines of this kind."""
@@ -122,6 +127,8 @@ class RaggedKernel(ABC):
             self.name,
             experts.scales.w13 if experts.scales else None,
             experts.scales.w2 if experts.scales else None,
+            experts.traffic.activation_sq if experts.traffic else None,
+            experts.traffic.tokens if experts.traffic else None,
         )
 
 

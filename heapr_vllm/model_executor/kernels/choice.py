@@ -41,19 +41,25 @@ def kernels() -> dict[str, RaggedKernel]:
     return {kernel.name: kernel for kernel in ordered}
 
 
-def candidates(dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None) -> list[RaggedKernel]:
+def candidates(
+    dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None, *, adds_up_traffic: bool = False
+) -> list[RaggedKernel]:
     """Returns the kernels for a layer of this type and size, whose experts are stored as `scheme` says.
 
-    Never empty. Raises HeaprError if the forced one cannot run the layer, or none can.
+    `adds_up_traffic`: only those that do. Never empty. Raises HeaprError if the forced one cannot run the layer, or
+    none can.
     """
     if kernel := forced_kernel():
         _refuse(kernel, kernel.layer_obstacle(dtype, hidden_size, scheme))
+        if adds_up_traffic and not kernel.adds_up_traffic:
+            _refuse(kernel, "it does not add up traffic; unset HEAPR_TRAFFIC")
         return [kernel]
     *fast, reference = kernels().values()
     found = [
         kernel
         for kernel in fast
         if kernel.is_default()
+        and (kernel.adds_up_traffic or not adds_up_traffic)
         and kernel.layer_obstacle(dtype, hidden_size, scheme) is None
         and kernel.machine_obstacle() is None
     ]

@@ -12,6 +12,7 @@ class ReferenceKernel(RaggedKernel):
     """Runs everywhere but in CUDA graphs, since it reads its tables on the host."""
 
     name = "reference"
+    adds_up_traffic = True
 
     def layer_obstacle(self, dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None) -> str | None:
         if _captures_graphs():
@@ -25,7 +26,8 @@ class ReferenceKernel(RaggedKernel):
 def ragged_moe_reference(x: torch.Tensor, routes: Routes, experts: ExpertRows) -> torch.Tensor:
     """Returns the sum over the top-k experts e of topk_weight * down_e(silu(gate_e x) * up_e x), [T, H] in x's dtype.
 
-    Rows as in `storage/layout.py`, tables as `RaggedKernel.index_tables` makes them. Routes are summed in fp32.
+    Rows as in `storage/layout.py`, tables as `RaggedKernel.index_tables` makes them. Routes are summed in fp32. Adds to
+    `experts.traffic`, if it is there.
     """
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     route_slots = routes.slots[routes.ids.flatten()]
@@ -38,6 +40,9 @@ def ragged_moe_reference(x: torch.Tensor, routes: Routes, experts: ExpertRows) -
         w13, w2 = expert_weights(experts, slot, start, width)
         gate, up = F.linear(x[token], w13.to(x.dtype)).chunk(2, -1)
         hidden = F.silu(gate.float()) * up.float()
+        if experts.traffic:
+            experts.traffic.tokens[slot] += len(chosen)
+            experts.traffic.activation_sq[slot, :width] += hidden.double().square().sum(0)
         down = hidden.to(x.dtype) @ w2.to(x.dtype)
         output.index_add_(0, token, down.float() * weights[chosen, None].float())
     return output.to(x.dtype)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks of one model put together: `heapr masks union` keeps what any of them keeps, `intersect` what all keep."""
+"""Masks of one model put together: `heapr masks union` keeps what any of them keeps, `intersect` what all keep.
+
+`full` keeps everything: the unpruned model with the plugin, for comparisons and to record its traffic.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +24,20 @@ from heapr_vllm.prune.calibration.record import CALIBRATION_FILE
 from heapr_vllm.prune.export.masks_repository import read_pruning_config, write_config
 from heapr_vllm.prune.report.card import card_of
 
-HOW: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "union": torch.logical_or,
-    "intersect": torch.logical_and,
+HOW: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # bool [repositories, E, I] to [E, I]
+    "union": lambda keep: keep.any(0),
+    "intersect": lambda keep: keep.all(0),
+    "full": lambda keep: torch.ones_like(keep[0]),
 }
 
 
 def combine_masks(how: str, repositories: Sequence[Path], output: Path, *, overwrite: bool = False) -> NeuronMasks:
-    """Writes a masks repository that keeps the `how` ("union" or "intersect") of what `repositories` keep.
+    """Writes a masks repository that keeps the `how` ("union", "intersect", "full") of what `repositories` keep.
 
-    Everything but the masks is that of the first one. Raises HeaprError if there are fewer than two, they are no masks
-    repositories or of different models, or `output` may not be written.
+    Everything but the masks is that of the first one. Raises HeaprError if there are fewer than two, but for "full",
+    they are no masks repositories or of different models, or `output` may not be written.
     """
-    if len(repositories) < 2:
+    if len(repositories) < 2 and how != "full":
         raise HeaprError(f"heapr masks {how} needs two masks repositories or more")
     configs = [read_pruning_config(path) for path in repositories]
     for path, config in zip(repositories, configs, strict=True):
@@ -47,7 +50,7 @@ def combine_masks(how: str, repositories: Sequence[Path], output: Path, *, overw
         if not is_same or shapes != {prefix: keep.shape for prefix, keep in all_masks[0].keep.items()}:
             raise HeaprError(f"{path} and {repositories[0]} are masks of different models; combine those of one model")
     masks = NeuronMasks(
-        {prefix: reduce(HOW[how], [each.keep[prefix] for each in all_masks]) for prefix in all_masks[0].keep},
+        {prefix: HOW[how](torch.stack([each.keep[prefix] for each in all_masks])) for prefix in all_masks[0].keep},
         _metadata(how, all_masks),
     )
     masks = replace(masks, metadata=masks.metadata | {"sparsity": round(masks.sparsity, 6)})

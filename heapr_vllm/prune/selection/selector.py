@@ -90,7 +90,7 @@ class Selector:
             "unrouted": unrouted,
             "protected": protected,
             "tokens": {prefix: tokens.tolist() for prefix, tokens in moments.tokens.items()},
-            **({"mix": moments.metadata["mix"]} if "mix" in moments.metadata else {}),
+            **{name: moments.metadata[name] for name in ("mix", "traffic") if name in moments.metadata},
             "base_model": {
                 "name_or_path": moments.metadata.get("model", ""),
                 "revision": moments.metadata.get("revision"),

@@ -32,6 +32,7 @@ from heapr_vllm.model_executor.kernels.cpu_native import WIDTH_UNIT, BucketsKern
 from heapr_vllm.model_executor.kernels.op import register_op
 from heapr_vllm.model_executor.kernels.reference import ReferenceKernel
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
+from heapr_vllm.model_executor.storage.traffic_sums import TrafficSums
 
 current_platform.import_kernels()
 register_op()
@@ -134,6 +135,39 @@ def test_absent_ids_add_nothing(kernel: RaggedKernel) -> None:
     torch.testing.assert_close(without_weight, built.run(ids=built.routes.ids.where(is_here, -1)))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_traffic_against_the_reference(case: tuple, dtype: torch.dtype) -> None:
+    """Two calls add up; the output is the same as without."""
+    if not extension.load():
+        pytest.skip("no C++ compiler")
+    sums = []
+    for kernel in (ReferenceKernel(), CompiledKernel()):
+        built = layer(case, dtype, kernel)
+        with_traffic = built._replace(experts=replace(built.experts, traffic=no_traffic(built.experts)))
+        assert torch.equal(with_traffic.run(), built.run())
+        with_traffic.run()
+        sums.append(by_expert(with_traffic, max(case[1])))
+    (expected, expected_tokens), (found, tokens) = sums
+    rtol, atol = TOLERANCES[dtype]
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+    assert torch.equal(tokens, expected_tokens)
+
+
+def by_expert(layer: Layer, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of squares [experts, width] and tokens [experts] that a layer's runs left; none of experts without slot."""
+    traffic, slots = layer.experts.traffic, layer.routes.slots[:-1]
+    assert traffic is not None
+    energy = F.pad(traffic.activation_sq, (0, max(0, width - layer.experts.max_width), 0, 1))
+    return energy[slots.long(), :width], F.pad(traffic.tokens, (0, 1))[slots.long()]
+
+
+def no_traffic(experts: ExpertRows) -> TrafficSums:
+    slots = len(experts.table)
+    energy = torch.zeros(slots, experts.max_width, dtype=torch.float64)
+    return TrafficSums(energy, torch.zeros(slots, dtype=torch.int64))
+
+
 @pytest.mark.skipif(not extension.load(), reason="no C++ compiler")
 class TestCompiledOp:
     def test_does_not_depend_on_the_number_of_threads(self) -> None:
@@ -158,6 +192,14 @@ class TestCompiledOp:
         for wrong, rows in ((x.half(), w13), (x, w13[1:]), (x[:, :48], w13), (x[1:], w13)):
             with pytest.raises(RuntimeError, match="cpu_ragged_moe"):
                 built._replace(experts=replace(built.experts, w13=rows)).run(wrong)
+        traffic = no_traffic(built.experts)
+        for sums in (
+            replace(traffic, activation_sq=traffic.activation_sq.float()),
+            replace(traffic, activation_sq=traffic.activation_sq[1:]),
+            replace(traffic, tokens=traffic.tokens[1:]),
+        ):
+            with pytest.raises(RuntimeError, match="sums of traffic"):
+                built._replace(experts=replace(built.experts, traffic=sums)).run()
 
     def test_no_tokens(self) -> None:
         assert layer((0, [64, 32], 2, 64, 3, ()), torch.bfloat16, CompiledKernel()).run().shape == (0, 64)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`heapr masks union` and `intersect`."""
+"""`heapr masks union`, `intersect` and `full`."""
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from heapr_vllm.cli.main import main
 from heapr_vllm.formats.config import PruningConfig
@@ -21,14 +22,18 @@ def two(calibration: Path, tmp_path: Path) -> list[Path]:
     return [tmp_path / "heapr", tmp_path / "random"]
 
 
-@pytest.mark.parametrize("how", ["union", "intersect"])
+@pytest.mark.parametrize("how", ["union", "intersect", "full"])
 def test_combined(how: str, two: list[Path], tmp_path: Path) -> None:
     output = tmp_path / "combined"
     assert main(["masks", how, *map(str, two), "-o", str(output)]) == 0
     first, second, found = (read_masks(path).keep for path in (*two, output))
     for prefix, keep in found.items():
-        wanted = first[prefix] | second[prefix] if how == "union" else first[prefix] & second[prefix]
-        assert keep.equal(wanted)
+        wanted = {
+            "union": first[prefix] | second[prefix],
+            "intersect": first[prefix] & second[prefix],
+            "full": torch.ones_like(keep),
+        }
+        assert keep.equal(wanted[how])
     block = PruningConfig.from_dict(json.loads((output / "config.json").read_text())["quantization_config"])
     assert block.sparsity == pytest.approx(read_masks(output).sparsity, abs=1e-6)
     assert main(["inspect", str(output)]) == 0

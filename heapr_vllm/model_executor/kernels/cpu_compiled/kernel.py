@@ -20,6 +20,7 @@ class CompiledKernel(RaggedKernel):
 
     name = "compiled"
     width_unit = WIDTH_UNIT
+    adds_up_traffic = True
 
     def is_default(self) -> bool:
         return current_platform.is_cpu()
@@ -59,11 +60,16 @@ class CompiledKernel(RaggedKernel):
             experts.table,
             experts.scales.w13 if experts.scales else None,
             experts.scales.w2 if experts.scales else None,
+            experts.traffic.activation_sq if experts.traffic else None,
+            experts.traffic.tokens if experts.traffic else None,
         )
 
     def run_in_graph(self, output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows) -> None:
-        """Does as `run`, which is one op already."""
-        self.run(output, x, routes, experts)
+        """Does as `run`, which is one op already; with traffic through the one that knows which calls count."""
+        if experts.traffic:
+            super().run_in_graph(output, x, routes, experts)
+        else:
+            self.run(output, x, routes, experts)
 
 
 def can_run() -> bool:

@@ -78,6 +78,13 @@ struct Scales {
   bool by_channel = false;
 };
 
+// What the caller adds up over calls: squares of hidden activations [slots][max_width], and routes [slots]; or nothing.
+struct Traffic {
+  double* activation_sq = nullptr;
+  int64_t* tokens = nullptr;
+  int64_t max_width = 0;
+};
+
 // Rows of hidden activations times factors of their columns, or without any as they are, in the type of activations.
 template <typename Row>
 void scale_rows(const float* h, int64_t count, int64_t width, const float* scale, Row* out) {
@@ -100,6 +107,7 @@ struct Layer {
   const int32_t* slots;
   const int32_t* table;
   T* output;
+  Traffic traffic;
   int64_t hidden, top_k, num_experts, num_slots;
 
   // Output rows of tokens [begin, end).
@@ -109,6 +117,7 @@ struct Layer {
     static thread_local std::vector<Hidden> h;  // kept from call to call, like the others
     h.resize(std::max<size_t>(h.size(), sort(begin, end, routes, experts)));
     gate_up(routes.data(), experts, h.data());
+    if (traffic.activation_sq) add_traffic(experts, h.data());
     down(begin, end, routes.data(), experts, h.data());
   }
 
@@ -185,6 +194,26 @@ struct Layer {
     });
   }
 
+  // Adds the routes of every expert and the squares of its hidden activations, summed in fp32 over a chunk, to `traffic`.
+  void add_traffic(const std::vector<Expert>& experts, const Hidden* h) const {
+    for_tasks(experts.size(), [&] {
+      return [&](int64_t number) {
+        const Expert& e = experts[number];
+        double* total = traffic.activation_sq + e.slot * traffic.max_width;
+        for (int64_t column = 0; column < e.width; column += kLanes) {
+          float sums[kLanes] = {};
+          for (int64_t r = 0; r < e.end - e.begin; ++r)
+            for (int64_t i = 0; i < kLanes; ++i) {
+              const float value = h[e.h + r * e.width + column + i];
+              sums[i] += value * value;
+            }
+          for (int64_t i = 0; i < kLanes; ++i) total[column + i] += sums[i];
+        }
+        traffic.tokens[e.slot] += e.end - e.begin;
+      };
+    });
+  }
+
   // Of the panel of gate and up that starts at this row of w13.
   PanelScales w13_scales(int64_t row) const {
     if constexpr (!kCodes) return {};
@@ -252,6 +281,7 @@ struct Arguments {
   at::Tensor& output;
   const at::Tensor &x, &w13, &w2, &weights, &ids, &slots, &table;
   Scales scales;
+  Traffic traffic;
 };
 
 template <typename T, typename W>
@@ -267,6 +297,7 @@ void run(const Arguments& a) {
                           a.slots.const_data_ptr<int32_t>(),
                           a.table.const_data_ptr<int32_t>(),
                           a.output.mutable_data_ptr<T>(),
+                          a.traffic,
                           a.x.size(1),
                           a.ids.size(1),
                           a.slots.size(0) - 1,
@@ -302,13 +333,26 @@ Scales scales_of(const at::Tensor& w13, const at::Tensor& w2, const std::optiona
   return {w13_scale->const_data_ptr<float>(), w2_scale->const_data_ptr<float>(), groups, by_channel};
 }
 
+// Checks the sums of traffic and says where they lie.
+Traffic traffic_of(const std::optional<at::Tensor>& activation_sq, const std::optional<at::Tensor>& tokens,
+                   int64_t num_slots) {
+  if (!activation_sq) return {};
+  TORCH_CHECK(tokens && activation_sq->dim() == 2 && activation_sq->size(0) == num_slots &&
+                  activation_sq->is_contiguous() && activation_sq->scalar_type() == at::kDouble &&
+                  tokens->numel() == num_slots && tokens->is_contiguous() && tokens->scalar_type() == at::kLong,
+              "cpu_ragged_moe: sums of traffic are float64 [slots, widest width] and int64 [slots], contiguous");
+  return {activation_sq->mutable_data_ptr<double>(), tokens->mutable_data_ptr<int64_t>(), activation_sq->size(1)};
+}
+
 // Writes the MoE output [T, H]. x [T, H]; w13 [2 * rows, H] and w2 [rows, H] packed as above, of x's dtype, or int8 or
 // float8_e4m3fn with float32 scales, for w13 [2 * rows, groups] and for w2 [rows, groups], or by channel [2 * rows, 1]
 // and [num_slots, H]; weights float32 and ids int32 [T, k]; slots int32 [num_experts + 1]; table int32 [num_slots, 2],
-// first row and width, a multiple of 16.
+// first row and width, a multiple of 16. Adds the call's tokens to activation_sq float64 [num_slots, widest width] and
+// tokens int64 [num_slots], if they are there.
 void cpu_ragged_moe(at::Tensor& output, const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
                     const at::Tensor& weights, const at::Tensor& ids, const at::Tensor& slots, const at::Tensor& table,
-                    const std::optional<at::Tensor>& w13_scale, const std::optional<at::Tensor>& w2_scale) {
+                    const std::optional<at::Tensor>& w13_scale, const std::optional<at::Tensor>& w2_scale,
+                    const std::optional<at::Tensor>& activation_sq, const std::optional<at::Tensor>& tokens) {
   TORCH_CHECK(x.dim() == 2, "cpu_ragged_moe: activations [tokens, hidden size]");
   const bool codes = w13.scalar_type() == at::kChar || w13.scalar_type() == at::kFloat8_e4m3fn;
   for (const at::Tensor* tensor : {static_cast<const at::Tensor*>(&output), &w13, &w2})
@@ -323,7 +367,8 @@ void cpu_ragged_moe(at::Tensor& output, const at::Tensor& x, const at::Tensor& w
               "cpu_ragged_moe: weights and ids [tokens, k], table [slots, 2], contiguous");
   const at::Tensor plain_weights = weights.to(at::kFloat).contiguous(), plain_ids = ids.to(at::kInt).contiguous();
   const Scales scales = codes ? scales_of(w13, w2, w13_scale, w2_scale, table.size(0)) : Scales{};
-  const Arguments arguments{output, x, w13, w2, plain_weights, plain_ids, slots, table, scales};
+  const Traffic traffic = traffic_of(activation_sq, tokens, table.size(0));
+  const Arguments arguments{output, x, w13, w2, plain_weights, plain_ids, slots, table, scales, traffic};
   switch (x.scalar_type()) {
     case at::kFloat: return run<float>(arguments);
     case at::kHalf: return run<at::Half>(arguments);
@@ -337,7 +382,8 @@ void cpu_ragged_moe(at::Tensor& output, const at::Tensor& x, const at::Tensor& w
 TORCH_LIBRARY_FRAGMENT(heapr, library) {
   library.def(
       "cpu_ragged_moe(Tensor(a!) output, Tensor hidden_states, Tensor w13, Tensor w2, Tensor topk_weights, "
-      "Tensor topk_ids, Tensor slots, Tensor table, Tensor? w13_scale=None, Tensor? w2_scale=None) -> ()");
+      "Tensor topk_ids, Tensor slots, Tensor table, Tensor? w13_scale=None, Tensor? w2_scale=None, "
+      "Tensor(b!)? activation_sq=None, Tensor(c!)? tokens=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(heapr, CPU, library) { library.impl("cpu_ragged_moe", &cpu_ragged_moe); }

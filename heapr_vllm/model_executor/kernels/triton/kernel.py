@@ -22,6 +22,7 @@ class TritonKernel(RaggedKernel):
     name = "triton"
     share_unit = TRITON_UNIT
     width_unit = TRITON_UNIT
+    adds_up_traffic = True
 
     def is_default(self) -> bool:
         return current_platform.is_cuda_alike()

@@ -25,6 +25,7 @@ from heapr_vllm.model_executor.kernels.triton.tiles import (
     configs_up_to,
 )
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
+from heapr_vllm.model_executor.storage.traffic_sums import TrafficSums
 
 PREFETCHED_SLABS = 4
 
@@ -199,8 +200,27 @@ def triton_ragged_moe(
     hidden = x.new_empty(blocks.hidden_rows, experts.max_width)
     routed = x.new_empty(num_tokens * top_k, hidden_size)
     up_projection(hidden, x, experts, top_k, blocks, config)
+    if experts.traffic:
+        _add_up(experts.traffic, hidden, ids, blocks, config)
     down_projection(routed, hidden, experts, blocks, config)
     combine(output, routed, weights, ids, experts.table, num_experts, config)
+
+
+def _add_up(
+    traffic: TrafficSums, hidden: torch.Tensor, ids: torch.Tensor, blocks: RouteBlocks, config: TileConfig
+) -> None:
+    """Adds the rows of `hidden` that are routes to `traffic`: four launches more, which nobody needs to be fast."""
+    if config.one_route:
+        slots = blocks.block_slots[ids.flatten().long() + 1]
+        is_route = slots >= 0
+    else:
+        slots = blocks.block_slots.repeat_interleave(config.block_m)
+        rows = torch.arange(len(slots), device=slots.device)
+        is_route = (rows < blocks.num_rows) & (blocks.route_ids[: len(slots)] < ids.numel())
+    slots = slots.clamp(min=0).long()
+    squares = hidden.double().square().where(is_route[:, None], 0.0)
+    traffic.activation_sq.index_add_(0, slots, squares)
+    traffic.tokens.index_add_(0, slots, is_route.long())
 
 
 def num_stored(slot_map: torch.Tensor, experts: ExpertRows) -> int:

@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heapr_vllm.formats.quantized import ExpertScheme
-from heapr_vllm.model_executor.kernels.base import Scales
+from heapr_vllm.model_executor.kernels.base import ExpertRows, Scales
 from heapr_vllm.model_executor.kernels.triton import launch, route_blocks
 from heapr_vllm.model_executor.kernels.triton.jit import BF16_OVER_E4M3, _decode
 from heapr_vllm.model_executor.kernels.triton.launch import index_tables, pack
 from heapr_vllm.model_executor.kernels.triton.route_blocks import align_routes, max_blocks
 from heapr_vllm.model_executor.kernels.triton.tiles import configs_up_to, use_one_route_blocks
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
+from heapr_vllm.model_executor.storage.traffic_sums import TrafficSums
 from tests.model_executor.engine import ROOT
 from tests.model_executor.kernels.moe_cases import (
     CASES,
@@ -53,6 +54,28 @@ def test_against_reference(case: Case, dtype: torch.dtype) -> None:
         output = layer.run(case.config)
     assert layer.error(output) < TOLERANCE[dtype] and is_fenced(output)
     assert torch.equal(output, layer.run(case.config)), "not deterministic"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_traffic_against_reference(case: Case) -> None:
+    layer = build(case, torch.float32)
+    found, expected = (no_traffic(layer.plain) for _ in range(2))
+    traced = layer._replace(experts=replace(layer.experts, traffic=found))
+    with fenced_scratch():
+        output = traced.run(case.config)
+    assert torch.equal(output, layer.run(case.config))
+    layer._replace(plain=replace(layer.plain, traffic=expected)).expected()
+    assert torch.equal(found.tokens, expected.tokens)
+    for slot, (_, width) in enumerate(layer.plain.table.tolist()):
+        torch.testing.assert_close(
+            found.activation_sq[slot, :width], expected.activation_sq[slot, :width], rtol=1e-4, atol=1e-4
+        )
+
+
+def no_traffic(experts: ExpertRows) -> TrafficSums:
+    slots = len(experts.table)
+    energy = torch.zeros(slots, experts.max_width, dtype=torch.float64, device=DEVICE)
+    return TrafficSums(energy, torch.zeros(slots, dtype=torch.int64, device=DEVICE))
 
 
 @triton.jit

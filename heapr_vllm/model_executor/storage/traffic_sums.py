@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a kernel adds the tokens of a call to, if traffic is recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TrafficSums:
+    """Sums over all calls of one layer on this rank, by storage slot.
+
+    activation_sq: float64 [num_slots, max_width], squares of silu(gate) * up of an expert's stored neurons, in order.
+    tokens: int64 [num_slots], tokens routed to the expert.
+    """
+
+    activation_sq: torch.Tensor
+    tokens: torch.Tensor
