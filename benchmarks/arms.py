@@ -15,6 +15,7 @@ from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.quantized import ExpertScheme
 
 ARMS = ("dense", "zeroed", "unpruned", "pruned")
+RECORDED = "recorded"  # unpruned, with its traffic
 SERVER_GIB = 1.75  # resident memory of a CPU server's processes beside weights and KV cache
 
 
@@ -76,13 +77,14 @@ def _label(sparsity: float, scheme: ExpertScheme | None) -> str:
 class Arm(NamedTuple):
     """`plugins`: VLLM_PLUGINS, "" for stock vLLM and None for all. `masks`: of the neurons whose outputs are zero.
 
-    `is_ragged`: whether only what `masks` keep is stored and executed.
+    `is_ragged`: whether only what `masks` keep is stored and executed. `traffic`: where HEAPR_TRAFFIC records it.
     """
 
     model: Path
     plugins: str | None
     masks: NeuronMasks | None = None
     is_ragged: bool = False
+    traffic: Path | None = None
 
     @property
     def sparsity(self) -> float:
@@ -99,8 +101,10 @@ def build_arms(
         arms["dense"] = Arm(dense, stock)
     if "zeroed" in chosen:
         arms[f"zeroed {label}"] = Arm(write_zeroed(dense, masks, work / f"zeroed-{label}"), stock, masks)
-    if "unpruned" in chosen:
-        arms["unpruned"] = Arm(write_pruned(dense, keep_all(masks), work / "unpruned"), None)
+    if {"unpruned", RECORDED} & set(chosen):
+        unpruned = Arm(write_pruned(dense, keep_all(masks), work / "unpruned"), None)
+        recorded = unpruned._replace(traffic=work / "traffic")
+        arms |= {name: arm for name, arm in (("unpruned", unpruned), (RECORDED, recorded)) if name in chosen}
     if "pruned" in chosen:
         arms |= {f"pruned {name}": Arm(path, None, own, True) for name, (own, path) in pruned.items()}
     return arms

@@ -6,7 +6,7 @@
 
 Each engine is a process of its own that sleeps while the others work; a round is one `LLM.generate` of each, in
 alternating order. Arms are those of `benchmarks.serving`, which measures the same through `vllm serve`, with the front
-end's noise. `--busy 1` takes a part of the cores away, as on a machine that does something else too.
+end's noise; "recorded" is unpruned with HEAPR_TRAFFIC. `--busy 1` takes a part of the cores away, as on a machine that does something else too.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import ARMS, Arm, add_models, build_arms, pruned_models
+from benchmarks.arms import ARMS, RECORDED, Arm, add_models, build_arms, pruned_models
 from benchmarks.random_models import write_dense
 
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -51,9 +51,13 @@ def occupy(stack: ExitStack) -> None:
     stack.callback(process.kill)
 
 
-def start(stack: ExitStack, model: Path, plugins: str | None) -> subprocess.Popen:
-    env = {**ENVIRONMENT, **os.environ} | ({} if plugins is None else {"VLLM_PLUGINS": plugins})
-    command = [sys.executable, "-m", "benchmarks.decode", "--worker", str(model)]
+def start(stack: ExitStack, arm: Arm) -> subprocess.Popen:
+    env = {**ENVIRONMENT, **os.environ}
+    if arm.plugins is not None:
+        env["VLLM_PLUGINS"] = arm.plugins
+    if arm.traffic:
+        env["HEAPR_TRAFFIC"] = str(arm.traffic)
+    command = [sys.executable, "-m", "benchmarks.decode", "--worker", str(arm.model)]
     process = stack.enter_context(
         subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
@@ -61,7 +65,7 @@ def start(stack: ExitStack, model: Path, plugins: str | None) -> subprocess.Pope
     )
     stack.callback(process.kill)
     if _line(process).strip() != "ready":
-        raise RuntimeError(f"the engine of {model} did not start; try: {' '.join(command)}")
+        raise RuntimeError(f"the engine of {arm.model} did not start; try: {' '.join(command)}")
     return process
 
 
@@ -79,7 +83,7 @@ def ask(process: subprocess.Popen, batch: int, output_len: int) -> float:
 def compare(arms: dict[str, Arm], batches: list[int], rounds: int, output_len: int) -> Iterator[dict[str, Any]]:
     """Per batch size and arm: output tokens/s of every round, and sorted ratios to the first arm, round by round."""
     with ExitStack() as stack:
-        engines = {name: start(stack, arm.model, arm.plugins) for name, arm in arms.items()}
+        engines = {name: start(stack, arm) for name, arm in arms.items()}
         for batch in batches:
             speeds: dict[str, list[float]] = {name: [] for name in engines}
             for number in range(-2, rounds):
@@ -96,7 +100,7 @@ def compare(arms: dict[str, Arm], batches: list[int], rounds: int, output_len: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_models(parser)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["dense", "unpruned", "pruned"])
+    parser.add_argument("--arms", nargs="+", choices=(*ARMS, RECORDED), default=["dense", "unpruned", "pruned"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--output-len", type=int, default=256)
