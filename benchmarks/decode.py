@@ -6,7 +6,8 @@
 
 Each engine is a process of its own that sleeps while the others work; a round is one `LLM.generate` of each, in
 alternating order. Arms are those of `benchmarks.serving`, which measures the same through `vllm serve`, with the front
-end's noise; "recorded" is unpruned with HEAPR_TRAFFIC. `--busy 1` takes a part of the cores away, as on a machine that does something else too.
+end's noise; "recorded" is unpruned with HEAPR_TRAFFIC. `--busy 1` takes a part of the cores away, as on a machine that
+does something else too.
 """
 
 import argparse
@@ -18,7 +19,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from benchmarks.arms import ARMS, RECORDED, Arm, add_models, build_arms, pruned_models
