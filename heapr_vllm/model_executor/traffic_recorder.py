@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from functools import cache
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -24,7 +25,8 @@ from heapr_vllm.model_executor.pruned_layer import PrunedLayer
 from heapr_vllm.model_executor.storage.dense import DenseStorage
 
 VARIABLE = "HEAPR_TRAFFIC"
-INTERVAL_S = 30.0
+SHORTEST_PAUSE_S = 1.0
+PAUSES_PER_WRITE = 50  # a pause is as many times as long as the last write took, which is 2% of the time then
 BEFORE_OTHERS = 100  # exit priority: before vLLM takes its own things down
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures loggers below its own name only
@@ -41,7 +43,7 @@ class TrafficRecorder:
         self.lock = threading.Lock()
         threading.Thread(target=self._write_now_and_then, daemon=True, name="heapr-traffic").start()
         Finalize(self, self.write, exitpriority=BEFORE_OTHERS)
-        logger.info("recording traffic in %s, every %.0f s and at the end", path, INTERVAL_S)
+        logger.info("recording traffic in %s, while serving and at the end", path)
 
     def add(self, name: str, layer: PrunedLayer, storage: DenseStorage) -> None:
         """Registers the layer's sums, `name` being what its masks call it; those of a layer loaded again go on."""
@@ -69,9 +71,12 @@ class TrafficRecorder:
                 logger.warning("traffic is not written: %s", first_line(error))
 
     def _write_now_and_then(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(INTERVAL_S):
+        pause = SHORTEST_PAUSE_S
+        while True:
+            time.sleep(pause)
+            begin = time.monotonic()
             self.write()
+            pause = max(SHORTEST_PAUSE_S, PAUSES_PER_WRITE * (time.monotonic() - begin))
 
 
 def traffic_folder() -> Path | None:
