@@ -2,7 +2,6 @@
 """The arms of a served comparison: which checkpoint runs in which vLLM."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,17 +109,17 @@ def build_arms(
     return arms
 
 
-def needed_gib(arms: dict[str, Arm]) -> float:
-    """Memory of CPU servers of all arms at once: weights, KV cache and processes."""
+def needed_gib(arms: dict[str, Arm], kv_cache_gib: float) -> float:
+    """Memory of CPU servers of all arms at once: weights, processes, and a KV cache each."""
     weights = sum(file.stat().st_size for arm in arms.values() for file in arm.model.glob("*.safetensors"))
-    return weights / 2**30 + len(arms) * (float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) + SERVER_GIB)
+    return weights / 2**30 + len(arms) * (kv_cache_gib + SERVER_GIB)
 
 
-def check_memory(arms: dict[str, Arm]) -> None:
+def check_memory(arms: dict[str, Arm], kv_cache_gib: float) -> None:
     """Raises SystemExit if servers of all arms do not fit into the memory that is free now."""
-    need, free = needed_gib(arms), psutil.virtual_memory().available / 2**30
+    need, free = needed_gib(arms, kv_cache_gib), psutil.virtual_memory().available / 2**30
     if need > free:
         raise SystemExit(
             f"{len(arms)} servers at once need about {need:.1f} GiB, {free:.1f} GiB are free; name fewer "
-            "--sparsity or --arms, or --no-together for one server at a time"
+            "--sparsity or --arms, give each less --kv-cache, or --no-together for one server at a time"
         )

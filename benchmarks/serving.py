@@ -227,6 +227,9 @@ def parse() -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="all servers at once, on a CPU the default and on a GPU impossible",
     )
+    parser.add_argument(
+        "--kv-cache", type=float, default=1.0, metavar="GIB", help="of each CPU server; a GPU's takes what is left"
+    )
     parser.add_argument("--csv", type=Path, help="append the rows here")
     parser.add_argument("options", nargs="*", help="further vLLM options for all, after --")
     args = parser.parse_args()
@@ -238,6 +241,8 @@ def parse() -> argparse.Namespace:
         args.together = args.device == "cpu"
     if args.together and args.device != "cpu":
         parser.error("--together is for CPUs: vLLM takes most of a GPU for one server")
+    if args.device == "cpu":
+        args.options = ["--kv-cache-memory-bytes", str(int(args.kv_cache * 2**30)), *args.options]
     args.workload = args.workload or (["single", "batch"] if args.device == "cpu" else ["decode", "prefill"])
     if args.model:
         args.weights = args.weights or ("written" if args.model in WRITTEN else "dummy")
@@ -257,7 +262,7 @@ def main() -> None:
     arms = build_arms(args.arms, args.dense, pruned_models(args), stock, args.work)
     workloads = {name: WORKLOADS[name] for name in args.workload}
     if args.together and not args.offline:
-        check_memory(arms)
+        check_memory(arms, args.kv_cache)
     measure = measure_offline if args.offline else measure_together if args.together else measure_apart
     speeds = measure(arms, workloads, args.rounds, args.options, args.work)
     routes = count_routing(arms, args.dense, workloads, args.device)

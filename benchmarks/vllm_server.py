@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +56,11 @@ def started(model: str | Path, *arguments: str, log: Path, plugins: str | None =
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=_environment(plugins), start_new_session=True
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_environment(plugins, arguments),
+            start_new_session=True,
         )
         try:
             yield Server(command, process, port, log)
@@ -103,14 +107,19 @@ def throughput(
         ]
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as output:
-            done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=_environment(plugins))
+            done = subprocess.run(
+                command, stdout=output, stderr=subprocess.STDOUT, env=_environment(plugins, arguments)
+            )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{log.read_text()[-4000:]}")
         return num_prompts * output_len / json.loads(result.read_text())["elapsed_time"]
 
 
-def _environment(plugins: str | None) -> dict[str, str]:
-    return {**DEFAULT_ENVIRONMENT, **os.environ} | ({} if plugins is None else {"VLLM_PLUGINS": plugins})
+def _environment(plugins: str | None, arguments: Sequence[str]) -> dict[str, str]:
+    environment = {**DEFAULT_ENVIRONMENT, **os.environ} | ({} if plugins is None else {"VLLM_PLUGINS": plugins})
+    if "--kv-cache-memory-bytes" in arguments:
+        del environment["VLLM_CPU_KVCACHE_SPACE"]  # which would overrule it
+    return environment
 
 
 def _free_port() -> int:

@@ -107,9 +107,7 @@ def test_only_ragged_arms_execute_less(dense: Path, masks: NeuronMasks) -> None:
     assert kept[True]["kept"] == kept[True]["kept_routed"] == round(1 - masks.sparsity, 4)
 
 
-def test_arms_and_their_memory(
-    dense: Path, masks: NeuronMasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_arms_and_their_memory(dense: Path, masks: NeuronMasks, tmp_path: Path) -> None:
     """A pruned arm per sparsity, one zeroed arm, of the first; too little memory is told before anything starts."""
     found = {
         label: (own, write_pruned(dense, own, tmp_path / label))
@@ -119,10 +117,9 @@ def test_arms_and_their_memory(
     assert list(arms) == ["dense", "zeroed 50%", "unpruned", "pruned 50%", "pruned 25%"]
     assert [arm.plugins for arm in arms.values()] == ["", "", None, None, None]
     assert [arm.is_ragged for arm in arms.values()] == [False, False, False, True, True]
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "100")
-    assert 500 < needed_gib(arms) < 520
+    assert 500 < needed_gib(arms, kv_cache_gib=100) < 520
     with pytest.raises(SystemExit, match=r"5 servers at once need about 5\d\d\.\d GiB, .* GiB are free"):
-        check_memory(arms)
+        check_memory(arms, kv_cache_gib=100)
 
 
 def test_rounds_take_turns() -> None:
