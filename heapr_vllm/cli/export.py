@@ -99,7 +99,7 @@ def add_unpack(commands: options.Commands) -> None:
         "a pruned model to full-size weights that any engine loads, pruned neurons zero",
         "heapr unpack pruned -o full",
     )
-    command.add_argument("directory", type=Path, metavar="DIR", help="compact checkpoint or masks repository")
+    command.add_argument("pruned", metavar="DIR", help="compact checkpoint or masks repository, here or on the Hub")
     command.add_argument("--model", metavar="BASE", help="base model of masks, if it is not where it was calibrated")
     options.output(command, "FULL")
 
@@ -107,5 +107,5 @@ def add_unpack(commands: options.Commands) -> None:
 def run_unpack(args: argparse.Namespace) -> None:
     from heapr_vllm.prune.export.unpacked import unpack
 
-    unpack(args.directory, args.output, model=args.model, overwrite=args.overwrite)
+    unpack(args.pruned, args.output, model=args.model, overwrite=args.overwrite)
     print(f"wrote {args.output}")

@@ -16,14 +16,15 @@ from heapr_vllm.prune.export.shards import write_shards
 from heapr_vllm.prune.models.module_weights import run_dtype
 
 
-def unpack(directory: Path, output: Path, *, model: str | None = None, overwrite: bool = False) -> None:
+def unpack(name_or_path: str | Path, output: Path, *, model: str | None = None, overwrite: bool = False) -> None:
     """Writes a full-size checkpoint in which pruned neurons are zero, shard by shard.
 
-    `directory`: a compact checkpoint, whose 8-bit weights become the model's dtype, codes times scales; or a masks
+    `name_or_path`: a compact checkpoint, whose 8-bit weights become the model's dtype, codes times scales; or a masks
     repository, of whose base model, which `model` may name, it is what `export_checkpoint` writes as "zeroed". Raises
     HeaprError if it is neither, if it is damaged, or if `output` exists.
     """
-    compact = Checkpoint.resolve(directory)
+    compact = Checkpoint.resolve(name_or_path)
+    directory = compact.path
     if compact.pruning is None:
         raise HeaprError(f"{directory} is not packed: its config.json names no plugin, so any engine loads it as it is")
     if compact.pruning.layout == "masks":

@@ -2,7 +2,10 @@
 """`heapr unpack`: what it makes of a compact checkpoint is the zeroed checkpoint."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +75,22 @@ def test_repaired_weights_and_their_record_stay(masks_repository: Path, tmp_path
     unpack(tmp_path / "compact", tmp_path / "full")
     assert load_report(tmp_path / "full").repair is not None
     assert contents(tmp_path / "full") == contents(tmp_path / "zeroed")
+
+
+def test_from_the_hub(masks_repository: Path, tmp_path: Path) -> None:
+    """Out of its cache, whose snapshots are links."""
+    export_checkpoint(masks_repository, tmp_path / "compact")
+    cached = tmp_path / "hub" / "models--you--model"
+    snapshot = cached / "snapshots" / ("0" * 40)
+    shutil.copytree(tmp_path / "compact", snapshot)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(snapshot.name)
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    command = [sys.executable, "-m", "heapr_vllm", "unpack", "you/model", "-o", str(tmp_path / "full")]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    unpack(tmp_path / "compact", tmp_path / "wanted")
+    assert contents(tmp_path / "full") == contents(tmp_path / "wanted")
 
 
 def test_refused(masks_repository: Path, qwen3: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
