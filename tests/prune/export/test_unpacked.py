@@ -24,7 +24,7 @@ from heapr_vllm.prune import export_checkpoint
 from heapr_vllm.prune.export.unpacked import unpack
 from heapr_vllm.prune.repair.fit import RepairSettings
 from heapr_vllm.prune.report.summary import load_report
-from tests import conftest, tiny_models
+from tests import conftest, quantized_models, tiny_models
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -66,6 +66,16 @@ def test_8_bit_experts_become_codes_times_scales(scheme: str, masks_repository: 
         found = (tensor, values) if where.shard != "w2" else (tensor.T, values.T)
         assert torch.equal(found[0][kept], found[1]) and not found[0][~kept].any()
     assert "quantization_config" not in json.loads((tmp_path / "full" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("stored", quantized_models.FORMATS)
+def test_kept_codes_of_a_base_model(stored: str, qwen3: Path, masks_repository: Path, tmp_path: Path) -> None:
+    """Attention in 8 bits is dequantised too."""
+    base = quantized_models.quantized(qwen3, tmp_path / "base", stored)
+    for layout in ("compact", "zeroed"):
+        export_checkpoint(masks_repository, tmp_path / layout, model=str(base), layout=layout)
+    unpack(tmp_path / "compact", tmp_path / "full")
+    assert contents(tmp_path / "full") == contents(tmp_path / "zeroed")
 
 
 @pytest.mark.filterwarnings("ignore:.*experts to repair see fewer tokens")
