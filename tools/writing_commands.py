@@ -17,7 +17,7 @@ IMPORTED_BY_COMMANDS = (
     "heapr_vllm.evaluation.compare",
     "heapr_vllm.model_executor.tuning.search",
     "heapr_vllm.prune.calibration.streamed",
-    "heapr_vllm.prune.export.checkpoint",
+    "heapr_vllm.prune.export.unpacked",
     "heapr_vllm.prune.repair.fit",
     "heapr_vllm.prune.report.plot",
     "matplotlib.backends.backend_agg",
@@ -74,6 +74,8 @@ COMMANDS = (
     Command("export", ("export", "masks")),
     Command("export --overwrite", ("export", "masks", "--overwrite"), before="other"),
     Command("export --quantize", ("export", "masks", "--quantize", "int8")),
+    Command("unpack", ("unpack", "compact")),
+    Command("unpack masks", ("unpack", "masks")),
     Command("export --repair", ("export", "masks", "--repair", "least-squares")),
     Command("eval", ("eval", "masks", *TEXT, "--num-samples", "4"), "eval.json"),
     Command(
@@ -86,7 +88,7 @@ COMMANDS = (
 
 
 def make_inputs(folder: Path) -> None:
-    """Writes what the commands read: a model in many shards, text, a calibration, masks and another export."""
+    """Writes what the commands read: a model in many shards, text, a calibration, masks and two exports."""
     maker = multiprocessing.get_context("fork").Process(target=_make_base, args=(folder,))
     maker.start()  # the threads that transformers starts are not to be here when this process forks
     maker.join()
@@ -94,6 +96,7 @@ def make_inputs(folder: Path) -> None:
         ("calibrate", "base", *TEXT, "--num-calibration-samples", "60", "-o", "calib"),
         ("prune", "calib", "--sparsity", "0.25", "-o", "masks"),
         ("export", "masks", "--layout", "zeroed", "-o", "other"),
+        ("export", "masks", "--quantize", "int8", "-o", "compact"),
     )
     for step in steps:
         ended = wait(fork(list(step), folder, folder.parent / "log", {}))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`heapr export`: masks to a checkpoint.
+"""`heapr export` and `unpack`: masks to a checkpoint, and a compact one to its full size.
 
 Imports of torch and transformers sit inside the functions: `heapr --help` must not wait for them.
 """
@@ -87,4 +87,25 @@ def run_export(args: argparse.Namespace) -> None:
     )
     if refitted := load_report(args.output).repair:
         print(f"repair: {format_repair(refitted)}")
+    print(f"wrote {args.output}")
+
+
+def add_unpack(commands: options.Commands) -> None:
+    """Adds `heapr unpack`."""
+    command = options.add_command(
+        commands,
+        "unpack",
+        run_unpack,
+        "a pruned model to full-size weights that any engine loads, pruned neurons zero",
+        "heapr unpack pruned -o full",
+    )
+    command.add_argument("pruned", metavar="DIR", help="compact checkpoint or masks repository, here or on the Hub")
+    command.add_argument("--model", metavar="BASE", help="base model of masks, if it is not where it was calibrated")
+    options.output(command, "FULL")
+
+
+def run_unpack(args: argparse.Namespace) -> None:
+    from heapr_vllm.prune.export.unpacked import unpack
+
+    unpack(args.pruned, args.output, model=args.model, overwrite=args.overwrite)
     print(f"wrote {args.output}")

@@ -16,7 +16,7 @@ from heapr_vllm import __version__
 from heapr_vllm.cli import options
 from heapr_vllm.cli.calibrate import add_calibrate, run_calibrate
 from heapr_vllm.cli.evaluate import add_eval
-from heapr_vllm.cli.export import add_export
+from heapr_vllm.cli.export import add_export, add_unpack
 from heapr_vllm.cli.masks import add_masks
 from heapr_vllm.cli.prune import add_inspect, add_prune, add_sweep
 from heapr_vllm.cli.push import add_push
@@ -38,6 +38,7 @@ COMMANDS = (
     add_masks,
     add_traffic,
     add_export,
+    add_unpack,
     add_inspect,
     add_eval,
     add_report,

@@ -12,6 +12,7 @@ FORMAT_VERSION = 2  # 2 adds `inner` and `experts`
 
 QUANT_METHOD = "heapr"
 MASKS_FILE = "heapr/masks.safetensors"
+NOTE = "vLLM serves this with the plugin heapr-vllm; `heapr unpack` writes full-size weights for any engine"
 LAYOUTS = ("masks", "compact")
 
 
@@ -55,9 +56,9 @@ class PruningConfig:
         return ExpertScheme.from_dict(self.experts) if self.experts else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Lists all fields, and `scale_fmt` of `inner` where vLLM looks for it: beside `quant_method`."""
+        """Lists all fields, a note for readers, and `scale_fmt` of `inner` where vLLM looks for it: here."""
         scale_format = {"scale_fmt": self.inner["scale_fmt"]} if self.inner and "scale_fmt" in self.inner else {}
-        return asdict(self) | scale_format
+        return {"quant_method": self.quant_method, "note": NOTE} | asdict(self) | scale_format
 
     @classmethod
     def from_dict(cls, block: dict[str, Any]) -> "PruningConfig":

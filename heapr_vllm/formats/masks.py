@@ -17,6 +17,7 @@ import torch
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.config import MASKS_FILE, BaseModel
 from heapr_vllm.formats.hub import download
+from heapr_vllm.formats.names import ExpertTensor
 from heapr_vllm.formats.schema import Count, Positive, convert
 from heapr_vllm.formats.tensorfile import load_tensors, save_tensors
 
@@ -142,6 +143,27 @@ class NeuronMasks:
             )
         kept = sum(float((count * self.widths[prefix]).sum()) for prefix, count in tokens.items())
         return 1 - kept / full
+
+    def expanded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Gives a tensor of a compact checkpoint its full size: kept rows or columns at their places, zeros elsewhere.
+
+        Tensors that are not a pruned expert's weight pass as they are. Raises HeaprError if an expert has another width
+        than its mask keeps.
+        """
+        where = ExpertTensor.parse(name)
+        if where is None or where.prefix not in self.keep:
+            return tensor
+        experts = self.keep[where.prefix]
+        if where.expert is None or where.expert >= len(experts):
+            raise HeaprError(f"{name} is no tensor of a compact checkpoint of these masks; {CREATE_AGAIN}")
+        keep = experts[where.expert]
+        axis = 1 if where.shard == "w2" else 0
+        if tensor.shape[axis] != int(keep.sum()):
+            raise HeaprError(
+                f"{name} is {list(tensor.shape)}, its mask keeps {int(keep.sum())} neurons; {CREATE_AGAIN}"
+            )
+        shape = [len(keep) if dim == axis else size for dim, size in enumerate(tensor.shape)]
+        return tensor.new_zeros(shape).index_copy_(axis, keep.nonzero().flatten(), tensor)
 
     def save(self, path: Path) -> None:
         """Writes the masks file; equal masks give equal bytes."""

@@ -109,39 +109,48 @@ def export_checkpoint(
             stages.insert(0, fitted)
         with atomic_directory(output, CHECKPOINT, overwrite=overwrite, inputs=sources) as folder:
             write_shards(inputs.base, stages, folder, dtype=storage.dtype, is_verbatim=storage.is_verbatim)
-            _write_side_files(inputs, layout, storage, fitted.record if fitted else None, folder, config)
+            record = fitted.record if fitted else None
+            block = _quantization(inputs, layout, storage, record)
+            write_side_files(inputs.base, masks_dir, folder, config=config, quantization=block, repair=record)
         if fitted is not None:
             fitted.discard()
 
 
-def _write_side_files(
-    inputs: ExportInputs,
-    layout: str,
-    storage: ExpertStorage,
-    repair: RepairRecord | None,
+def _quantization(
+    inputs: ExportInputs, layout: str, storage: ExpertStorage, repair: RepairRecord | None
+) -> dict[str, Any] | None:
+    """Returns `quantization_config`: ours for a compact checkpoint, else that of the base model if its codes stay."""
+    if layout != "compact":
+        return storage.inner
+    pruning = replace(
+        inputs.pruning,
+        layout="compact",
+        masks=MASKS_FILE,
+        repair=repair.method if repair else None,
+        inner=storage.inner,
+        experts=storage.scheme.to_dict() if storage.scheme else None,
+        format_version=FORMAT_VERSION,
+    )
+    return pruning.to_dict()
+
+
+def write_side_files(
+    source: Checkpoint,
+    masks_dir: Path,
     folder: Path,
+    *,
     config: dict[str, Any],
+    quantization: dict[str, Any] | None,
+    repair: RepairRecord | None,
 ) -> None:
-    """Writes all that is not weights: tokenizer, masks, records, card and config.json."""
-    inputs.base.copy_side_files(folder)
+    """Writes all that is not weights: tokenizer of `source`, masks and records of `masks_dir`, card and config.json."""
+    source.copy_side_files(folder)
     (folder / MASKS_FILE).parent.mkdir()
-    shutil.copyfile(masks_path(inputs.masks_dir), folder / MASKS_FILE)
+    shutil.copyfile(masks_path(masks_dir), folder / MASKS_FILE)
     for name in (CALIBRATION_FILE, FRONTIER_FILE):
-        if inside(inputs.masks_dir, f"heapr/{name}").is_file():
-            shutil.copyfile(inputs.masks_dir / "heapr" / name, folder / "heapr" / name)
+        if inside(masks_dir, f"heapr/{name}").is_file():
+            shutil.copyfile(masks_dir / "heapr" / name, folder / "heapr" / name)
     if repair is not None:
         repair.write(folder)
-    pruning = None
-    if layout == "compact":
-        pruning = replace(
-            inputs.pruning,
-            layout="compact",
-            masks=MASKS_FILE,
-            repair=repair.method if repair else None,
-            inner=storage.inner,
-            experts=storage.scheme.to_dict() if storage.scheme else None,
-            format_version=FORMAT_VERSION,
-        )
-    block = pruning.to_dict() if pruning else storage.inner
-    write_config(folder, config, block)
+    write_config(folder, config, quantization)
     (folder / "README.md").write_text(card_of(folder))

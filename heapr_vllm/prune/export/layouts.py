@@ -68,8 +68,15 @@ class Zeroed(Layout):
         if where.shard == "w13":
             keep = torch.cat([keep, keep], -1)
         bits = tensor.view(BITWISE) if tensor.itemsize == 1 else tensor
-        zeroed = bits * (keep[..., None, :] if where.shard == "w2" else keep[..., None])
+        zeroed = bits.masked_fill(~(keep[..., None, :] if where.shard == "w2" else keep[..., None]), 0)
         return {name: zeroed.view(tensor.dtype)}
+
+
+class Expanded(Layout):
+    """Every tensor of a compact checkpoint gets its full size, the same as `Zeroed` makes of the base model."""
+
+    def tensors(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: self.masks.expanded(name, tensor)}
 
 
 LAYOUTS: dict[str, type[Layout]] = {"compact": Compact, "plain": Compact, "zeroed": Zeroed}

@@ -12,7 +12,7 @@ from typing import Any
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.atomic import MASKS, atomic_directory
 from heapr_vllm.formats.checkpoint import Checkpoint
-from heapr_vllm.formats.config import MASKS_FILE, BaseModel, PruningConfig
+from heapr_vllm.formats.config import MASKS_FILE, QUANT_METHOD, BaseModel, PruningConfig
 from heapr_vllm.formats.masks import NeuronMasks, file_sha256
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationRecord
@@ -20,6 +20,9 @@ from heapr_vllm.prune.calibration.saved_state import PARTIAL_FILE
 from heapr_vllm.prune.report.card import card_of
 from heapr_vllm.prune.report.summary import FRONTIER_FILE, check_counts
 from heapr_vllm.prune.selection.sweep import Frontier
+
+REMEDY_FOR_TRANSFORMERS = "install-heapr-vllm-then-run-heapr-unpack.safetensors"
+_REPLACED = ("quantization_config", "compression_config", "transformers_weights")
 
 
 def write_masks_repository(
@@ -73,14 +76,19 @@ def read_pruning_config(masks_dir: Path) -> PruningConfig:
 
 
 def write_config(folder: Path, config: dict[str, Any], quantization: dict[str, Any] | None) -> None:
-    """Writes config.json with `quantization` in the place of any that `config` names."""
+    """Writes config.json with `quantization` in the place of any that `config` names.
+
+    A model for the plugin names a file for transformers that is not there, so that its error says what to do.
+    """
     config = _unquantized(config)
     if "text_config" in config:
         config["text_config"] = _unquantized(config["text_config"])
     if quantization is not None:
         config["quantization_config"] = quantization
+        if quantization.get("quant_method") == QUANT_METHOD:
+            config["transformers_weights"] = REMEDY_FOR_TRANSFORMERS
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _unquantized(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+    return {key: value for key, value in config.items() if key not in _REPLACED}

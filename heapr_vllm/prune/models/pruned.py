@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from heapr_vllm.formats.base_model import base_checkpoint, check_base
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.masks import NeuronMasks
-from heapr_vllm.formats.names import ExpertTensor
 from heapr_vllm.formats.pruned import read_masks
 from heapr_vllm.formats.quantized import ExpertScheme, dequantize
 from heapr_vllm.formats.reader import TensorReader
@@ -89,7 +88,7 @@ def load_compact(checkpoint: Checkpoint, masks: NeuronMasks, dtype: str) -> PreT
     with TensorReader(checkpoint, run_dtype(checkpoint, dtype)) as reader:
         for name in checkpoint.weight_map:
             if checkpoint.weight_of(name) is None:
-                tensors[name] = _expand(name, reader.tensor(name), masks)
+                tensors[name] = masks.expanded(name, reader.tensor(name))
     register_deepseek_model()
     config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     del config.quantization_config
@@ -100,14 +99,3 @@ def load_compact(checkpoint: Checkpoint, masks: NeuronMasks, dtype: str) -> PreT
     )
     check_loaded(checkpoint.path, found)
     return model
-
-
-def _expand(name: str, tensor: torch.Tensor, masks: NeuronMasks) -> torch.Tensor:
-    """Inverts the compact layout: kept rows or columns at their places, zeros elsewhere."""
-    where = ExpertTensor.parse(name)
-    if where is None or where.prefix not in masks.keep:
-        return tensor
-    keep = masks.keep[where.prefix][where.expert]
-    if where.shard == "w2":
-        return tensor.new_zeros(len(tensor), len(keep)).index_copy_(1, keep.nonzero()[:, 0], tensor)
-    return tensor.new_zeros(len(keep), tensor.shape[1]).index_copy_(0, keep.nonzero()[:, 0], tensor)

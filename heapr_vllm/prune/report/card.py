@@ -244,6 +244,7 @@ def _limits(summary: Summary, layout: str, found: Measured | None) -> str:
     lines = ["Neurons were chosen for the calibration text; on other text experts may be missed that it did not need."]
     if layout in ("masks", "compact"):
         lines.append(f"vLLM needs the plugin of heapr-vllm, which supports `vllm{SUPPORTED_VLLM}`.")
+        lines.append("Other engines need full-size weights: `heapr unpack <this repository> -o full` writes them.")
     if note := speed_note(summary):
         lines.append(note.removeprefix("note: "))
     if summary.unrouted_experts:
