@@ -36,7 +36,8 @@ CARD_FILE = "README.md"
 _WHAT = {
     "masks": "Retained-neuron masks; the weights come from the base model.",
     "compact": "A compact checkpoint: expert tensors hold the kept neurons only; vLLM needs the plugin.",
-    "plain": "A plain checkpoint: all experts have one smaller width, which config.json says; any engine loads it.",
+    "plain": "A plain checkpoint: all experts have one smaller width, which config.json says; engines that know the "
+    "family load it.",
     "zeroed": "Full-size weights with the pruned neurons zeroed, for comparison; any engine loads them.",
 }
 _SERVE = {
