@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,6 +47,11 @@ class Predictions:
             tokens=tokens.to("cpu", torch.int32),
             logprobs=(values - total).cpu(),
         )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Predictions]) -> Predictions:
+        """Puts predictions one after the other."""
+        return cls(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
     def at(self, places: torch.Tensor) -> Predictions:
         """Takes those where `places`, bool [T], is true."""
