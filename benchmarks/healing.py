@@ -10,7 +10,7 @@ split, of which the held-out one shares no file. What is in the folder `--work` 
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.quality import MODEL
 from benchmarks.rows import append_csv
@@ -106,3 +106,77 @@ class Bench:
         if not output.exists():
             export_checkpoint(self.masks("fisher", ratio), output, model=str(healed), verify=False)
         return output
+
+    def rows(self, ratio: float, dense: float, held_out: torch.Tensor) -> Iterator[dict[str, Any]]:
+        """What every method leaves of the model without `ratio` of its neurons."""
+        fisher, repaired = self.masks("fisher", ratio), self.repaired(ratio)
+        methods: dict[str, tuple[Path, Path | None]] = {  # what is pruned, what healed it
+            "paper": (self.masks("heapr", ratio), None),
+            "fisher": (fisher, None),
+            "fisher + heal (adapter)": (fisher, self.healed(fisher, "adapter")),
+            "fisher + repair": (repaired, None),
+            "fisher + repair + heal (adapter)": (repaired, self.healed(repaired, "adapter")),
+        }
+        weights = self.healed(repaired, "weights")
+        methods["fisher + repair + heal (weights)"] = self.compact(weights, ratio), weights
+        for method, (pruned, healed) in methods.items():
+            adapter = healed if healed and (healed / "adapter_config.json").is_file() else None
+            with adapted(pruned, adapter) as model:
+                found = perplexity(model, held_out)
+            row = {"removed": ratio, "method": method, "perplexity": round(found, 4)}
+            yield row | {"increase": round(found / dense - 1, 5)} | costs(healed)
+
+
+@contextmanager
+def adapted(pruned: Path, adapter: Path | None) -> Generator[Any]:
+    """A pruned model in float32, with an adapter if there is one."""
+    with opened(Checkpoint(pruned), "float32", "cpu") as (model, _):
+        yield PeftModel.from_pretrained(model, str(adapter)) if adapter else model
+
+
+def costs(healed: Path | None) -> dict[str, Any]:
+    """The columns that say what a healing took; empty without one."""
+    names = ("tokens", "trained", "learning_rate", "kl_before", "kl_after", "teacher_seconds", "training_seconds")
+    record = json.loads((healed / HEALING_FILE).read_text()) if healed else {}
+    return {name: record.get(name, "") for name in names}
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: methods by ratios."""
+    ratios = list(dict.fromkeys(row["removed"] for row in rows))
+    lines = ["| | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " | tokens | minutes |"]
+    lines.append("|---" * (3 + len(ratios)) + "|")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        cells = [f"{row['increase']:+.2%}" for row in own]
+        trained_on = f"{own[0]['tokens']:,}" if own[0]["tokens"] else ""
+        seconds = [row["training_seconds"] for row in own if row["tokens"]]
+        minutes = f"{sum(seconds) / len(seconds) / 60:.1f}" if seconds else ""
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {trained_on} | {minutes} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True, help="folder written by python_corpus.py")
+    parser.add_argument("--work", type=Path, required=True, help="folder for everything on the way")
+    parser.add_argument("--ratios", nargs="+", type=float, default=(0.25, 0.4, 0.5), metavar="R")
+    parser.add_argument("--seed", type=int, default=0, help="of calibration and training text")
+    parser.add_argument("--num-samples", type=int, default=1200, help=f"to train on, of {LENGTH} tokens")
+    parser.add_argument("--csv", type=Path, help="append every row to it")
+    args = parser.parse_args()
+    documents = read_documents(str(args.corpus / "held_out.jsonl"))
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    held_out = token_samples(documents, tokenizer, HELD_OUT_TOKENS // LENGTH, LENGTH, seed=0)
+    dense = perplexity(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), held_out)
+    bench = Bench(args.corpus, args.work, args.seed, args.num_samples)
+    rows: list[dict[str, Any]] = []
+    for ratio in args.ratios:
+        rows += bench.rows(ratio, dense, held_out)
+    if args.csv:
+        append_csv(args.csv, rows)
+    print(f"dense: {dense:.3f}\n\n{format_table(rows)}")
+
+
+if __name__ == "__main__":
+    main()

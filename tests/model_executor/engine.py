@@ -170,14 +170,19 @@ def results(process: subprocess.CompletedProcess) -> list[dict[str, Any]]:
 
 
 def generate(
-    llm: Any, prompts: Sequence[list[int]] = PROMPTS, max_tokens: Sequence[int] = (16,) * len(PROMPTS)
+    llm: Any,
+    prompts: Sequence[list[int]] = PROMPTS,
+    max_tokens: Sequence[int] = (16,) * len(PROMPTS),
+    lora: str | None = None,
 ) -> dict[str, Any]:
-    """Greedy ids, `max_tokens` of them by prompt, and prompt logprobs."""
+    """Greedy ids, `max_tokens` of them by prompt, and prompt logprobs; with the adapter in folder `lora`."""
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     outputs = llm.generate(
         [{"prompt_token_ids": ids} for ids in prompts],
         [SamplingParams(temperature=0, max_tokens=count, prompt_logprobs=0, ignore_eos=True) for count in max_tokens],
+        lora_request=LoRARequest("adapter", 1, lora) if lora else None,
     )
     return {
         "ids": [list(output.outputs[0].token_ids) for output in outputs],
@@ -186,6 +191,11 @@ def generate(
             for prompt, output in zip(prompts, outputs, strict=True)
         ],
     }
+
+
+def generate_without_and_with(llm: Any, lora: str) -> list[dict[str, Any]]:
+    """Without the adapter, then with it."""
+    return [generate(llm), generate(llm, lora=lora)]
 
 
 def generate_little(llm: Any) -> dict[str, Any]:

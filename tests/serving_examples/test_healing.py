@@ -185,8 +185,8 @@ def test_mistakes(
 ) -> None:
     places = {"base": qwen3, "masks": masks_repository, "work": tmp_path}
     filled = [argument.format(**places) for argument in arguments]
-    text = ["--dataset", str(corpus), "--max-seq-length", "32"]
-    monkeypatch.setattr(sys, "argv", ["heal", *filled, *text])
+    text = ["--dataset", str(corpus), "--max-seq-length", "32", "--num-samples", "52"]
+    monkeypatch.setattr(sys, "argv", ["heal", *text, "--epochs", "1", *filled])
     assert main() == 2
     error = capsys.readouterr().err
     assert error.startswith("heal: error: ") and message in error and error.count("\n") == 1
