@@ -43,7 +43,7 @@ class MemoryPlan:
             weights=sum(parameter.numel() * parameter.itemsize for parameter in student.parameters()),
             training_state=STATE_BYTES * sum(parameter.numel() for parameter in trained(student).values()),
             activations=tokens * kept * itemsize,
-            logits=tokens * config.vocab_size * (2 * itemsize + 3 * 4),
+            logits=tokens * config.vocab_size * (2 * itemsize + 5 * 4),
             disk=Predictions.num_bytes(samples.predictions, settings.top_k),
         )
 

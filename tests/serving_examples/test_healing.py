@@ -64,6 +64,15 @@ def test_adapter_heals_and_says_what_it_needs_first(
     assert {entry.name for entry in tmp_path.iterdir()} == {"adapter"}
 
 
+def test_gradient_checkpointing_changes_nothing(
+    settings: HealingSettings, masks_repository: Path, tmp_path: Path
+) -> None:
+    plain, again = (
+        heal(masks_repository, tmp_path / str(on), replace(settings, gradient_checkpointing=on)) for on in (False, True)
+    )
+    assert again.kl_after == pytest.approx(plain.kl_after, rel=1e-4) and again.kl_before == plain.kl_before
+
+
 def test_pruned_neurons_stay_exactly_zero(healed_weights: Path, awkward_masks: NeuronMasks, qwen3: Path) -> None:
     before = expert_modules(load_model(Checkpoint(qwen3), "float32", "cpu"))
     after = expert_modules(load_model(Checkpoint(healed_weights), "float32", "cpu"))
