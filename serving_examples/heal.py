@@ -17,6 +17,9 @@ from typing import Any
 
 from heapr_vllm.cli import options
 from heapr_vllm.errors import HeaprError
+from serving_examples.healing.heal import heal
+from serving_examples.healing.settings import ATTENTION, LEARNING_RATES, HealingSettings
+from serving_examples.healing.student import PARTS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,18 +31,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("pruned", type=Path, metavar="MASKS_OR_COMPACT")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--model", metavar="BASE", help="base model, if it is not where it was calibrated")
-    parser.add_argument("--into", default="adapter", choices=("adapter", "weights"), help="default: adapter")
+    parser.add_argument("--into", default="adapter", choices=LEARNING_RATES, help="default: adapter")
     options.dataset(parser)
     parser.add_argument("--num-samples", type=options.positive, default=1024, metavar="N", help="default: 1024")
     parser.add_argument("--batch-size", type=options.positive, default=4, metavar="B", help="default: 4")
     parser.add_argument("--epochs", type=options.positive, default=1, metavar="N", help="default: 1")
-    parser.add_argument("--learning-rate", type=float, metavar="LR", help="default: 2e-3, of weights 5e-4")
+    parser.add_argument("--learning-rate", type=float, metavar="LR", help=f"default: {LEARNING_RATES}")
     parser.add_argument("--rank", type=options.positive, default=16, metavar="R", help="of the adapter (default: 16)")
-    parser.add_argument("--target-modules", nargs="+", metavar="NAME", help="of the adapter (default: q, k, v, o_proj)")
+    parser.add_argument(
+        "--target-modules",
+        nargs="+",
+        default=ATTENTION,
+        metavar="NAME",
+        help=f"what the adapter is on (default: {' '.join(ATTENTION)})",
+    )
     parser.add_argument(
         "--parts",
         nargs="+",
-        choices=("down_proj", "routers", "attention", "norms"),
+        default=tuple(PARTS),
+        choices=PARTS,
         help="what --into weights trains (default: all of them)",
     )
     parser.add_argument("--top-k", type=options.positive, default=64, metavar="K", help="default: 64")
@@ -49,24 +59,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments by the names of `HealingSettings`; those that are not given keep its defaults."""
-    from serving_examples.healing.settings import HealingSettings
-
+def settings_of(args: argparse.Namespace) -> HealingSettings:
+    """Takes the arguments of `HealingSettings` out of all."""
     names = {field.name for field in fields(HealingSettings)}
-    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
-    given |= {name: tuple(given[name]) for name in ("target_modules", "parts") if name in given}
-    return given | options.text(args)
+    chosen: dict[str, Any] = {name: value for name, value in vars(args).items() if name in names}
+    chosen |= {**options.text(args), "target_modules": tuple(args.target_modules), "parts": tuple(args.parts)}
+    return HealingSettings(**chosen)
 
 
 def main() -> int:
     """Returns the exit code: 0, or 2 for a mistake the user can fix."""
     args = build_parser().parse_args()
-    from serving_examples.healing.heal import heal
-    from serving_examples.healing.settings import HealingSettings
-
     try:
-        print(heal(args.pruned, args.output, HealingSettings(**settings_of(args)), model=args.model))
+        print(heal(args.pruned, args.output, settings_of(args), model=args.model))
     except HeaprError as error:
         print(f"heal: error: {error}", file=sys.stderr)
         return 2
