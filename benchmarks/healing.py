@@ -10,9 +10,10 @@ split, of which the held-out one shares no file. What is in the folder `--work` 
 
 import argparse
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,14 @@ from serving_examples.healing.settings import HealingSettings
 LENGTH = 512
 HELD_OUT_TOKENS = 24576
 CALIBRATION_SAMPLES = 128
+METHODS = (
+    "paper",
+    "fisher",
+    "+ repair",
+    "+ heal (adapter)",
+    "+ repair + heal (adapter)",
+    "+ repair + heal (weights)",
+)
 
 
 @dataclass(frozen=True)
@@ -107,24 +116,31 @@ class Bench:
             export_checkpoint(self.masks("fisher", ratio), output, model=str(healed), verify=False)
         return output
 
-    def rows(self, ratio: float, dense: float, held_out: torch.Tensor) -> Iterator[dict[str, Any]]:
-        """What every method leaves of the model without `ratio` of its neurons."""
-        fisher, repaired = self.masks("fisher", ratio), self.repaired(ratio)
-        methods: dict[str, tuple[Path, Path | None]] = {  # what is pruned, what healed it
-            "paper": (self.masks("heapr", ratio), None),
-            "fisher": (fisher, None),
-            "fisher + heal (adapter)": (fisher, self.healed(fisher, "adapter")),
-            "fisher + repair": (repaired, None),
-            "fisher + repair + heal (adapter)": (repaired, self.healed(repaired, "adapter")),
-        }
+    def made(self, method: str, ratio: float) -> tuple[Path, Path | None]:
+        """What is pruned without `ratio` of the neurons, and the folder of its healing; makes what is missing."""
+        if method == "paper":
+            return self.masks("heapr", ratio), None
+        fisher = self.masks("fisher", ratio)
+        if method == "fisher":
+            return fisher, None
+        if method == "+ heal (adapter)":
+            return fisher, self.healed(fisher, "adapter")
+        repaired = self.repaired(ratio)
+        if method == "+ repair":
+            return repaired, None
+        if method == "+ repair + heal (adapter)":
+            return repaired, self.healed(repaired, "adapter")
         weights = self.healed(repaired, "weights")
-        methods["fisher + repair + heal (weights)"] = self.compact(weights, ratio), weights
-        for method, (pruned, healed) in methods.items():
-            adapter = healed if healed and (healed / "adapter_config.json").is_file() else None
-            with adapted(pruned, adapter) as model:
-                found = perplexity(model, held_out)
-            row = {"removed": ratio, "method": method, "perplexity": round(found, 4)}
-            yield row | {"increase": round(found / dense - 1, 5)} | costs(healed)
+        return self.compact(weights, ratio), weights
+
+    def row(self, method: str, ratio: float, dense: float, held_out: torch.Tensor) -> dict[str, Any]:
+        """What `method` leaves of the model, against the perplexity `dense` on the same text."""
+        pruned, healed = self.made(method, ratio)
+        adapter = healed if healed and (healed / "adapter_config.json").is_file() else None
+        with adapted(pruned, adapter) as model:
+            found = perplexity(model, held_out)
+        row = {"removed": ratio, "method": method, "perplexity": round(found, 4)}
+        return row | {"increase": round(found / dense - 1, 5)} | costs(healed)
 
 
 @contextmanager
@@ -161,6 +177,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="folder written by python_corpus.py")
     parser.add_argument("--work", type=Path, required=True, help="folder for everything on the way")
     parser.add_argument("--ratios", nargs="+", type=float, default=(0.25, 0.4, 0.5), metavar="R")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--seed", type=int, default=0, help="of calibration and training text")
     parser.add_argument("--num-samples", type=int, default=1200, help=f"to train on, of {LENGTH} tokens")
     parser.add_argument("--csv", type=Path, help="append every row to it")
@@ -170,9 +187,7 @@ def main() -> None:
     held_out = token_samples(documents, tokenizer, HELD_OUT_TOKENS // LENGTH, LENGTH, seed=0)
     dense = perplexity(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), held_out)
     bench = Bench(args.corpus, args.work, args.seed, args.num_samples)
-    rows: list[dict[str, Any]] = []
-    for ratio in args.ratios:
-        rows += bench.rows(ratio, dense, held_out)
+    rows = [bench.row(method, ratio, dense, held_out) for ratio, method in product(args.ratios, args.methods)]
     if args.csv:
         append_csv(args.csv, rows)
     print(f"dense: {dense:.3f}\n\n{format_table(rows)}")
