@@ -2,6 +2,7 @@
 """Healing on tiny random models: what is trained, what stays, what is written, and what a kill costs."""
 
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.masks import NeuronMasks
@@ -22,6 +23,7 @@ from heapr_vllm.prune.models.module_weights import empty_model
 from heapr_vllm.prune.models.pruned import opened
 from heapr_vllm.prune.text.samples import draw_samples
 from serving_examples.heal import main
+from serving_examples.healing import heal as healing
 from serving_examples.healing import teacher
 from serving_examples.healing.distillation import Lesson
 from serving_examples.healing.heal import heal
@@ -62,6 +64,25 @@ def test_adapter_heals_and_says_what_it_needs_first(
     assert sum(tensor.numel() for tensor in tensors.values()) == record.trained
     assert {name.split(".")[-3] for name in tensors} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert {entry.name for entry in tmp_path.iterdir()} == {"adapter"}
+
+
+def test_one_model_at_a_time(
+    settings: HealingSettings, masks_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense: list[weakref.ref] = []
+
+    def load(*arguments: Any) -> PreTrainedModel:
+        model = load_model(*arguments)
+        dense.append(weakref.ref(model))
+        return model
+
+    def opened_alone(*arguments: Any) -> Any:
+        assert [model() for model in dense] == [None]
+        return opened(*arguments)
+
+    monkeypatch.setattr(teacher, "load_model", load)
+    monkeypatch.setattr(healing, "opened", opened_alone)
+    heal(masks_repository, tmp_path / "adapter", replace(settings, num_samples=8))
 
 
 def test_gradient_checkpointing_changes_nothing(
