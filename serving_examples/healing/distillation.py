@@ -132,7 +132,7 @@ def distill(
         max_grad_norm=1.0,
         gradient_checkpointing=settings.gradient_checkpointing,
         save_strategy="steps",
-        save_steps=1 / SAVES,
+        save_steps=math.ceil(settings.epochs * len(lessons) / SAVES),
         save_total_limit=2,
         logging_steps=10,
         report_to="none",

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 from transformers.core_model_loading import revert_weight_conversion
 
 from heapr_vllm.errors import HeaprError
@@ -62,6 +62,7 @@ class AdapterStudent:
             target_modules=list(settings.target_modules),
             task_type="CAUSAL_LM",
         )
+        set_seed(settings.seed)  # PEFT draws the adapter's first weights
         try:
             return cls(get_peft_model(model, config))
         except ValueError as error:
