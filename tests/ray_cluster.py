@@ -25,14 +25,6 @@ SECONDS = 120  # for anything that is waited for
 
 
 @dataclass(frozen=True)
-class Replica:
-    """A running engine of Ray Serve: `pid` of its worker process, `log` a file."""
-
-    pid: int
-    log: Path
-
-
-@dataclass(frozen=True)
 class RayCluster:
     """Addresses of a cluster that runs, and the environment for commands that use it."""
 
@@ -53,16 +45,20 @@ class RayCluster:
             timeout=240,
         )
 
-    def replicas(self) -> list[Replica]:
-        """The engines that take requests."""
-        found = _json(f"{self.dashboard}/api/serve/applications/")["applications"]
-        logs = next(self.folder.glob("ray/session_latest/logs"))
+    def replicas(self) -> list[int]:
+        """Processes of the engines that take requests."""
+        applications = _json(f"{self.dashboard}/api/serve/applications/")["applications"]
         return [
-            Replica(replica["pid"], logs / replica["log_file_path"].lstrip("/"))
-            for application in found.values()
+            replica["pid"]
+            for application in applications.values()
             for replica in _engine(application)["replicas"]
             if replica["state"] == "RUNNING"
         ]
+
+    def log(self, pid: int) -> str:
+        """What a worker process has printed."""
+        logs = self.folder.glob(f"ray/session_latest/logs/worker-*-{pid}.*")
+        return "".join(log.read_text() for log in logs)
 
 
 @contextmanager

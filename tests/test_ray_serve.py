@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not ray_cluster.BIN.exists(), reason="no environment with Ray; `make ray` makes it"),
 ]
 APPLICATION = "serving_examples.ray_serve.application:build"
-CLIENTS, NEW_TOKENS, SECONDS = 6, 48, 8
+CLIENTS, NEW_TOKENS, SECONDS = 6, 128, 8
 PROMPT = "def __init__(self, name):\n"
 
 
@@ -47,7 +47,7 @@ class Traffic:
     ends: threading.Event = field(default_factory=threading.Event)
 
     def ask(self) -> Request:
-        client = OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        client = OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
         name, began = uuid.uuid4().hex, time.monotonic()
         try:
             answer = client.completions.create(
@@ -97,9 +97,9 @@ def cluster() -> Generator[RayCluster]:
 
 
 def test_replicas_scale_and_a_killed_one_loses_only_its_own_requests(cluster: RayCluster, pruned: Path) -> None:
-    settings = ["device=cpu", "dtype=float32", "max_model_len=256"]
-    scaling = ["max_replicas=2", "target_ongoing_requests=2", "upscale_delay_s=1"]
-    deployed = cluster.run("serve", "run", "--non-blocking", APPLICATION, f"model={pruned}", *settings, *scaling)
+    engine = ["dtype=float32", "max_model_len=256", "enforce_eager=true", "enable_log_requests=true"]
+    settings = ["device=cpu", "max_replicas=2", "target_ongoing_requests=1", "upscale_delay_s=1", *engine]
+    deployed = cluster.run("serve", "run", "--non-blocking", APPLICATION, f"model={pruned}", *settings)
     assert deployed.returncode == 0, deployed.stderr
     wait_until(lambda: len(cluster.replicas()) == 1)
     expected = Traffic(cluster.url).ask().text
@@ -111,8 +111,8 @@ def test_replicas_scale_and_a_killed_one_loses_only_its_own_requests(cluster: Ra
         time.sleep(SECONDS)
         victim, survivor = cluster.replicas()
         killed = time.monotonic()
-        os.kill(victim.pid, signal.SIGKILL)
-        wait_until(lambda: len({replica.pid for replica in cluster.replicas()} - {victim.pid}) == 2)
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: len(set(cluster.replicas()) - {victim}) == 2)
         restored = time.monotonic()
         time.sleep(SECONDS)
     answered = [request for request in traffic.requests if request.text is not None]
@@ -129,10 +129,9 @@ def test_replicas_scale_and_a_killed_one_loses_only_its_own_requests(cluster: Ra
     assert before and during and after
     assert {request.text for request in answered} == {expected}
     assert set(lost) <= set(in_flight)
-    log = survivor.log.read_text()
-    assert {request.name for request in in_flight if request.name in log} == {
-        request.name for request in in_flight if request not in lost
-    }, "the other replica lost none"
+    log = cluster.log(survivor)
+    assert any(request.name in log for request in answered)
+    assert not [request for request in lost if request.name in log], "the other replica loses none"
 
 
 def between(requests: list[Request], begin: float, end: float) -> int:
@@ -141,7 +140,7 @@ def between(requests: list[Request], begin: float, end: float) -> int:
 
 
 def test_vllms_ray_executor_asks_for_gpus(cluster: RayCluster, pruned: Path) -> None:
-    """Says which release can do it: then the example's note about it can go."""
+    """When this fails, one engine can be spread over Ray workers on CPUs: the example's note about it can go."""
     serve = ["python", "-m", "vllm.entrypoints.cli.main", "serve", str(pruned), "--max-model-len", "256"]
     result = cluster.run(*serve, "--distributed-executor-backend", "ray", "--tensor-parallel-size", "2")
     assert result.returncode != 0

@@ -7,15 +7,17 @@
         wheel=/models/heapr_vllm-0.1.0-py3-none-any.whl
     curl localhost:8000/v1/models
 
-Without `wheel` the cluster's image has the plugin (../Dockerfile). On CPUs: `device=cpu`, and no accelerator_type.
-`serve build` makes a config file of the same command, with room for all other settings of Ray Serve.
+Without `wheel` the cluster's image has the plugin (../Dockerfile). On CPUs: `device=cpu`, no accelerator_type. Other
+names are options of vLLM's engine, as tensor_parallel_size=2. `serve build` makes a config file of the same
+application, with room for all settings of Ray Serve.
 
-The replicas on CPUs are whole engines: vLLM's Ray executor, which spreads one engine over several Ray workers, runs on
-GPUs only ("current platform cpu does not support ray"), and Ray Serve LLM takes vLLM's own processes there instead.
+On CPUs an engine stays within one Ray worker: vLLM's Ray executor, which spreads it over several, ends there with
+"current platform cpu does not support ray" (0.32), and Ray Serve LLM uses vLLM's own processes instead.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
+import yaml
 from pydantic import BaseModel
 from ray.serve import Application
 from ray.serve.llm import LLMConfig, build_openai_app
@@ -23,7 +25,7 @@ from ray.serve.llm import LLMConfig, build_openai_app
 PLUGIN_REQUIREMENTS = ["safetensors>=0.8"]
 
 
-class Settings(BaseModel, extra="forbid"):
+class Settings(BaseModel, extra="allow"):
     """What `serve run` takes as KEY=VALUE.
 
     `model` is the output of `heapr export` on storage that all nodes see, or a Hub id; for a masks repository over its
@@ -36,14 +38,15 @@ class Settings(BaseModel, extra="forbid"):
     device: Literal["gpu", "cpu"] = "gpu"
     accelerator_type: str | None = None
     wheel: str | None = None
-    load_format: str = "auto"
-    dtype: str = "auto"
-    tensor_parallel_size: int = 1
-    max_model_len: int | None = None
     min_replicas: int = 1
     max_replicas: int = 4
     target_ongoing_requests: int = 32
     upscale_delay_s: float = 30
+
+    def engine(self) -> dict[str, Any]:
+        """Options of vLLM's engine; the command line has them as text."""
+        others = self.model_extra or {}
+        return {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in others.items()}
 
 
 def build(settings: Settings) -> Application:
@@ -65,12 +68,7 @@ def llm_config(settings: Settings) -> LLMConfig:
                 "upscale_delay_s": settings.upscale_delay_s,
             }
         },
-        engine_kwargs={
-            "load_format": settings.load_format,
-            "dtype": settings.dtype,
-            "tensor_parallel_size": settings.tensor_parallel_size,
-            "max_model_len": settings.max_model_len,
-        },
+        engine_kwargs=settings.engine(),
         runtime_env=plugin_environment(settings.wheel),
     )
 

@@ -70,18 +70,18 @@ def test_two_processes_equal_one(
 @pytest.mark.parametrize("shares_text", [True, False])
 def test_nodes_that_do_not_share_what_they_must(shares_text: bool, qwen3: Path, corpus: Path, tmp_path: Path) -> None:
     """Two nodes without a common file system are two folders here; each has its own text, or the same."""
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
+    lines = corpus.read_text().splitlines(keepends=True)
+    texts = {tmp_path / "a": lines, tmp_path / "b": lines if shares_text else lines[::-1]}
+    for folder, text in texts.items():
         folder.mkdir()
-        text = corpus.read_text()
-        (folder / "text.jsonl").write_text(text if shares_text else text.replace("e", folder.name))
+        (folder / "text.jsonl").write_text("".join(text))
     results = torchrun(
         two_nodes(), ["calibrate", str(qwen3), "--dataset", "text.jsonl", "-o", "out", *SETTINGS], folders
     )
     message = "process 1 does not see" if shares_text else "process 1 has another dataset_fingerprint than process 0"
     for result in results:
         assert result.returncode != 0 and f"heapr: error: {message}" in result.stderr
-    assert all({path.name for path in folder.iterdir()} == {"text.jsonl"} for folder in folders), "nothing is left"
+    assert all({path.name for path in folder.iterdir()} == {"text.jsonl"} for folder in texts), "nothing is left"
 
 
 def two_nodes() -> list[tuple[str, ...]]:
