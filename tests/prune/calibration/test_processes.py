@@ -75,10 +75,9 @@ def test_nodes_that_do_not_share_what_they_must(shares_text: bool, qwen3: Path, 
     for folder, text in texts.items():
         folder.mkdir()
         (folder / "text.jsonl").write_text("".join(text))
-    results = torchrun(
-        two_nodes(), ["calibrate", str(qwen3), "--dataset", "text.jsonl", "-o", "out", *SETTINGS], folders
-    )
-    message = "process 1 does not see" if shares_text else "process 1 has another dataset_fingerprint than process 0"
+    command = ["calibrate", str(qwen3), "--dataset", "text.jsonl", "-o", "out", *SETTINGS]
+    results = torchrun(two_nodes(), command, list(texts))
+    message = "process 1 " + ("does not see" if shares_text else "has another dataset_fingerprint than process 0")
     for result in results:
         assert result.returncode != 0 and f"heapr: error: {message}" in result.stderr
     assert all({path.name for path in folder.iterdir()} == {"text.jsonl"} for folder in texts), "nothing is left"
