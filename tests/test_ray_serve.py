@@ -40,17 +40,16 @@ class Request:
 
 @dataclass
 class Traffic:
-    """Clients of the OpenAI endpoint that ask one request after the other, without retries."""
+    """Clients of an endpoint that ask one request after the other."""
 
-    url: str
+    endpoint: OpenAI
     requests: list[Request] = field(default_factory=list)
     ends: threading.Event = field(default_factory=threading.Event)
 
     def ask(self) -> Request:
-        client = OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
         name, began = uuid.uuid4().hex, time.monotonic()
         try:
-            answer = client.completions.create(
+            answer = self.endpoint.completions.create(
                 model="pruned",
                 prompt=PROMPT,
                 max_tokens=NEW_TOKENS,
@@ -69,9 +68,9 @@ class Traffic:
 
 
 @contextmanager
-def flowing(url: str) -> Generator[Traffic]:
+def flowing(endpoint: OpenAI) -> Generator[Traffic]:
     """Traffic of CLIENTS clients; after the block all their requests have ended."""
-    traffic = Traffic(url)
+    traffic = Traffic(endpoint)
     clients = [threading.Thread(target=traffic.run) for _ in range(CLIENTS)]
     for client in clients:
         client.start()
@@ -84,9 +83,9 @@ def flowing(url: str) -> Generator[Traffic]:
 
 
 @pytest.fixture(scope="module")
-def pruned(python_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pruned(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ray_serve")
-    prune(BUNDLED, python_corpus / "calibration.jsonl", folder, 0.5)
+    prune(BUNDLED, corpus, folder, 0.5)
     return folder / "compact"
 
 
@@ -102,9 +101,10 @@ def test_replicas_scale_and_a_killed_one_loses_only_its_own_requests(cluster: Ra
     deployed = cluster.run("serve", "run", "--non-blocking", APPLICATION, f"model={pruned}", *settings)
     assert deployed.returncode == 0, deployed.stderr
     wait_until(lambda: len(cluster.replicas()) == 1)
-    expected = Traffic(cluster.url).ask().text
+    endpoint = OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=60)
+    expected = Traffic(endpoint).ask().text
     assert expected
-    with flowing(cluster.url) as traffic:
+    with flowing(endpoint) as traffic:
         began = time.monotonic()
         wait_until(lambda: len(cluster.replicas()) == 2)
         scaled = time.monotonic()
