@@ -6,7 +6,7 @@ SECONDS ?= 600
 BIN := .venv/bin
 ENGINE := VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
 
-.PHONY: help setup demo soak check test test-all test-window test-gpu fuzz mutants compile-table lint
+.PHONY: help setup ray demo soak check test test-all test-window test-gpu fuzz mutants compile-table lint
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -21,6 +21,15 @@ setup: .venv/.ready  ## create .venv with everything for development, a CPU buil
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check ./cpu_engine -e '.[prune,dev]'
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+ray: build/ray/.ready  ## create build/ray, Ray Serve LLM on top of .venv; half a minute
+
+# Not ray[llm], which pins a CUDA build of vLLM: this is what it asks for beyond vLLM's own requirements.
+build/ray/.ready: .venv/.ready
+	$(BIN)/python -m venv --clear build/ray
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > $$(echo build/ray/lib/python*/site-packages)/beneath.pth
+	build/ray/bin/pip install --quiet --disable-pip-version-check 'ray[serve]==2.60.0' jsonref
 	touch $@
 
 demo: setup  ## prune the bundled model, serve it, compare it with the dense one
@@ -38,7 +47,7 @@ check: lint  ## inner loop: style, types and the tests without an engine; 3 minu
 test: setup  ## what is worth running on every change; 10 minutes
 	$(PARALLEL) -m 'not slow'
 
-test-all: setup  ## the rest: every family in every mode, kill loops, soak, real sizes, mutants; 25 minutes
+test-all: setup ray  ## the rest: every family in every mode, kill loops, soak, Ray, real sizes, mutants; 25 minutes
 	$(PARALLEL) -m slow
 
 test-window: setup  ## run the engine tests on another version: make test-window VLLM=0.26.0

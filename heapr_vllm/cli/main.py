@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 def _told(error: Exception, args: argparse.Namespace) -> int:
     """Prints an error in one line, and returns the exit code."""
     if isinstance(error, HeaprError):
-        if os.environ.get("RANK", "0") == "0":  # of many processes with the same mistake one says so
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of a node's processes with the same mistake one says so
             print(f"heapr: error: {error}", file=sys.stderr)
         return 2
     if message := refusal(error, args):

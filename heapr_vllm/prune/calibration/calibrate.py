@@ -67,9 +67,11 @@ def calibrate(
         routed_bytes=sizes.export_bytes(checkpoint, routed_only=True),
         routed_weights=sizes.routed_weights(checkpoint),
     )
+    processes.check_same(asdict(identity))
     sources = [asdict(source) for source in samples.sources]
     state = SavedState(output, identity, processes, sources)
     with alone_in(output) if processes.is_first else nullcontext():
+        processes.check_shared(output)
         if resume and (finished := state.finished()):
             return finished
         saved = state.load() if resume else None

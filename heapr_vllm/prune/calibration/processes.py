@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -53,6 +55,41 @@ class Processes:
         """Returns when all processes have come here."""
         if self.size > 1:
             dist.barrier()
+
+    def check_same(self, identity: Mapping[str, Any]) -> None:
+        """Raises HeaprError in every process if one has another `identity`: settings, text, weights."""
+        first, *others = self._gathered(identity)
+        for rank, other in enumerate(others, 1):
+            changed = sorted(name for name, value in first.items() if other[name] != value)
+            if changed:
+                raise HeaprError(
+                    f"process {rank} has another {', '.join(changed)} than process 0; start all with the same command, "
+                    "and give every node the same model and text"
+                )
+
+    def check_shared(self, folder: Path) -> None:
+        """Raises HeaprError in every process if one does not see what the first writes into `folder`."""
+        if self.size == 1:
+            return
+        probe = folder / f".seen.partial.{os.getpid()}"  # named as what a killed command leaves
+        if self.is_first:
+            probe.touch()
+        name, *_ = self._gathered(probe.name)
+        seen = self._gathered((folder / name).exists())
+        probe.unlink(missing_ok=True)
+        if not all(seen):
+            blind = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
+            raise HeaprError(
+                f"process {blind} does not see {folder.absolute()} of process 0; choose an --output on a file system "
+                "that all nodes share"
+            )
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """What every process gives, in the order of ranks."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def total(self, moments: NeuronMoments) -> NeuronMoments:
         """Adds up the moments of all processes, the same in each."""
