@@ -6,7 +6,7 @@ SECONDS ?= 600
 BIN := .venv/bin
 ENGINE := VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
 
-.PHONY: help setup ray demo soak check test test-all test-window test-gpu fuzz mutants compile-table lint
+.PHONY: help setup ray demo soak check test test-all test-ray test-window test-gpu fuzz mutants compile-table lint
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -47,8 +47,11 @@ check: lint  ## inner loop: style, types and the tests without an engine; 3 minu
 test: setup  ## what is worth running on every change; 10 minutes
 	$(PARALLEL) -m 'not slow'
 
-test-all: setup ray  ## the rest: every family in every mode, kill loops, soak, Ray, real sizes, mutants; 25 minutes
+test-all: setup  ## the rest: every family in every mode, kill loops, soak, real sizes, mutants; 25 minutes
 	$(PARALLEL) -m slow
+
+test-ray: setup ray  ## Ray Serve LLM on a cluster of this machine; 6 minutes
+	$(ENGINE) $(BIN)/python -m pytest -q tests/test_ray_serve.py
 
 test-window: setup  ## run the engine tests on another version: make test-window VLLM=0.26.0
 	$(ENGINE) $(BIN)/python -m tools.window $(VLLM)
