@@ -41,8 +41,8 @@ soak: setup  ## half an hour of mixed requests against the demo's pruned model
 # Two tests at once on two cores: each has one thread, and engines do not bind it to a core.
 PARALLEL := $(ENGINE) OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-check: lint  ## inner loop: style, types and the tests without an engine; 3 minutes
-	$(PARALLEL) -m 'not vllm and not slow'
+check: lint  ## inner loop: style, types and what needs no engine and no long time; 3 minutes
+	$(PARALLEL) -m 'not vllm and not slow and not long'
 
 test: setup  ## what is worth running on every change; 10 minutes
 	$(PARALLEL) -m 'not slow'

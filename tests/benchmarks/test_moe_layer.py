@@ -16,7 +16,10 @@ from benchmarks import moe_layer, plot_moe_layer, stock_moe
 from benchmarks.roofline import Peaks, work
 from heapr_vllm.model_executor.tuning.synthetic import PAPER_SHAPES, Batch, MoEShape, SyntheticLayer, random_batch
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the benchmark itself")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the benchmark itself"),
+]
 
 
 def torch_moe(layer: stock_moe.UniformLayer, batch: Batch, copy: int = 0) -> torch.Tensor:

@@ -9,6 +9,8 @@ from benchmarks.quality import format_tables, measure
 from serving_examples import train_tiny_qwen3_moe
 from tests.conftest import BUNDLED
 
+pytestmark = pytest.mark.long
+
 BASELINES = ("magnitude", "random", "reap")
 
 

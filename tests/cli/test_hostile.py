@@ -212,6 +212,7 @@ def test_half_of_torchruns_variables(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.long
 def test_a_stopped_command_leaves_nothing(number: signal.Signals, masks: Path, tmp_path: Path) -> None:
     """In the middle of an export, at a moment of its own for every signal."""
     script = (

@@ -11,6 +11,8 @@ import pytest
 from heapr_vllm.cli.main import main
 from tests.prune.calibration.test_kill import files
 
+pytestmark = pytest.mark.long
+
 PAUSED = (  # until a line comes on standard input, in the middle of its work
     "import signal, sys; from heapr_vllm.cli.main import main; import {module} as module; real = module.{name}\n"
     "def paused(*a, **k):\n"

@@ -102,6 +102,7 @@ def test_routes_are_counted_in_forward_passes(qwen3: Path) -> None:
     assert all(int(count.sum()) == 40 * 2 and len(count) == 8 for count in tokens.values()) and len(tokens) == 3
 
 
+@pytest.mark.long
 def test_tasks_in_transformers(compact: Path, qwen3: Path, corpus: Path, tmp_path: Path) -> None:
     """The pruned model must answer as transformers' own generation does, and is compared item by item."""
     prompts = ["abc def", "gaf bca", "hhd", "ca fe ba"]

@@ -13,6 +13,8 @@ from heapr_vllm.evaluation.settings import EvaluationSettings
 from heapr_vllm.evaluation.tasks import Outcomes, _outcomes, check_tasks, run_tasks
 from tests.evaluation.local_tasks import write_group, write_task
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -10,6 +10,8 @@ import pytest
 
 from tools.full_disk import CANNOT_MOUNT
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -60,6 +60,7 @@ def test_nan_weights_are_reported(model) -> None:
         collect_moments(model, random_blocks(1))
 
 
+@pytest.mark.long
 def test_killed_run_resumes_to_the_same_bytes(qwen3: Path, corpus: Path, tmp_path: Path) -> None:
     settings = CalibrationSettings(model=str(qwen3), dataset=str(corpus), num_calibration_samples=40, max_seq_length=64)
     calibrate(settings, tmp_path / "whole")

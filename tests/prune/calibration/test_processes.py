@@ -18,6 +18,8 @@ from heapr_vllm.prune.calibration.moments import NORMS, OUTPUTS, SUMS
 from heapr_vllm.prune.calibration.processes import Processes
 from heapr_vllm.prune.text.samples import Samples
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[3]
 
 ONE_NODE = [("--standalone", "--nproc-per-node", "2")]

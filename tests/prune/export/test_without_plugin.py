@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from heapr_vllm.prune import export_checkpoint
 from heapr_vllm.prune.export.unpacked import unpack
 
+pytestmark = pytest.mark.long
+
 OPEN = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
 
 

@@ -163,6 +163,7 @@ def fails_with(error: BaseException) -> Callable[..., None]:
     return fail
 
 
+@pytest.mark.long
 def test_killed_export_continues_to_the_same_bytes(masks_repository: Path, compact: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -14,6 +14,8 @@ import pytest
 from heapr_vllm.prune.report.page import write_page
 from tests.prune.report.test_page import HOSTILE, page_path, pruned
 
+pytestmark = pytest.mark.long
+
 __all__ = ["page_path", "pruned"]  # fixtures
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:

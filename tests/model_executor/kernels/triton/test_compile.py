@@ -34,6 +34,7 @@ def test_the_table_is_what_is_compiled_here(rows: list[dict[str, str]]) -> None:
     assert not differing, f"run `make compile-table` and look at the diff; first: {differing[0]}"
 
 
+@pytest.mark.long
 def test_the_table_covers_the_window(rows: list[dict[str, str]]) -> None:
     assert {row["triton"] for row in rows} == set(triton_window.versions())
     assert len({row["triton"] for row in rows}) >= 4
