@@ -5,7 +5,7 @@
 // kernel.py). P neighbours along K lie together: 2 in bfloat16, where one instruction multiplies pairs, else 1.
 //   gate/up of an expert [width / 16][hidden / P][gate, up][16 neurons][P]
 //   down of an expert    [hidden / 32][width / P][32 outputs][P]
-// Experts in 8 bits have panels of the same shape, P = 2; panels.h says in which order bytes lie. Their scales:
+// Experts in 8 bits have panels of the same shape, P = 2; codes.h says in which order bytes lie. Their scales:
 //   gate/up of an expert [width / 16][groups][gate, up][16 neurons]
 //   down of an expert    [groups][width], for hidden / groups outputs each; by channel [slots][hidden] instead
 // Those of gate and up multiply sums over a group of the hidden size; those of down multiply silu(gate) * up before a
@@ -17,16 +17,18 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <numeric>
 #include <optional>
 #include <type_traits>
 #include <vector>
 
-#include "panels.h"
+#include "integers.h"
 
 namespace {
 
@@ -85,18 +87,26 @@ struct Traffic {
   int64_t max_width = 0;
 };
 
-// Rows of hidden activations times factors of their columns, or without any as they are, in the type of activations.
+// A row of activations [depth] times factors, or without any as they are, as products with weights W take it.
+template <typename W, typename Row>
+void convert_row(const float* values, const float* factors, int64_t depth, int64_t group, Row* out) {
+  if constexpr (kIntegers<W>)
+    round_row(values, factors, depth, group, W::kBias, out);
+  else
+    for (int64_t i = 0; i < depth; i += kWidth)
+      store(factors ? vector_at(values + i) * vector_at(factors + i) : vector_at(values + i), out + i);
+}
+
+// Elements of a row as products take it.
 template <typename Row>
-void scale_rows(const float* h, int64_t count, int64_t width, const float* scale, Row* out) {
-  for (int64_t r = 0; r < count; ++r, h += width, out += width)
-    for (int64_t i = 0; i < width; i += kWidth)
-      store(scale ? vector_at(h + i) * vector_at(scale + i) : vector_at(h + i), out + i);
+int64_t row_size(int64_t depth, int64_t group) {
+  return std::is_same_v<Row, int8_t> ? rounded_size(depth, group) : depth;
 }
 
 template <typename T, typename W>
 struct Layer {
   static constexpr bool kCodes = !std::is_same_v<T, W>;
-  using Row = typename Step<T>::Row;
+  using Row = std::conditional_t<kIntegers<W>, int8_t, typename Step<T>::Row>;
   using Hidden = std::conditional_t<kCodes, float, Row>;  // of silu(gate) * up, where factors are still to come
   const Row* x;
   const W* w13;
@@ -108,7 +118,7 @@ struct Layer {
   const int32_t* table;
   T* output;
   Traffic traffic;
-  int64_t hidden, top_k, num_experts, num_slots;
+  int64_t hidden, row_group, top_k, num_experts, num_slots;
 
   // Output rows of tokens [begin, end).
   void run(int64_t begin, int64_t end) const {
@@ -165,6 +175,7 @@ struct Layer {
           tasks.push_back({&e, begin, std::min(begin + kRowBlock, e.end), first,
                            std::min(first + group, e.width / kLanes)});
     const std::vector<Task>& all = tasks;
+    const int64_t x_size = row_size<Row>(hidden, row_group);
     for_tasks(all.size(), [&] {
       return [&, gathered = int64_t{-1}](int64_t number) mutable {
         static thread_local std::vector<Row> block;
@@ -173,8 +184,8 @@ struct Layer {
         const int64_t count = task.end - task.begin;
         const Row* rows[kRowBlock];
         float out[kRowBlock * kPanel];
-        for (int64_t i = 0; i < count; ++i) rows[i] = x + routes[task.begin + i] / top_k * hidden;
-        const bool tiled = on_tiles<T>(count);
+        for (int64_t i = 0; i < count; ++i) rows[i] = x + routes[task.begin + i] / top_k * x_size;
+        const bool tiled = !kIntegers<W> && on_tiles<T>(count);
         if (tiled) {
           block.resize(kRowBlock * hidden);
           for (int64_t i = 0; i < count; ++i) {
@@ -186,7 +197,8 @@ struct Layer {
         }
         for (int64_t panel = task.first; panel < task.last; ++panel) {
           const int64_t row = 2 * (e.row + panel * kLanes);
-          product<T>({rows, count, hidden, tiled}, hidden, w13 + row * hidden, w13_scales(row), out);
+          product<T>(Block<Row>{rows, count, hidden, tiled, row_group}, hidden, codes(w13, row * hidden),
+                     w13_scales(row), out);
           for (int64_t r = 0; r < count; ++r)
             silu_and_mul(out + r * kPanel, h + e.h + (task.begin - e.begin + r) * e.width + panel * kLanes);
         }
@@ -213,6 +225,9 @@ struct Layer {
       };
     });
   }
+
+  // Where a weight lies, the first one of a panel.
+  static const W* codes(const W* weights, int64_t index) { return weights + index / kCodesPerByte<W>; }
 
   // Of the panel of gate and up that starts at this row of w13.
   PanelScales w13_scales(int64_t row) const {
@@ -243,11 +258,11 @@ struct Layer {
         for (int64_t first = e.begin; first < e.end; first += kRowBlock) {
           const int64_t count = std::min(kRowBlock, e.end - first);
           const Row* rows[kRowBlock];
-          rows[0] = scaled(h + e.h + (first - e.begin) * e.width, count, e, task / parts);
-          for (int64_t r = 1; r < count; ++r) rows[r] = rows[r - 1] + e.width;
-          const Block<Row> block{rows, count, e.width, on_tiles<T>(e.end - e.begin)};
+          rows[0] = converted(h + e.h + (first - e.begin) * e.width, count, e, task / parts);
+          for (int64_t r = 1; r < count; ++r) rows[r] = rows[r - 1] + row_size<Row>(e.width, kHiddenGroup);
+          const Block<Row> block{rows, count, e.width, !kIntegers<W> && on_tiles<T>(e.end - e.begin), kHiddenGroup};
           for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-            product<T>(block, e.width, w2 + e.row * hidden + panel * kPanel * e.width, w2_scales(e, panel), out);
+            product<T>(block, e.width, codes(w2, e.row * hidden + panel * kPanel * e.width), w2_scales(e, panel), out);
             for (int64_t r = 0; r < count; ++r) {
               const int64_t route = routes[first + r];
               float* sum = sums.data() + (route / top_k - begin) * columns + (panel - first_panel) * kPanel;
@@ -264,14 +279,16 @@ struct Layer {
 
   // Rows of hidden activations of an expert, times its factors for a group of outputs, as this thread keeps them until
   // the next call. Tiles may read beyond them.
-  const Row* scaled(const Hidden* h, int64_t count, const Expert& e, int64_t group) const {
+  const Row* converted(const Hidden* h, int64_t count, const Expert& e, int64_t group) const {
     if constexpr (!kCodes) {
       return h;
     } else {
       static thread_local std::vector<Row> result;
-      result.resize(std::max<size_t>(result.size(), kRowBlock * e.width));
+      const int64_t size = row_size<Row>(e.width, kHiddenGroup);
+      result.resize(std::max<size_t>(result.size(), kRowBlock * size));
       const float* scale = scales.by_channel ? nullptr : scales.w2 + e.row * scales.groups + group * e.width;
-      scale_rows(h, count, e.width, scale, result.data());
+      for (int64_t r = 0; r < count; ++r)
+        convert_row<W>(h + r * e.width, scale, e.width, kHiddenGroup, result.data() + r * size);
       return result.data();
     }
   }
@@ -284,13 +301,32 @@ struct Arguments {
   Traffic traffic;
 };
 
+// Rows [tokens, hidden] as products with weights W take them.
+template <typename W, typename Row>
+at::Tensor converted(const at::Tensor& x, int64_t group) {
+  if constexpr (!kIntegers<W>) {
+    return x.contiguous().to(c10::CppTypeToScalarType<Row>::value);
+  } else {
+    const int64_t hidden = x.size(1), size = row_size<Row>(hidden, group);
+    const at::Tensor values = x.to(at::kFloat).contiguous();
+    const at::Tensor rows = at::empty({x.size(0), size}, values.options().dtype(at::kChar));
+    at::parallel_for(0, x.size(0), 16, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        convert_row<W>(values.const_data_ptr<float>() + r * hidden, nullptr, hidden, group,
+                    rows.mutable_data_ptr<int8_t>() + r * size);
+    });
+    return rows;
+  }
+}
+
 template <typename T, typename W>
 void run(const Arguments& a) {
-  const int64_t tokens = a.x.size(0);
-  const at::Tensor rows = a.x.contiguous().to(c10::CppTypeToScalarType<typename Step<T>::Row>::value);
-  const Layer<T, W> layer{rows.const_data_ptr<typename Step<T>::Row>(),
-                          a.w13.const_data_ptr<W>(),
-                          a.w2.const_data_ptr<W>(),
+  using Row = typename Layer<T, W>::Row;
+  const int64_t tokens = a.x.size(0), row_group = std::gcd(kInputGroup, a.x.size(1) / a.scales.groups);
+  const at::Tensor rows = converted<W, Row>(a.x, row_group);
+  const Layer<T, W> layer{rows.const_data_ptr<Row>(),
+                          static_cast<const W*>(a.w13.const_data_ptr()),
+                          static_cast<const W*>(a.w2.const_data_ptr()),
                           a.scales,
                           a.weights.const_data_ptr<float>(),
                           a.ids.const_data_ptr<int32_t>(),
@@ -299,6 +335,7 @@ void run(const Arguments& a) {
                           a.output.mutable_data_ptr<T>(),
                           a.traffic,
                           a.x.size(1),
+                          row_group,
                           a.ids.size(1),
                           a.slots.size(0) - 1,
                           a.table.size(0)};
@@ -308,7 +345,13 @@ void run(const Arguments& a) {
 }
 
 template <typename T>
-void run(const Arguments& a) {
+void run(const Arguments& a, bool rounds_activations) {
+  if (rounds_activations) {
+#ifdef __AVX512VNNI__
+    if (a.w13.scalar_type() == at::kChar) return run<T, Biased<int8_t>>(a);
+#endif
+    TORCH_CHECK(false, "cpu_ragged_moe: activations in 8 bits need AVX-512 VNNI and int8 weights");
+  }
   switch (a.w13.scalar_type()) {
     case at::kChar: return run<T, int8_t>(a);
     case at::kFloat8_e4m3fn: return run<T, at::Float8_e4m3fn>(a);
@@ -353,6 +396,7 @@ void cpu_ragged_moe(at::Tensor& output, const at::Tensor& x, const at::Tensor& w
                     const at::Tensor& weights, const at::Tensor& ids, const at::Tensor& slots, const at::Tensor& table,
                     const std::optional<at::Tensor>& w13_scale, const std::optional<at::Tensor>& w2_scale,
                     const std::optional<at::Tensor>& activation_sq, const std::optional<at::Tensor>& tokens) {
+                    bool rounds_activations) {
   TORCH_CHECK(x.dim() == 2, "cpu_ragged_moe: activations [tokens, hidden size]");
   const bool codes = w13.scalar_type() == at::kChar || w13.scalar_type() == at::kFloat8_e4m3fn;
   for (const at::Tensor* tensor : {static_cast<const at::Tensor*>(&output), &w13, &w2})
@@ -370,9 +414,9 @@ void cpu_ragged_moe(at::Tensor& output, const at::Tensor& x, const at::Tensor& w
   const Traffic traffic = traffic_of(activation_sq, tokens, table.size(0));
   const Arguments arguments{output, x, w13, w2, plain_weights, plain_ids, slots, table, scales, traffic};
   switch (x.scalar_type()) {
-    case at::kFloat: return run<float>(arguments);
-    case at::kHalf: return run<at::Half>(arguments);
-    case at::kBFloat16: return run<at::BFloat16>(arguments);
+    case at::kFloat: return run<float>(arguments, rounds_activations);
+    case at::kHalf: return run<at::Half>(arguments, rounds_activations);
+    case at::kBFloat16: return run<at::BFloat16>(arguments, rounds_activations);
     default: TORCH_CHECK(false, "cpu_ragged_moe: no kernel for ", x.scalar_type());
   }
 }
@@ -384,6 +428,7 @@ TORCH_LIBRARY_FRAGMENT(heapr, library) {
       "cpu_ragged_moe(Tensor(a!) output, Tensor hidden_states, Tensor w13, Tensor w2, Tensor topk_weights, "
       "Tensor topk_ids, Tensor slots, Tensor table, Tensor? w13_scale=None, Tensor? w2_scale=None, "
       "Tensor(b!)? activation_sq=None, Tensor(c!)? tokens=None) -> ()");
+      "bool rounds_activations=False) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(heapr, CPU, library) { library.impl("cpu_ragged_moe", &cpu_ragged_moe); }
