@@ -27,7 +27,7 @@ from vllm.platforms import current_platform
 
 from benchmarks.roofline import work
 from benchmarks.rows import append_csv
-from heapr_vllm.formats.quantized import BITWISE, ExpertScheme, quantize_rows
+from heapr_vllm.formats.quantized import BITWISE, NAMES, PACKED_DTYPE, ZERO_BYTE_4_BITS, ExpertScheme
 from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, Scales, slots_table
 from heapr_vllm.model_executor.kernels.cpu_compiled import build
 from heapr_vllm.model_executor.kernels.cpu_compiled.a8_kernel import CompiledA8Kernel
@@ -101,7 +101,7 @@ def _random_rows(
 
 def _quantized(rows: torch.Tensor, scheme: ExpertScheme) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales by group of neurons' rows; a few of them at a time, since all in float32 may be too large."""
-    parts = [quantize_rows(part, scheme.group_size or rows.shape[1], scheme.type) for part in rows.split(8192)]
+    parts = [scheme.quantize(part, "w1") for part in rows.split(8192)]
     codes = torch.cat([codes.view(BITWISE) for codes, _ in parts]).view(scheme.code_dtype)
     return codes, torch.cat([scale for _, scale in parts])
 
@@ -113,9 +113,10 @@ def _widened(rows: ExpertRows, narrow: RaggedLayout, wide: RaggedLayout, table: 
         scales = Scales(
             _widened_rows(rows.scales.w13, narrow, wide, 2, 1), _widened_rows(rows.scales.w2, narrow, wide, 1, 1)
         )
+    zero = ZERO_BYTE_4_BITS if rows.w2.dtype == PACKED_DTYPE else 0
     return ExpertRows(
-        _widened_rows(rows.w13, narrow, wide, 2, 0),
-        _widened_rows(rows.w2, narrow, wide, 1, 0),
+        _widened_rows(rows.w13, narrow, wide, 2, zero),
+        _widened_rows(rows.w2, narrow, wide, 1, zero),
         table,
         wide.max_width,
         len(wide.widths) if wide.is_uniform else 0,
@@ -252,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument(
-        "--quantize", nargs="*", default=[], choices=("int8", "fp8"), help="our op on 8-bit experts too"
+        "--quantize", nargs="*", default=[], choices=tuple(NAMES.values()), help="our op on quantized experts too"
     )
     parser.add_argument("--copies", type=int, default=COPIES, help="of the weights; 1 if experts are many and large")
     parser.add_argument("--csv", type=Path, help="append the rows here")

@@ -4,7 +4,7 @@
 import torch
 import torch.nn.functional as F
 
-from heapr_vllm.formats.quantized import ExpertScheme, dequantize
+from heapr_vllm.formats.quantized import PACKED_DTYPE, ExpertScheme, dequantize, unpack_nibbles
 from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes
 
 
@@ -54,6 +54,8 @@ def expert_weights(experts: ExpertRows, slot: int, start: int, width: int) -> tu
     w13, w2 = experts.w13[both], experts.w2[neurons]
     if experts.scales is None:
         return w13, w2
+    if w2.dtype == PACKED_DTYPE:
+        w13, w2 = unpack_nibbles(w13), unpack_nibbles(w2)
     hidden_size = w2.shape[1]
     w13_scale = experts.scales.w13[both]
     w13 = dequantize(w13, w13_scale, (1, hidden_size // w13_scale.shape[1]))

@@ -5,10 +5,16 @@ from __future__ import annotations
 
 import torch
 
-from heapr_vllm.formats.quantized import ExpertScheme
+from heapr_vllm.formats.quantized import PACKED_DTYPE, ZERO_BYTE_4_BITS, ExpertScheme
 from heapr_vllm.model_executor.kernels.base import Scales
 from heapr_vllm.model_executor.kernels.cpu_compiled import build
-from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import COLUMNS, WIDTH_UNIT, CompiledKernel, reorder
+from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import (
+    COLUMNS,
+    WIDTH_UNIT,
+    CompiledKernel,
+    pack_nibbles,
+    reorder,
+)
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
 
@@ -38,12 +44,17 @@ class CompiledA8Kernel(CompiledKernel):
         Its activation counts for nothing then when those of its neighbours, times their scales, are rounded with it.
         """
         if scales and not scales.is_by_channel(w2.shape[1]):
-            is_zero = ~w2.unflatten(1, (scales.w2.shape[1], -1)).any(-1)
+            zero = ZERO_BYTE_4_BITS if w2.dtype == PACKED_DTYPE else 0
+            is_zero = (w2 == zero).unflatten(1, (scales.w2.shape[1], -1)).all(-1)
             scales.w2.masked_fill_(is_zero, 0)
         super().pack(w13, w2, layout, scales)
 
     def pack_expert(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
-        """Makes an expert's codes unsigned and brings four neighbours along K together, as `integers.h` wants them."""
+        """Makes an expert's codes unsigned, as those of 4 bits are, in the order of `integers.h`."""
+        if down.dtype == PACKED_DTYPE:
+            pack_nibbles(gate_up, (2, -1, WIDTH_UNIT, down.shape[1] // 2, 4), (1, 3, 2, 4, 0))
+            pack_nibbles(down, (len(down) // 4, 4, -1, 2, WIDTH_UNIT), (2, 0, 4, 1, 3))
+            return
         width, hidden = down.shape
         for codes in (gate_up, down):
             codes.bitwise_xor_(-128)

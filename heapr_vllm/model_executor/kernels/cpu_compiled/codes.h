@@ -3,7 +3,10 @@
 //
 // Codes are of 8 bits: E4M3, or integers as a sign and seven bits, with -0 for -128. 64 bytes hold two neighbours along
 // K of all columns, [4][2 halves of the panel][4 columns][2], so that interleaving two registers, of low and of high
-// bytes of bfloat16, leaves the order of a bfloat16 panel. Every code is a bfloat16 number exactly.
+// bytes of bfloat16, leaves the order of a bfloat16 panel. Or they are of 4 bits, integers with 8 added: 64 bytes hold
+// four neighbours along K, [16 columns][2] elements of 16 bits, whose nibbles are those of [2 pairs][2 halves], lowest
+// first, so that every nibble of all elements makes a register of a bfloat16 panel. Every code is a bfloat16 number
+// exactly.
 
 #pragma once
 
@@ -13,13 +16,26 @@
 
 namespace {
 
+// Two codes of 4 bits.
+struct Nibbles {
+  uint8_t byte;
+};
+
 template <typename W>
 constexpr int64_t kCodesPerByte = 1;
+template <>
+constexpr int64_t kCodesPerByte<Nibbles> = 2;
 
 // Two neighbours along K, of all columns of a panel, in bfloat16.
 struct Pairs {
   Bits columns[kVectors];
 };
+
+// Decodes 64 bytes: neighbours along K in pairs.
+template <typename Code>
+struct Decoder;
+template <typename Code>
+using Decoded = std::array<Pairs, kCodesPerByte<Code>>;
 
 #ifdef __AVX512VBMI__
 // Bits in bfloat16 of `number` * 2^exponent, of at most 7 bits.
@@ -51,7 +67,7 @@ struct Decoder {
   const __m512i low[2] = {_mm512_load_si512(kLow.data()), _mm512_load_si512(kLow.data() + 64)};
   const __m512i high[2] = {_mm512_load_si512(kHigh.data()), _mm512_load_si512(kHigh.data() + 64)};
 
-  Pairs operator()(const uint8_t* codes) const {
+  Decoded<Code> operator()(const uint8_t* codes) const {
     const __m512i code = _mm512_loadu_si512(codes), sign = _mm512_set1_epi8(static_cast<char>(0x80));
     const __m512i low_byte = _mm512_permutex2var_epi8(low[0], code, low[1]);
     __m512i high_byte = _mm512_permutex2var_epi8(high[0], code, high[1]);
@@ -60,20 +76,20 @@ struct Decoder {
       const __m512i minus_128 = _mm512_set1_epi8(static_cast<char>(0xc3));  // and low byte 0
       high_byte = _mm512_mask_mov_epi8(high_byte, _mm512_cmpeq_epi8_mask(code, sign), minus_128);
     }
-    return {reinterpret_cast<Bits>(_mm512_unpacklo_epi8(low_byte, high_byte)),
-            reinterpret_cast<Bits>(_mm512_unpackhi_epi8(low_byte, high_byte))};
+    return {Pairs{reinterpret_cast<Bits>(_mm512_unpacklo_epi8(low_byte, high_byte)),
+                  reinterpret_cast<Bits>(_mm512_unpackhi_epi8(low_byte, high_byte))}};
   }
 };
 #else
 template <typename Code>
 struct Decoder {
-  Pairs operator()(const uint8_t* codes) const {
+  Decoded<Code> operator()(const uint8_t* codes) const {
     Pairs pairs;
     for (int64_t v = 0; v < kVectors; ++v) {
       const Bits code = two_codes(codes, v * kWidth);
       pairs.columns[v] = (value(code & 0xff) >> 16) | value(code >> 8);
     }
-    return pairs;
+    return {pairs};
   }
 
  private:
@@ -102,6 +118,50 @@ struct Decoder {
 };
 #endif
 
+#ifdef __AVX512BW__
+template <>
+struct Decoder<Nibbles> {
+  // Bits in bfloat16 of -8 to 7, twice, since an index is of five bits.
+  alignas(64) static constexpr std::array<uint16_t, 32> kTable = {
+      0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
+      0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
+      0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+  const __m512i table = _mm512_load_si512(kTable.data());
+
+  Decoded<Nibbles> operator()(const uint8_t* codes) const {
+    const __m512i code = _mm512_loadu_si512(codes);
+    const auto decoded = [&](__m512i index) {
+      return reinterpret_cast<Bits>(_mm512_permutexvar_epi16(index, table));
+    };
+    return {Pairs{decoded(code), decoded(_mm512_srli_epi16(code, 4))},
+            Pairs{decoded(_mm512_srli_epi16(code, 8)), decoded(_mm512_srli_epi16(code, 12))}};
+  }
+};
+#else
+template <>
+struct Decoder<Nibbles> {
+  Decoded<Nibbles> operator()(const uint8_t* codes) const {
+    Decoded<Nibbles> decoded;
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const int64_t column = v * kWidth;
+      const Bits elements = *reinterpret_cast<const Bits*>(codes + column % kLanes * 4);
+      for (int64_t pair = 0; pair < 2; ++pair) {
+        const Bits nibbles = elements >> static_cast<uint32_t>(8 * pair + column / kLanes * 4);
+        decoded[pair].columns[v] = (value(nibbles & 15) >> 16) | value(nibbles >> 16 & 15);
+      }
+    }
+    return decoded;
+  }
+
+ private:
+  // Bits in float32, the lower half zero.
+  static Bits value(Bits nibble) {
+    typedef int32_t Integers __attribute__((vector_size(4 * kWidth)));
+    return reinterpret_cast<Bits>(__builtin_convertvector(reinterpret_cast<Integers>(nibble) - 8, Vec));
+  }
+};
+#endif
+
 // Writes two neighbours along K as `multiply` reads them, in bfloat16 or float32.
 template <typename Row>
 void store(const Pairs& pairs, Row* decoded) {
@@ -121,15 +181,17 @@ void multiply_codes(const at::BFloat16* const* rows, int64_t begin, int64_t end,
                     const float* scale, at::BFloat16* decoded, float* out) {
   const Decoder<Code> decoder;
   Vec acc[Rows][kVectors] = {};
-  for (int64_t k = begin; k < end; k += 2, codes += 2 * kPanel) {
+  for (int64_t k = begin; k < end; codes += 64) {
     __builtin_prefetch(codes + kPrefetch);
-    const Pairs pairs = decoder(codes);
-    if (decoded) store(pairs, decoded + (k - begin) * kPanel);
+    for (const Pairs& pairs : decoder(codes)) {
+      if (decoded) store(pairs, decoded + (k - begin) * kPanel);
 #pragma GCC unroll 12
-    for (int r = 0; r < Rows; ++r)
+      for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v)
-        Step<at::BFloat16>::fma(acc[r][v], rows[r] + k, reinterpret_cast<__m512bh>(pairs.columns[v]));
+        for (int v = 0; v < kVectors; ++v)
+          Step<at::BFloat16>::fma(acc[r][v], rows[r] + k, reinterpret_cast<__m512bh>(pairs.columns[v]));
+      k += 2;
+    }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < Rows; ++r)
@@ -161,9 +223,12 @@ int64_t decode(const Block<Row>& block, int64_t begin, int64_t end, const uint8_
     }
 #endif
   const Decoder<Code> decoder;
-  for (int64_t k = begin; k < end; k += 2, codes += 2 * kPanel, decoded += 2 * kPanel) {
+  for (const Row* last = decoded + (end - begin) * kPanel; decoded < last; codes += 64) {
     __builtin_prefetch(codes + kPrefetch);
-    store(decoder(codes), decoded);
+    for (const Pairs& pairs : decoder(codes)) {
+      store(pairs, decoded);
+      decoded += 2 * kPanel;
+    }
   }
   return 0;
 }
@@ -182,7 +247,7 @@ void multiply_decoded(const Block<typename Step<T>::Row>& block, int64_t depth, 
     const int64_t group = begin / scales.group;
     end = std::min({begin + longest, (group + 1) * scales.group, depth});
     const float* scale = scales.values + group * kPanel;
-    const int64_t done = decode<Code>(block, begin, end, codes + begin * kPanel, scale, decoded, out);
+    const int64_t done = decode<Code>(block, begin, end, codes + begin * kPanel / kCodesPerByte<Code>, scale, decoded, out);
     const Block<Row> rest{block.rows + done, block.count - done, block.stride, block.tiled};
     multiply<Row, false>(rest, begin, end, decoded, scale, out + done * kPanel);
   }

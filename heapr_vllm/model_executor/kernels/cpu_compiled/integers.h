@@ -22,6 +22,8 @@ struct Biased {
   static constexpr int32_t kBias = kCodesPerByte<Code> == 1 ? 128 : 8;
   uint8_t byte;
 };
+template <typename Code>
+constexpr int64_t kCodesPerByte<Biased<Code>> = kCodesPerByte<Code>;
 
 template <typename W>
 constexpr bool kIntegers = false;
@@ -83,6 +85,11 @@ struct Fours {
 
 inline Fours load_fours(const Biased<int8_t>* codes) {
   return {_mm512_loadu_si512(codes), _mm512_loadu_si512(codes + 64)};
+}
+
+inline Fours load_fours(const Biased<Nibbles>* codes) {
+  const __m512i both = _mm512_loadu_si512(codes), mask = _mm512_set1_epi8(0x0f);
+  return {both & mask, _mm512_srli_epi16(both, 4) & mask};
 }
 
 // A part of a panel along K, whole groups of it, times several runs of rows. Each run prefetches its share of as many

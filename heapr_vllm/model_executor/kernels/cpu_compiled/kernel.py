@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from vllm.platforms import current_platform
 
-from heapr_vllm.formats.quantized import BITWISE, ExpertScheme
+from heapr_vllm.formats.quantized import BITWISE, PACKED_DTYPE, ExpertScheme
 from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, Scales
 from heapr_vllm.model_executor.kernels.cpu_compiled import build, extension
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
@@ -49,7 +49,10 @@ class CompiledKernel(RaggedKernel):
 
     def pack_expert(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         """Brings an expert's [2 * width, H] and [width, H] into panels, in place."""
-        if down.itemsize == 1:
+        if down.dtype == PACKED_DTYPE:
+            pack_nibbles(gate_up, (2, -1, WIDTH_UNIT, down.shape[1] // 2, 2, 2), (1, 3, 2, 5, 4, 0))
+            pack_nibbles(down, (len(down) // 4, 2, 2, -1, 2, WIDTH_UNIT), (3, 0, 5, 2, 1, 4))
+        elif down.itemsize == 1:
             _pack_codes(gate_up, down)
         else:
             _pack_dense(gate_up, down)
@@ -89,6 +92,13 @@ def can_run() -> bool:
 def reorder(part: torch.Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> None:
     """Rewrites a contiguous part of a parameter as its view of `shape` with the axes in `order`."""
     part.copy_(part.view(shape).permute(order).contiguous().view(part.shape))
+
+
+def pack_nibbles(part: torch.Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> None:
+    """Does as `reorder` with codes of 4 bits, of which those along the last axis of the result share a byte."""
+    nibbles = torch.stack([part & 15, part >> 4], -1)
+    low, high = nibbles.view(shape).permute(order).unbind(-1)
+    part.copy_((low | high << 4).reshape(part.shape))
 
 
 def _pack_dense(gate_up: torch.Tensor, down: torch.Tensor) -> None:

@@ -5,7 +5,8 @@
 // kernel.py). P neighbours along K lie together: 2 in bfloat16, where one instruction multiplies pairs, else 1.
 //   gate/up of an expert [width / 16][hidden / P][gate, up][16 neurons][P]
 //   down of an expert    [hidden / 32][width / P][32 outputs][P]
-// Experts in 8 bits have panels of the same shape, P = 2; codes.h says in which order bytes lie. Their scales:
+// Quantized experts have panels of the same shape, P = 2 or 4; codes.h and integers.h say in which order bytes lie. Their
+// scales:
 //   gate/up of an expert [width / 16][groups][gate, up][16 neurons]
 //   down of an expert    [groups][width], for hidden / groups outputs each; by channel [slots][hidden] instead
 // Those of gate and up multiply sums over a group of the hidden size; those of down multiply silu(gate) * up before a
@@ -349,24 +350,26 @@ void run(const Arguments& a, bool rounds_activations) {
   if (rounds_activations) {
 #ifdef __AVX512VNNI__
     if (a.w13.scalar_type() == at::kChar) return run<T, Biased<int8_t>>(a);
+    if (a.w13.scalar_type() == at::kByte) return run<T, Biased<Nibbles>>(a);
 #endif
-    TORCH_CHECK(false, "cpu_ragged_moe: activations in 8 bits need AVX-512 VNNI and int8 weights");
+    TORCH_CHECK(false, "cpu_ragged_moe: activations in 8 bits need AVX-512 VNNI and weights of integers");
   }
   switch (a.w13.scalar_type()) {
     case at::kChar: return run<T, int8_t>(a);
+    case at::kByte: return run<T, Nibbles>(a);
     case at::kFloat8_e4m3fn: return run<T, at::Float8_e4m3fn>(a);
     default: return run<T, T>(a);
   }
 }
 
 // Checks the scales of codes and says what they are.
-Scales scales_of(const at::Tensor& w13, const at::Tensor& w2, const std::optional<at::Tensor>& w13_scale,
+Scales scales_of(int64_t hidden, const at::Tensor& w13, const at::Tensor& w2, const std::optional<at::Tensor>& w13_scale,
                  const std::optional<at::Tensor>& w2_scale, int64_t num_slots) {
   TORCH_CHECK(w13_scale && w2_scale, "cpu_ragged_moe: codes need scales");
   for (const at::Tensor& scale : {*w13_scale, *w2_scale})
     TORCH_CHECK(scale.dim() == 2 && scale.is_contiguous() && scale.scalar_type() == at::kFloat,
                 "cpu_ragged_moe: scales are matrices of float32, contiguous");
-  const int64_t hidden = w2.size(1), groups = w13_scale->size(1), rows = w2.size(0);
+  const int64_t groups = w13_scale->size(1), rows = w2.size(0);
   const bool by_channel = w2_scale->size(1) == hidden;
   TORCH_CHECK(groups > 0 && hidden % (groups * kPanel) == 0 && w13_scale->size(0) == w13.size(0) &&
                   w2_scale->size(0) == (by_channel ? num_slots : rows) &&
@@ -388,29 +391,34 @@ Traffic traffic_of(const std::optional<at::Tensor>& activation_sq, const std::op
 }
 
 // Writes the MoE output [T, H]. x [T, H]; w13 [2 * rows, H] and w2 [rows, H] packed as above, of x's dtype, or int8 or
-// float8_e4m3fn with float32 scales, for w13 [2 * rows, groups] and for w2 [rows, groups], or by channel [2 * rows, 1]
-// and [num_slots, H]; weights float32 and ids int32 [T, k]; slots int32 [num_experts + 1]; table int32 [num_slots, 2],
-// first row and width, a multiple of 16. Adds the call's tokens to activation_sq float64 [num_slots, widest width] and
-// tokens int64 [num_slots], if they are there.
+// float8_e4m3fn, or uint8 [rows, H / 2] with two codes in a byte; codes with float32 scales, for w13 [2 * rows, groups]
+// and for w2 [rows, groups], or by channel [2 * rows, 1] and [num_slots, H]; weights float32 and ids int32 [T, k]; slots
+// int32 [num_experts + 1]; table int32 [num_slots, 2], first row and width, a multiple of 16. With rounds_activations
+// products are of integers (integers.h), and panels in their order. Adds the call's tokens to activation_sq float64
+// [num_slots, widest width] and tokens int64 [num_slots], if they are there.
 void cpu_ragged_moe(at::Tensor& output, const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
                     const at::Tensor& weights, const at::Tensor& ids, const at::Tensor& slots, const at::Tensor& table,
                     const std::optional<at::Tensor>& w13_scale, const std::optional<at::Tensor>& w2_scale,
-                    const std::optional<at::Tensor>& activation_sq, const std::optional<at::Tensor>& tokens) {
+                    const std::optional<at::Tensor>& activation_sq, const std::optional<at::Tensor>& tokens,
                     bool rounds_activations) {
   TORCH_CHECK(x.dim() == 2, "cpu_ragged_moe: activations [tokens, hidden size]");
-  const bool codes = w13.scalar_type() == at::kChar || w13.scalar_type() == at::kFloat8_e4m3fn;
-  for (const at::Tensor* tensor : {static_cast<const at::Tensor*>(&output), &w13, &w2})
-    TORCH_CHECK(tensor->is_contiguous() && tensor->dim() == 2 && tensor->size(1) == x.size(1) &&
-                    tensor->scalar_type() == (codes && tensor != &output ? w13 : x).scalar_type(),
+  const at::ScalarType stored = w13.scalar_type();
+  const bool codes = stored == at::kChar || stored == at::kFloat8_e4m3fn || stored == at::kByte;
+  for (const at::Tensor* tensor : {static_cast<const at::Tensor*>(&output), &w13, &w2}) {
+    const bool is_codes = codes && tensor != &output;
+    TORCH_CHECK(tensor->is_contiguous() && tensor->dim() == 2 &&
+                    tensor->size(1) * (is_codes && stored == at::kByte ? 2 : 1) == x.size(1) &&
+                    tensor->scalar_type() == (is_codes ? stored : x.scalar_type()),
                 "cpu_ragged_moe: output and weights are contiguous, of the activations' dtype and hidden size; weights "
-                "may be int8 or float8_e4m3fn");
+                "may be int8, float8_e4m3fn, or two codes in a byte of half that size");
+  }
   TORCH_CHECK(x.size(1) % kPanel == 0 && w13.size(0) == 2 * w2.size(0) && output.sizes() == x.sizes(),
               "cpu_ragged_moe: hidden size is a multiple of ", kPanel, ", w13 has twice the rows of w2");
   TORCH_CHECK(ids.dim() == 2 && ids.size(0) == x.size(0) && weights.sizes() == ids.sizes() &&
                   table.dim() == 2 && table.size(1) == 2 && table.is_contiguous() && slots.is_contiguous(),
               "cpu_ragged_moe: weights and ids [tokens, k], table [slots, 2], contiguous");
   const at::Tensor plain_weights = weights.to(at::kFloat).contiguous(), plain_ids = ids.to(at::kInt).contiguous();
-  const Scales scales = codes ? scales_of(w13, w2, w13_scale, w2_scale, table.size(0)) : Scales{};
+  const Scales scales = codes ? scales_of(x.size(1), w13, w2, w13_scale, w2_scale, table.size(0)) : Scales{};
   const Traffic traffic = traffic_of(activation_sq, tokens, table.size(0));
   const Arguments arguments{output, x, w13, w2, plain_weights, plain_ids, slots, table, scales, traffic};
   switch (x.scalar_type()) {
@@ -427,7 +435,7 @@ TORCH_LIBRARY_FRAGMENT(heapr, library) {
   library.def(
       "cpu_ragged_moe(Tensor(a!) output, Tensor hidden_states, Tensor w13, Tensor w2, Tensor topk_weights, "
       "Tensor topk_ids, Tensor slots, Tensor table, Tensor? w13_scale=None, Tensor? w2_scale=None, "
-      "Tensor(b!)? activation_sq=None, Tensor(c!)? tokens=None) -> ()");
+      "Tensor(b!)? activation_sq=None, Tensor(c!)? tokens=None, "
       "bool rounds_activations=False) -> ()");
 }
 
