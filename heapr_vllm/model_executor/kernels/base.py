@@ -15,6 +15,8 @@ from heapr_vllm.model_executor.storage.layout import RaggedLayout, round_up
 from heapr_vllm.model_executor.storage.scales import Scales
 from heapr_vllm.model_executor.storage.traffic_sums import TrafficSums
 
+CPUS_ONLY = "int4 experts are served on CPUs only so far; export with --quantize int8"
+
 
 @dataclass(frozen=True)
 class Routes:
