@@ -31,7 +31,7 @@ from heapr_vllm.prune.selection.budget import Budget
 from heapr_vllm.prune.text.documents import read_documents
 from heapr_vllm.prune.text.samples import token_samples
 
-STORAGES = ("model", "int8", "int8 a8", "fp8")
+STORAGES = ("model", "int8", "int8 a8", "fp8", "int4", "int4 a8")
 
 
 @contextmanager
@@ -59,7 +59,8 @@ def _compiled(module: StackedExperts, keep: torch.Tensor, storage: str) -> Calla
     widths = keep.sum(-1).tolist()
     layout = RaggedLayout.build(widths, kernel.stored_widths(widths))
     groups = hidden_size // (scheme.group_size or hidden_size)
-    w13, w2 = (torch.zeros(n * layout.num_rows, hidden_size, dtype=scheme.code_dtype) for n in (2, 1))
+    shapes = [(n * layout.num_rows, hidden_size // scheme.codes_per_byte) for n in (2, 1)]
+    w13, w2 = (torch.full(shape, scheme.zero_byte, dtype=scheme.code_dtype) for shape in shapes)
     scales = Scales(torch.ones(len(w13), groups), torch.ones(len(w2), groups))
     for expert, width in enumerate(widths):
         if width:

@@ -101,6 +101,15 @@ def test_candidates_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names() == ["triton"]
 
 
+@pytest.mark.parametrize("kernel", ["", "triton", "reference"])
+def test_four_bits_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    on(monkeypatch, GPU)
+    capture_graphs(monkeypatch, CUDAGraphMode.NONE)
+    monkeypatch.setenv("HEAPR_KERNEL", kernel)
+    with pytest.raises(HeaprError, match="int4 experts are served on CPUs only so far; export with --quantize int8"):
+        names(torch.bfloat16, scheme=ExpertScheme("int", num_bits=4, group_size=64))
+
+
 @pytest.mark.skipif(not extension.load(), reason="no C++ compiler")
 def test_own_op_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEAPR_KERNEL", "ragged")
