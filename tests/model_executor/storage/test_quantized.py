@@ -145,9 +145,8 @@ def test_padding_is_code_0_and_scale_1() -> None:
         padded = slice(row + WIDTHS[0], row + width)
         scales = rank.storage.scales(rank.layer)
         zero = scheme.zero_byte
-        assert (rank.layer.w2_weight[padded] == zero).all() and (
-            rank.layer.w2_weight[row : row + WIDTHS[0]] == 77
-        ).all()
+        assert (rank.layer.w2_weight[padded] == zero).all()
+        assert (rank.layer.w2_weight[row : row + WIDTHS[0]] == 77).all()
         for first in (2 * row, 2 * row + width):
             half = slice(first + WIDTHS[0], first + width)
             assert (rank.layer.w13_weight[half] == zero).all() and bool((scales.w13[half] == 1).all())
