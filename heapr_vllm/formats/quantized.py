@@ -27,7 +27,6 @@ STORED_DTYPES = ("I8", "F8_E4M3")  # of codes of 8 bits, as safetensors calls th
 STORED_PACKED_DTYPE = "U8"  # of those of 4
 NAMES = {("int", 8): "int8", ("float", 8): "fp8", ("int", 4): "int4"}
 LARGEST_CODE = {"int": 127.0, "float": 448.0}
-LARGEST_CODE_4_BITS = 7.0
 ZERO_4_BITS = 8
 ZERO_BYTE_4_BITS = 0x88
 NAN_CODE = 0x7F  # of E4M3, apart from the sign
@@ -136,7 +135,7 @@ class ExpertScheme:
     def dequantize(self, codes: torch.Tensor, scale: torch.Tensor, shard: str) -> torch.Tensor:
         """Returns the float32 values [O, I] of what `quantize` made, or of as many whole neurons of it."""
         if self.num_bits == 4:
-            codes = unpack_nibbles(codes.T).T if shard == "w2" else unpack_nibbles(codes)
+            codes = unpack_nibbles(codes.T).T.contiguous() if shard == "w2" else unpack_nibbles(codes)
         return dequantize(codes, scale, self.block(shard, tuple(codes.shape)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,18 +154,23 @@ def quantize_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounds [n, C] to codes [n, C], and one float32 scale per row and `group_size` columns, [n, C / group_size].
 
-    The largest value of a group gets the largest code, 127, 448 or, of 4 bits, 7; a group of zeros gets scale 1.
+    The largest magnitude of a group gets the largest code, 127 or 448, or of 4 bits -8, of which there is no positive
+    one: their scales have a sign. A group of zeros gets scale 1.
     """
     if not rows.shape[1]:
         return rows.to(CODE_DTYPES[kind]), torch.ones(len(rows), 1)
-    largest = LARGEST_CODE_4_BITS if num_bits == 4 else LARGEST_CODE[kind]
     groups = rows.float().unflatten(1, (rows.shape[1] // group_size, group_size))
-    scale = groups.abs().amax(-1, keepdim=True) / largest
+    if num_bits == 4:
+        lowest, largest = -ZERO_4_BITS, ZERO_4_BITS - 1
+        scale = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / lowest
+    else:
+        lowest, largest = -LARGEST_CODE[kind], LARGEST_CODE[kind]
+        scale = groups.abs().amax(-1, keepdim=True) / largest
     scale = torch.where(scale == 0, 1.0, scale)
     codes = groups / scale
     if kind == "int":
         codes = codes.round()
-    codes = codes.clamp(-largest, largest).view(rows.shape)
+    codes = codes.clamp(lowest, largest).view(rows.shape)
     return codes.to(CODE_DTYPES[kind]), scale[..., 0]
 
 
