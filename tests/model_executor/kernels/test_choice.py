@@ -81,11 +81,21 @@ def test_candidates_that_fit_no_layer_or_machine(monkeypatch: pytest.MonkeyPatch
     assert names(scheme=ExpertScheme("int")) == ["reference"]
 
 
-@pytest.mark.parametrize("has_vnni", [False, True])
-def test_time_does_not_decide_whether_activations_are_rounded(monkeypatch: pytest.MonkeyPatch, has_vnni: bool) -> None:
+@pytest.mark.parametrize(
+    ("isa", "has_vnni", "rounding"),
+    [
+        ("avx512", False, ["compiled"]),
+        ("avx512", True, ["compiled_a8"]),
+        ("avx512_bf16", True, ["compiled_a8"]),
+        ("avx512_amx", True, ["compiled"]),
+    ],
+)
+def test_time_does_not_decide_whether_activations_are_rounded(
+    monkeypatch: pytest.MonkeyPatch, isa: str, has_vnni: bool, rounding: list[str]
+) -> None:
     monkeypatch.setattr(cpu_compiled, "can_run", lambda: True)
     monkeypatch.setattr(build, "has_vnni", lambda: has_vnni)
-    rounding = ["compiled_a8"] if has_vnni else ["compiled"]
+    monkeypatch.setattr(build, "isa", lambda: isa)
     assert names(torch.bfloat16, scheme=ExpertScheme("int")) == rounding
     assert names(torch.float32, scheme=ExpertScheme("int")) == ["compiled"]
     assert names(torch.bfloat16, scheme=ExpertScheme("float")) == ["compiled"]

@@ -19,10 +19,16 @@ from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
 
 class CompiledA8Kernel(CompiledKernel):
-    """Runs on CPUs with AVX-512 VNNI; float32 is left to kernels that do not round."""
+    """Runs on CPUs with AVX-512 VNNI; float32 is left to kernels that do not round.
+
+    On AMX it has to be asked for: tiles of bfloat16 do more products than VNNI does.
+    """
 
     name = "compiled_a8"
     activation_bits = 8
+
+    def is_default(self) -> bool:
+        return super().is_default() and not build.isa().endswith("amx")
 
     def machine_obstacle(self) -> str | None:
         if obstacle := super().machine_obstacle():

@@ -92,8 +92,7 @@ inline Fours load_fours(const Biased<Nibbles>* codes) {
   return {both & mask, _mm512_srli_epi16(both, 4) & mask};
 }
 
-// A part of a panel along K, whole groups of it, times several runs of rows. Each run prefetches its share of as many
-// bytes ahead, so that memory is read all the time and not while the first run is computed only.
+// A part of a panel along K, whole groups of it.
 template <typename Code>
 struct Part {
   int64_t depth, group, begin, end;  // of rows
@@ -101,8 +100,6 @@ struct Part {
   const Biased<Code>* codes;
   const float* scale;
   int64_t scale_step;  // from a group to the next; 0 within one scale group of the panel
-  const char* ahead;
-  int64_t share;  // of 64 bytes
 };
 
 constexpr int64_t kIntegerRows = 8;  // 12 need more registers for their addresses than there are
@@ -114,7 +111,6 @@ void multiply_part(const int8_t* const* rows, const Part<Code>& part, float* out
   constexpr int64_t step = 4 * kPanel / kCodesPerByte<Code>;
   const auto* codes = part.codes;
   const float* scale = part.scale;
-  const char* ahead = part.ahead;
   int64_t number = part.number;
   const auto of_row = [&](int r) { return reinterpret_cast<const RowGroup*>(rows[r] + part.depth)[number]; };
   for (int64_t begin = part.begin, end; begin < part.end; begin = end, ++number, scale += part.scale_step) {
@@ -126,7 +122,7 @@ void multiply_part(const int8_t* const* rows, const Part<Code>& part, float* out
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kWidth; i += 4, codes += step) {
 #pragma GCC unroll 2
-        for (int64_t line = 0; line < step; line += 64, ahead += part.share) __builtin_prefetch(ahead);
+        for (int64_t line = 0; line < step; line += 64) __builtin_prefetch(&codes->byte + line + kPrefetch);
         const Fours fours = load_fours(codes);
 #pragma GCC unroll 12
         for (int r = 0; r < Rows; ++r) {
@@ -162,18 +158,15 @@ void multiply_part(int64_t count, const int8_t* const* rows, const Part<Code>& p
 template <typename T, typename Code>
 void product(const Block<int8_t>& block, int64_t depth, const Biased<Code>* panel, PanelScales scales, float* out) {
   const bool same_groups = block.group == scales.group;
-  const int64_t share = 64 / at::divup(block.count, kIntegerRows);
   std::fill_n(out, block.count * kPanel, 0.f);
   for (int64_t begin = 0, end; begin < depth; begin = end) {
     const int64_t number = begin / scales.group;
     end = std::min({begin + kPart, depth, same_groups ? depth : (number + 1) * scales.group});
     const Biased<Code>* codes = panel + begin * kPanel / kCodesPerByte<Code>;
-    const int64_t lines = (end - begin) * kPanel / kCodesPerByte<Code> / 64;
-    Part<Code> part{depth, block.group, begin, end, begin / block.group, codes, scales.values + number * kPanel,
-                    same_groups ? kPanel : 0, reinterpret_cast<const char*>(codes) + kPrefetch, share};
+    const Part<Code> part{depth, block.group, begin, end, begin / block.group, codes, scales.values + number * kPanel,
+                          same_groups ? kPanel : 0};
     for_runs(block.count, kIntegerRows, [&](int64_t first, int64_t count) {
       multiply_part(count, block.rows + first, part, out + first * kPanel);
-      part.ahead += lines * share;
     });
   }
 }
