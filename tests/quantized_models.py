@@ -94,7 +94,7 @@ def rounded(plain: Path, folder: Path, scheme: ExpertScheme) -> Path:
         where = ExpertTensor.parse(key)
         if not is_draft_layer(where.prefix, json.loads((plain / "config.json").read_text())["num_hidden_layers"]):
             codes, scale = scheme.quantize(tensors[key], where.shard)
-            tensors[key] = dequantize(codes, scale, scheme.block(where.shard, tuple(codes.shape)))
+            tensors[key] = scheme.dequantize(codes, scale, where.shard)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from heapr_vllm.formats.checkpoint import Checkpoint
-from heapr_vllm.formats.quantized import ExpertScheme
+from heapr_vllm.formats.quantized import NAMES, ExpertScheme
 from heapr_vllm.prune import CalibrationSettings, NeuronMoments, export_checkpoint, write_masks_repository
 from heapr_vllm.prune.calibration.calibrate import calibrate
 from heapr_vllm.prune.models.loading import load_model
@@ -46,6 +46,7 @@ QUANTIZED = (
     "qwen3_moe+int8-linears",
     "qwen3_moe+int8",
     "deepseek_v3+fp8",
+    "qwen3_moe+int4",
 )  # family, and the format of its base model, or that of its experts alone: written by the export, or while loading
 TOLERANCE = 1e-4  # of prompt logprobs in fp32
 TOLERANCES = {"qwen3_next_linear": 1 / 16}  # bf16: the step between logits from 8 to 16, after one other rounding
@@ -100,7 +101,7 @@ def prepare(name: str, folder: Path, corpus: Path, edit_base: Callable[[Path], N
         work / "calib",
     )
     masks = awkward(NeuronMoments.from_pretrained(work / "calib"))
-    scheme = ExpertScheme.for_hidden_size(stored, Checkpoint(base).hidden_size) if stored in ("int8", "fp8") else None
+    scheme = ExpertScheme.for_hidden_size(stored, Checkpoint(base).hidden_size) if stored in NAMES.values() else None
     write_masks_repository(masks, work / "calib", work / "masks", scheme=scheme)
     export_checkpoint(work / "masks", work / "compact")
     if scheme is not None:

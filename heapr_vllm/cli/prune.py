@@ -54,8 +54,8 @@ def add_prune(commands: options.Commands) -> None:
     )
     command.add_argument(
         "--quantize",
-        choices=("int8", "fp8"),
-        help="store experts in 8 bits: while loading where the masks are served, and by `heapr export`",
+        choices=("int8", "fp8", "int4"),
+        help="store experts in 8 or 4 bits: while loading where the masks are served, and by `heapr export`",
     )
     weighed = options.mix(command)
     weighed.add_argument(

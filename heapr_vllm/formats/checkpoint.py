@@ -20,7 +20,7 @@ from heapr_vllm.formats.config import QUANT_METHOD, PruningConfig
 from heapr_vllm.formats.folder import inside
 from heapr_vllm.formats.hub import download, download_checkpoint
 from heapr_vllm.formats.names import ExpertTensor, is_draft_layer, natural_order
-from heapr_vllm.formats.quantized import SCALE_SUFFIX, STORED_DTYPES, ExpertScheme
+from heapr_vllm.formats.quantized import SCALE_SUFFIX, STORED_DTYPES, STORED_PACKED_DTYPE, ExpertScheme
 from heapr_vllm.formats.schema import Count, Positive, convert, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -258,10 +258,11 @@ class Checkpoint:
 
     def scale_name(self, name: str) -> str | None:
         """Returns the name of the scales of a weight; None if it is not stored as codes."""
-        if self.headers[name][0] not in STORED_DTYPES:
-            return None
-        if self.expert_scheme and self.is_pruned_expert(name):
+        dtype = self.headers[name][0]
+        if self.expert_scheme and self.is_pruned_expert(name) and dtype in (*STORED_DTYPES, STORED_PACKED_DTYPE):
             return name + SCALE_SUFFIX
+        if dtype not in STORED_DTYPES:
+            return None
         return name + self.base_quantization.scale_suffix if self.base_quantization else None
 
     def weight_of(self, name: str) -> str | None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts in 8 bits: codes and scales. Every scale group lies inside one neuron, so that pruning cuts none.
+"""Experts in 8 or 4 bits: codes and scales. Every scale group lies inside one neuron, so that pruning cuts none.
 
 A neuron is a row of gate_proj and up_proj [I, H] and a column of down_proj [H, I]; groups run along H. Field names,
-tensor names and shapes are those of compressed-tensors, whose `dequantize` reads them.
+tensor names and shapes are those of compressed-tensors, whose `dequantize` reads them. In 4 bits two neighbours along H
+share a byte, the first in its lower half, with 8 added to each: [I, H / 2] and [H / 2, I].
 """
 
 from __future__ import annotations
@@ -17,11 +18,17 @@ from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.schema import Positive, convert
 
 GROUP_SIZE = 128
+GROUP_SIZE_4_BITS = 64
 MIN_GROUP_SIZE = 32  # outputs of a panel of the CPU kernel
 SCALE_SUFFIX = "_scale"  # of the tensor of scales beside `X.weight`
 CODE_DTYPES = {"int": torch.int8, "float": torch.float8_e4m3fn}
-STORED_DTYPES = {"I8": "int", "F8_E4M3": "float"}  # dtypes as safetensors calls them
+PACKED_DTYPE = torch.uint8  # of two codes of 4 bits
+STORED_DTYPES = ("I8", "F8_E4M3")  # of codes of 8 bits, as safetensors calls them
+STORED_PACKED_DTYPE = "U8"  # of those of 4
+NAMES = {("int", 8): "int8", ("float", 8): "fp8", ("int", 4): "int4"}
 LARGEST_CODE = {"int": 127.0, "float": 448.0}
+ZERO_4_BITS = 8
+ZERO_BYTE_4_BITS = 0x88
 NAN_CODE = 0x7F  # of E4M3, apart from the sign
 BITWISE = torch.uint8  # what float8 codes are moved as: torch has few float8 kernels
 
@@ -30,8 +37,9 @@ BITWISE = torch.uint8  # what float8 codes are moved as: torch has few float8 ke
 class ExpertScheme:
     """How the experts of a pruned model are stored: `quantization_config.experts`.
 
-    `type`: "int" (int8) or "float" (E4M3). `strategy` "group": one scale per neuron and `group_size` of H;
-    "channel": one per row of the matrix, that is per neuron in gate and up and per output in down_proj.
+    `type` and `num_bits`: "int" of 8 or 4 bits, or "float" (E4M3) of 8. `strategy` "group": one scale per neuron and
+    `group_size` of H; "channel": one per row of the matrix, that is per neuron in gate and up and per output in
+    down_proj, in 8 bits only.
     """
 
     type: str = "int"
@@ -42,21 +50,24 @@ class ExpertScheme:
 
     def __post_init__(self) -> None:
         """Raises HeaprError for what no kernel decodes."""
-        known = self.type in CODE_DTYPES and self.strategy in ("group", "channel")
-        if not known or self.num_bits != 8 or not self.symmetric or (self.strategy == "group") != bool(self.group_size):
+        strategies = ("group",) if self.num_bits == 4 else ("group", "channel")
+        known = (self.type, self.num_bits) in NAMES and self.strategy in strategies
+        if not known or not self.symmetric or (self.strategy == "group") != bool(self.group_size):
             raise HeaprError(
-                f"experts stored as {asdict(self)} are not supported; supported are symmetric 8-bit int and float in "
-                "groups along the hidden size or by channel: `heapr export --quantize int8` (or fp8) writes them"
+                f"experts stored as {asdict(self)} are not supported; supported are symmetric int of 8 or 4 bits and "
+                "float of 8 in groups along the hidden size, those of 8 by channel too: `heapr export --quantize int8` "
+                "(or fp8, int4) writes them"
             )
 
     @classmethod
     def for_hidden_size(cls, name: str, hidden_size: int) -> ExpertScheme:
-        """Returns what `--quantize int8` or `fp8` means for a model.
+        """Returns what `--quantize int8`, `fp8` or `int4` means for a model.
 
         Raises HeaprError if no group size divides `hidden_size`.
         """
-        group_size = gcd(hidden_size, GROUP_SIZE)
-        scheme = cls(type={"int8": "int", "fp8": "float"}[name], group_size=group_size)
+        kind, num_bits = next(stored for stored, known in NAMES.items() if known == name)
+        group_size = gcd(hidden_size, GROUP_SIZE_4_BITS if num_bits == 4 else GROUP_SIZE)
+        scheme = cls(type=kind, num_bits=num_bits, group_size=group_size)
         scheme.check(hidden_size)
         return scheme
 
@@ -64,18 +75,33 @@ class ExpertScheme:
         """Raises HeaprError if groups do not divide `hidden_size`, or are too small for the kernels."""
         if self.group_size and (hidden_size % self.group_size or self.group_size % MIN_GROUP_SIZE):
             raise HeaprError(
-                f"8-bit experts need groups in multiples of {MIN_GROUP_SIZE} that divide the hidden size, not "
+                f"quantized experts need groups in multiples of {MIN_GROUP_SIZE} that divide the hidden size, not "
                 f"{self.group_size} for {hidden_size}; write the checkpoint with `heapr export --quantize none`"
             )
 
     @property
     def code_dtype(self) -> torch.dtype:
-        return CODE_DTYPES[self.type]
+        """Dtype of tensors of codes."""
+        return CODE_DTYPES[self.type] if self.num_bits == 8 else PACKED_DTYPE
+
+    @property
+    def codes_per_byte(self) -> int:
+        return 8 // self.num_bits
+
+    @property
+    def zero_byte(self) -> int:
+        """Byte of codes that are zero."""
+        return ZERO_BYTE_4_BITS if self.num_bits == 4 else 0
 
     @property
     def name(self) -> str:
-        """Returns "int8" or "fp8"."""
-        return {"int": "int8", "float": "fp8"}[self.type]
+        """Returns "int8", "fp8" or "int4"."""
+        return NAMES[self.type, self.num_bits]
+
+    def weight_shape(self, shard: str, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Returns the shape [O, I] of the expert matrix whose codes have `shape`."""
+        rows, columns = shape
+        return (rows * self.codes_per_byte, columns) if shard == "w2" else (rows, columns * self.codes_per_byte)
 
     def block(self, shard: str, shape: tuple[int, ...]) -> tuple[int, int]:
         """Returns how many rows and columns of an expert matrix [O, I] share a scale."""
@@ -95,12 +121,22 @@ class ExpertScheme:
         return self.num_bits + (32 / self.group_size if self.group_size else 0)
 
     def quantize(self, weight: torch.Tensor, shard: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rounds an expert matrix [O, I] to codes [O, I] and float32 scales of `scale_shape`."""
+        """Rounds an expert matrix [O, I] to codes, [O, I] or fewer where they share bytes, and float32 scales."""
         rows, columns = self.block(shard, tuple(weight.shape))
         if rows > 1:
-            codes, scale = quantize_rows(weight.T, rows, self.type)
+            codes, scale = self._quantize_rows(weight.T, rows)
             return codes.view(BITWISE).T.contiguous().view(codes.dtype), scale.T.contiguous()
-        return quantize_rows(weight, columns, self.type)
+        return self._quantize_rows(weight, columns)
+
+    def _quantize_rows(self, rows: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, scale = quantize_rows(rows, group_size, self.type, self.num_bits)
+        return (pack_nibbles(codes) if self.num_bits == 4 else codes), scale
+
+    def dequantize(self, codes: torch.Tensor, scale: torch.Tensor, shard: str) -> torch.Tensor:
+        """Returns the float32 values [O, I] of what `quantize` made, or of as many whole neurons of it."""
+        if self.num_bits == 4:
+            codes = unpack_nibbles(codes.T).T.contiguous() if shard == "w2" else unpack_nibbles(codes)
+        return dequantize(codes, scale, self.block(shard, tuple(codes.shape)))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -113,21 +149,40 @@ class ExpertScheme:
         return convert(block, cls, "quantization_config.experts", "create or download the model again")
 
 
-def quantize_rows(rows: torch.Tensor, group_size: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(
+    rows: torch.Tensor, group_size: int, kind: str, num_bits: int = 8
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounds [n, C] to codes [n, C], and one float32 scale per row and `group_size` columns, [n, C / group_size].
 
-    The largest value of a group gets the largest code, 127 or 448; a group of zeros gets scale 1.
+    The largest magnitude of a group gets the largest code, 127 or 448, or of 4 bits -8, of which there is no positive
+    one: their scales have a sign. A group of zeros gets scale 1.
     """
     if not rows.shape[1]:
         return rows.to(CODE_DTYPES[kind]), torch.ones(len(rows), 1)
     groups = rows.float().unflatten(1, (rows.shape[1] // group_size, group_size))
-    scale = groups.abs().amax(-1, keepdim=True) / LARGEST_CODE[kind]
+    if num_bits == 4:
+        lowest, largest = -ZERO_4_BITS, ZERO_4_BITS - 1
+        scale = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / lowest
+    else:
+        lowest, largest = -LARGEST_CODE[kind], LARGEST_CODE[kind]
+        scale = groups.abs().amax(-1, keepdim=True) / largest
     scale = torch.where(scale == 0, 1.0, scale)
     codes = groups / scale
     if kind == "int":
         codes = codes.round()
-    codes = codes.clamp(-LARGEST_CODE[kind], LARGEST_CODE[kind]).view(rows.shape)
+    codes = codes.clamp(lowest, largest).view(rows.shape)
     return codes.to(CODE_DTYPES[kind]), scale[..., 0]
+
+
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Puts two neighbours of codes int8 [n, C] of -8 to 7 into a byte: uint8 [n, C / 2]."""
+    low, high = (codes + ZERO_4_BITS).to(PACKED_DTYPE).unflatten(1, (-1, 2)).unbind(-1)
+    return low | high << 4
+
+
+def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """Inverts `pack_nibbles`."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(1).to(torch.int8) - ZERO_4_BITS
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of a checkpoint by name, in whatever shard they are, 8-bit weights dequantised."""
+"""Tensors of a checkpoint by name, in whatever shard they are, codes dequantised."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.base_quantization import BaseQuantization
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.names import ExpertTensor
-from heapr_vllm.formats.quantized import CODE_DTYPES, check_codes, check_scale, dequantize
+from heapr_vllm.formats.quantized import CODE_DTYPES, PACKED_DTYPE, ExpertScheme, check_codes, check_scale, dequantize
 
 
 class TensorReader:
@@ -33,20 +34,36 @@ class TensorReader:
     def tensor(self, name: str) -> torch.Tensor:
         """Reads the tensor, codes dequantised. Raises HeaprError if scales are missing, or either is damaged."""
         value = self.stored(name)
-        if value.dtype not in CODE_DTYPES.values():
+        if not self._is_codes(name, value):
             return value
-        scale, block = self._checked_scale(name, value)
-        return dequantize(value, scale, block).to(self.dtype)
+        scale = self._checked_scale(name, value)
+        if scheme := self._expert_scheme(name):
+            return scheme.dequantize(value, scale, _shard(name)).to(self.dtype)
+        return dequantize(value, scale, self._base.block(tuple(value.shape))).to(self.dtype)
 
     def verbatim(self, name: str) -> torch.Tensor:
         """Reads the tensor as it is stored. Raises HeaprError if it is codes and they or their scales are damaged."""
         value = self.stored(name)
-        if value.dtype in CODE_DTYPES.values():
+        if self._is_codes(name, value):
             self._checked_scale(name, value)
         return value
 
-    def _checked_scale(self, name: str, codes: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Reads the scales of `codes`, and how many rows and columns share one."""
+    def _is_codes(self, name: str, value: torch.Tensor) -> bool:
+        is_packed = value.dtype == PACKED_DTYPE and self._expert_scheme(name) is not None
+        return is_packed or value.dtype in CODE_DTYPES.values()
+
+    def _expert_scheme(self, name: str) -> ExpertScheme | None:
+        """How a pruned expert's weight is stored; None if it is none, or as the base model has it."""
+        return self.checkpoint.expert_scheme if self.checkpoint.is_pruned_expert(name) else None
+
+    @property
+    def _base(self) -> BaseQuantization:
+        base = self.checkpoint.base_quantization
+        assert base is not None, "codes are those of pruned experts or of the base model"
+        return base
+
+    def _checked_scale(self, name: str, codes: torch.Tensor) -> torch.Tensor:
+        """Reads the scales of `codes`."""
         scale_name = self.checkpoint.scale_name(name)
         if scale_name is None or scale_name not in self.checkpoint.weight_map:
             raise HeaprError(
@@ -55,17 +72,13 @@ class TensorReader:
             )
         scale = self.stored(scale_name)
         shape = tuple(codes.shape)
-        where = ExpertTensor.parse(name)
-        scheme = self.checkpoint.expert_scheme
-        if scheme and where and self.checkpoint.is_pruned_expert(name):
-            block, wanted = scheme.block(where.shard, shape), scheme.scale_shape(where.shard, shape)
+        if scheme := self._expert_scheme(name):
+            wanted = scheme.scale_shape(_shard(name), scheme.weight_shape(_shard(name), shape))
         else:
-            base = self.checkpoint.base_quantization
-            assert base is not None, "a scale name comes from one of both"
-            block, wanted = base.block(shape), base.scale_shape(shape)
+            wanted = self._base.scale_shape(shape)
         check_codes(codes, name)
         check_scale(scale, wanted, scale_name)
-        return scale, block
+        return scale
 
     def stored(self, name: str) -> torch.Tensor:
         """Reads the tensor as it is stored."""
@@ -73,3 +86,10 @@ class TensorReader:
         if shard not in self._files:
             self._files[shard] = self._stack.enter_context(self.checkpoint.open(shard))
         return self._files[shard].get_tensor(name)
+
+
+def _shard(name: str) -> str:
+    """ "w1", "w2" or "w3" of an expert's weight."""
+    where = ExpertTensor.parse(name)
+    assert where is not None, name
+    return where.shard

@@ -10,20 +10,21 @@ import torch
 pytest.importorskip("vllm")
 from benchmarks import cpu_layer
 from heapr_vllm.model_executor.kernels.base import ExpertRows
-from heapr_vllm.model_executor.kernels.cpu_compiled import extension
+from heapr_vllm.model_executor.kernels.cpu_compiled import build, extension
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
 
 def test_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sizes = "--experts 4 --top-k 2 --hidden 64 --width 96 --tokens 1 5 --threads 1 --rounds 2"
-    arms = "--sparsity 0.5 --buckets 1 4 --quantize int8 fp8 --copies 2"
+    arms = "--sparsity 0.5 --buckets 1 4 --quantize int8 fp8 int4 --copies 2"
     arguments = [*sizes.split(), *arms.split(), "--csv", str(tmp_path / "rows")]
     monkeypatch.setattr("sys.argv", ["cpu_layer", *arguments])
     cpu_layer.main()
     rows = list(csv.DictReader((tmp_path / "rows").open()))
+    kinds = ["", " int8", " int8 a8", " fp8", " int4", " int4 a8"]
+    kinds = [kind for kind in kinds if build.has_vnni() or "a8" not in kind]
     dense, pruned = (
-        [f"heapr {name}{kind}" for kind in ("", " int8", " fp8")] if extension.load() else []
-        for name in ("unpruned", "50% pruned")
+        [f"heapr {name}{kind}" for kind in kinds] if extension.load() else [] for name in ("unpruned", "50% pruned")
     )
     arms = ["vllm", *dense, "vllm zeroed 50%", *pruned, "50% pruned in 1 buckets", "50% pruned in 4 buckets"]
     assert [(row["tokens"], row["arm"]) for row in rows] == [(tokens, arm) for tokens in "15" for arm in arms]

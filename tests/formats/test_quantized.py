@@ -11,17 +11,20 @@ from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.base_quantization import BaseQuantization
 from heapr_vllm.formats.quantized import (
     BITWISE,
-    CODE_DTYPES,
+    PACKED_DTYPE,
     ExpertScheme,
     check_codes,
     check_scale,
     dequantize,
+    pack_nibbles,
+    unpack_nibbles,
 )
 
 SCHEMES = [
     ExpertScheme.for_hidden_size("int8", 256),
     ExpertScheme.for_hidden_size("fp8", 256),
     ExpertScheme.for_hidden_size("int8", 96),
+    ExpertScheme.for_hidden_size("int4", 256),
     ExpertScheme(type="float", strategy="channel", group_size=None),
     ExpertScheme(type="int", strategy="channel", group_size=None),
 ]
@@ -34,9 +37,16 @@ def matrix(shard: str, width: int, hidden_size: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(width)) * 0.02
 
 
+def unpacked(codes: torch.Tensor, shard: str) -> torch.Tensor:
+    """Codes [O, I], one an element."""
+    if codes.dtype != PACKED_DTYPE:
+        return codes
+    return unpack_nibbles(codes.T).T if shard == "w2" else unpack_nibbles(codes)
+
+
 def arguments(scheme: ExpertScheme, shard: str) -> QuantizationArgs:
     """How compressed-tensors calls it: a group along H is one along columns, or a block of rows."""
-    common = {"num_bits": 8, "type": scheme.type, "symmetric": True}
+    common = {"num_bits": scheme.num_bits, "type": scheme.type, "symmetric": True}
     if scheme.strategy == "channel":
         return QuantizationArgs(strategy="channel", **common)
     if shard == "w2":
@@ -52,9 +62,10 @@ def test_compressed_tensors_reads_ours(scheme: ExpertScheme, shard: str) -> None
     for width in filter(None, WIDTHS):
         weight = matrix(shard, width, hidden_size)
         codes, scale = scheme.quantize(weight, shard)
-        assert codes.dtype == CODE_DTYPES[scheme.type] and codes.shape == weight.shape
+        assert codes.dtype == scheme.code_dtype and scheme.weight_shape(shard, codes.shape) == weight.shape
         assert scale.dtype == torch.float32 and tuple(scale.shape) == scheme.scale_shape(shard, tuple(weight.shape))
-        ours = dequantize(codes, scale, scheme.block(shard, tuple(weight.shape)))
+        ours = scheme.dequantize(codes, scale, shard)
+        codes = unpacked(codes, shard)
         args = arguments(scheme, shard)
         assert torch.equal(decompress(codes, scale, args=args), ours)
         theirs = compress(weight, scale, torch.zeros_like(scale), args, dtype=codes.dtype)
@@ -64,15 +75,18 @@ def test_compressed_tensors_reads_ours(scheme: ExpertScheme, shard: str) -> None
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.name}-{scheme.group_size}")
 @pytest.mark.parametrize("shard", ["w1", "w2"])
 def test_rounding_error(scheme: ExpertScheme, shard: str) -> None:
-    """Half a step of INT8 is 1/254 of the group's largest value, of E4M3 1/16 of the value itself."""
+    """Half a step of INT8 is 1/254 of the group's largest value, of E4M3 1/16 of the value itself.
+
+    In 4 bits a step is 1/8 of it, and what is nearer to 8 than to 7 is a whole one away.
+    """
     hidden_size = 2 * (scheme.group_size or 64)
     for width in WIDTHS:
         weight = matrix(shard, width, hidden_size)
         block = scheme.block(shard, tuple(weight.shape))
         codes, scale = scheme.quantize(weight, shard)
-        step = dequantize(torch.ones_like(weight), scale, block)
+        step = dequantize(torch.ones_like(weight), scale.abs(), block) * (2 if scheme.num_bits == 4 else 1)
         bound = step / 2 if scheme.type == "int" else (weight.abs() / 16).maximum(step * 2**-9)
-        assert bool(((dequantize(codes, scale, block) - weight).abs() <= bound * 1.0001).all())
+        assert bool(((scheme.dequantize(codes, scale, shard) - weight).abs() <= bound * 1.0001).all())
 
 
 def test_zeros_are_codes_of_scale_one() -> None:
@@ -83,7 +97,7 @@ def test_zeros_are_codes_of_scale_one() -> None:
 def test_pruning_cuts_no_group() -> None:
     """Kept rows of gate and columns of down have the codes and scales they have among all neurons."""
     keep = torch.tensor([3, 8, 40])
-    for scheme in SCHEMES[:3]:
+    for scheme in SCHEMES[:4]:
         hidden_size = scheme.group_size * 2
         for shard, axis in (("w1", 0), ("w2", 1)):
             weight = matrix(shard, 48, hidden_size)
@@ -143,11 +157,22 @@ def test_formats_not_supported(block: dict, what: str) -> None:
 
 @pytest.mark.parametrize(
     "block",
-    [{"num_bits": 4}, {"type": "nvfp4"}, {"symmetric": False}, {"group_size": None}, {"strategy": "tensor"}],
+    [{"num_bits": 4, "type": "float"}, {"num_bits": 4, "strategy": "channel", "group_size": None}, {"num_bits": 3}]
+    + [{"type": "nvfp4"}, {"symmetric": False}, {"group_size": None}, {"strategy": "tensor"}],
 )
 def test_schemes_not_supported(block: dict) -> None:
     with pytest.raises(HeaprError, match="heapr export --quantize int8"):
         ExpertScheme.from_dict(SCHEMES[0].to_dict() | block)
+
+
+def test_nibbles() -> None:
+    """The first of two neighbours is in the lower half of their byte, and 8 is zero."""
+    codes = torch.arange(-8, 8, dtype=torch.int8).repeat(3, 1)
+    codes[1] = codes[0].roll(3)
+    packed = pack_nibbles(codes)
+    assert packed[0].tolist() == [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]
+    assert torch.equal(unpack_nibbles(packed), codes)
+    assert SCHEMES[3].zero_byte == pack_nibbles(torch.zeros(1, 2, dtype=torch.int8)).item()
 
 
 def test_schemes_read_what_they_write() -> None:

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from heapr_vllm.formats.checkpoint import INDEX_FILE
+from heapr_vllm.model_executor.kernels.cpu_compiled import build
 from heapr_vllm.prune import export_checkpoint
 from tests import quantized_models
 from tests.conftest import prune
@@ -24,6 +25,7 @@ SLOW = [
     *(pytest.param(mode, RANKS, id=mode) for mode in ("TP=2", "EP=2", "compile")),
     *(pytest.param(mode, [n for n in families.QUANTIZED if n not in FAST], id=mode) for mode in ("compact", "masks")),
 ]
+ROUNDING = 1 / 8  # of prompt logprobs, by activations in 8 bits: two steps of bfloat16 from 8 to 16
 EAGER = {"compilation_config": families.CUSTOM_OPS}
 
 Prepare = Callable[[str], Path]
@@ -55,6 +57,18 @@ def test_output_equals_stock(mode: str, name: str, prepared: Prepare, stock: dic
     steps = ("generate", "reload", "generate")
     for found in engine.results(engine.run(folder, steps=steps, env=families.ENVIRONMENT, **EAGER, **arguments)):
         assert_same(name, found, stock)
+
+
+@pytest.mark.skipif(not build.has_vnni() or build.isa().endswith("amx"), reason="not the default on this CPU")
+def test_activations_in_8_bits(prepared: Prepare) -> None:
+    """The default in half precision: near what the same codes give with activations as they are."""
+    outputs, used = {}, {}
+    for kernel in ("", "compiled"):
+        process = engine.run(prepared(INT8) / "compact", dtype="bfloat16", env={"HEAPR_KERNEL": kernel})
+        outputs[kernel] = engine.results(process)[-1]
+        used[kernel] = "kernel compiled_a8" in process.stdout + process.stderr
+    assert used == {"": True, "compiled": False}
+    assert 0 < families.distance(outputs[""], outputs["compiled"]) < ROUNDING
 
 
 def test_real_weights_after_dummy_ones(prepared: Prepare, stock: dict[str, families.Output]) -> None:

@@ -15,6 +15,8 @@ from heapr_vllm.model_executor.storage.layout import RaggedLayout, round_up
 from heapr_vllm.model_executor.storage.scales import Scales
 from heapr_vllm.model_executor.storage.traffic_sums import TrafficSums
 
+CPUS_ONLY = "int4 experts are served on CPUs only so far; export with --quantize int8"
+
 
 @dataclass(frozen=True)
 class Routes:
@@ -55,12 +57,14 @@ class ExpertRows:
 class RaggedKernel(ABC):
     """One way to run a layer. Stateless; `choice.py` asks all in order, and where several run, they are timed.
 
+    activation_bits: what it rounds activations to before products; None if it leaves them as they are.
     share_unit: neurons that a tensor-parallel rank's share of an expert is a multiple of.
     width_unit: neurons that stored widths are multiples of.
     adds_up_traffic: whether it knows `ExpertRows.traffic`.
     """
 
     name: ClassVar[str]
+    activation_bits: ClassVar[int | None] = None
     share_unit: ClassVar[int] = 16
     width_unit: ClassVar[int] = 1
     adds_up_traffic: ClassVar[bool] = False

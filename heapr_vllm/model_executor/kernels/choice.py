@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernels may run a layer: the one that HEAPR_KERNEL forces, otherwise all that can.
+"""Which kernels may run a layer: the one that HEAPR_KERNEL forces, otherwise all that can and compute alike.
+
+Time decides between those. Whether activations are rounded does not follow from time, which would make outputs depend
+on a measurement: where the first kernel that can run a layer rounds them, only such are left, otherwise none.
 
 HEAPR_CPU_KERNEL and HEAPR_CPU_BUCKETS are older wishes, for CPUs only: unlike HEAPR_KERNEL, which gives that kernel or
 an error, so that kernels can be ruled out as a cause one by one, they give way where what they want does not run.
@@ -15,6 +18,7 @@ import torch
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels.base import RaggedKernel
+from heapr_vllm.model_executor.kernels.cpu_compiled.a8_kernel import CompiledA8Kernel
 from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import CompiledKernel
 from heapr_vllm.model_executor.kernels.cpu_native import BucketsKernel, NativeKernel
 from heapr_vllm.model_executor.kernels.reference import ReferenceKernel
@@ -26,8 +30,8 @@ FORMER_WISHES = {
     ("HEAPR_CPU_KERNEL", "native"): {"native", "buckets"},
     ("HEAPR_CPU_KERNEL", "compiled"): {"compiled"},
     ("HEAPR_CPU_KERNEL", "ragged"): {"compiled"},
-    ("HEAPR_CPU_BUCKETS", "always"): {"triton", "compiled", "buckets"},
-    ("HEAPR_CPU_BUCKETS", "never"): {"triton", "compiled", "native"},
+    ("HEAPR_CPU_BUCKETS", "always"): {"triton", "compiled_a8", "compiled", "buckets"},
+    ("HEAPR_CPU_BUCKETS", "never"): {"triton", "compiled_a8", "compiled", "native"},
 }
 
 
@@ -37,7 +41,14 @@ def kernels() -> dict[str, RaggedKernel]:
 
     The last one is only for layers that no other runs.
     """
-    ordered = (TritonKernel(), CompiledKernel(), NativeKernel(), BucketsKernel(), ReferenceKernel())
+    ordered = (
+        TritonKernel(),
+        CompiledA8Kernel(),
+        CompiledKernel(),
+        NativeKernel(),
+        BucketsKernel(),
+        ReferenceKernel(),
+    )
     return {kernel.name: kernel for kernel in ordered}
 
 
@@ -64,7 +75,8 @@ def candidates(
         and kernel.machine_obstacle() is None
     ]
     if found:
-        return _as_wished(found)
+        wished = _as_wished(found)
+        return [kernel for kernel in wished if kernel.activation_bits == wished[0].activation_bits]
     if obstacle := reference.layer_obstacle(dtype, hidden_size, scheme):
         raise HeaprError(f"no kernel runs pruned experts of {dtype} and hidden size {hidden_size} here: {obstacle}")
     return [reference]

@@ -25,7 +25,11 @@ class DenseStorage:
     local_ids: global id to local id of the experts that are here.
     shares: [start, stop) of this rank's part of every local expert's kept neurons.
     layout: where the rows of local experts lie.
+    codes_per_element, zero: of parameters, how many weights are in an element, and the element of zeros.
     """
+
+    codes_per_element = 1
+    zero = 0
 
     def __init__(
         self, masks: LayerMasks, local_ids: dict[int, int], shares: list[tuple[int, int]], layout: RaggedLayout
@@ -44,15 +48,16 @@ class DenseStorage:
         loader: Callable[..., bool | None],
         attributes: dict[str, Any],
     ) -> None:
-        """Registers `w13_weight` [2 * rows, H] and `w2_weight` [rows, H], which `loader` fills.
+        """Registers `w13_weight` [2 * rows, H] and `w2_weight` [rows, H], or less of H, which `loader` fills.
 
         `attributes`: what else vLLM wants to find on the parameters.
         """
+        columns = hidden_size // self.codes_per_element
         for name, rows_per_neuron in (("w13_weight", 2), ("w2_weight", 1)):
-            empty = torch.empty(rows_per_neuron * self.layout.num_rows, hidden_size, dtype=dtype)
+            empty = torch.empty(rows_per_neuron * self.layout.num_rows, columns, dtype=dtype)
             weight = nn.Parameter(empty, requires_grad=False)
             layer.register_parameter(name, weight)
-            loaded_numel = rows_per_neuron * sum(self.layout.widths) * hidden_size
+            loaded_numel = rows_per_neuron * sum(self.layout.widths) * columns
             set_weight_attrs(weight, {**attributes, "weight_loader": loader, "weight_loader_numel": loaded_numel})
 
     def load(self, param: nn.Parameter, tensor: torch.Tensor, name: str, shard: str, expert: int) -> bool:
@@ -129,8 +134,8 @@ class DenseStorage:
         for local, width in enumerate(self.layout.widths):
             if self.layout.slots[local] < self.layout.num_slots:
                 row, stored = self.layout.place(local)
-                w13[2 * row : 2 * (row + stored)].view(2, stored, -1)[:, width:] = 0
-                w2[row + width : row + stored] = 0
+                w13[2 * row : 2 * (row + stored)].view(2, stored, -1)[:, width:] = self.zero
+                w2[row + width : row + stored] = self.zero
 
     def slots(self, num_experts: int) -> list[int]:
         """Storage slot of every global expert, `layout.num_slots` if it is not stored here."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts of one layer stored in 8 bits: codes and scales, kept from the checkpoint or made while it is loaded."""
+"""Experts of one layer stored in 8 or 4 bits: codes and scales, kept from the checkpoint or made while it is loaded."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ class QuantizedStorage(DenseStorage):
         self.scheme = scheme
         self.base = base
         self.rounds = base is None and not masks.is_compact
+        self.codes_per_element = scheme.codes_per_byte
+        self.zero = scheme.zero_byte
 
     def create(
         self,
@@ -57,7 +59,7 @@ class QuantizedStorage(DenseStorage):
         """
         self.scheme.check(hidden_size)
         super().create(layer, hidden_size, self.scheme.code_dtype, loader, attributes)
-        self.layer = layer
+        self.layer, self.hidden_size = layer, hidden_size
         for name, shape, loaded in zip(SCALED, self._scale_shapes(hidden_size), self._loaded(hidden_size), strict=True):
             scale = torch.ones(shape, dtype=torch.float32)
             if self.rounds:  # no tensor of the checkpoint fills them, and vLLM wants one for every parameter
@@ -115,7 +117,7 @@ class QuantizedStorage(DenseStorage):
 
     def _load_scale(self, param: nn.Parameter, scale: torch.Tensor, name: str, shard: str, expert: int) -> bool:
         neurons = self.neurons(expert)
-        hidden_size = self.layer.w2_weight.shape[1]
+        hidden_size = self.hidden_size
         shape = (hidden_size, neurons) if shard == "w2" else (neurons, hidden_size)
         where = f"{name} ({shard} of {self.masks.prefix}.{expert})"
         wanted = self.base.scale_shape(shape) if self.base else self.scheme.scale_shape(shard, shape)

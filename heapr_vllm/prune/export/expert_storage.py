@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`heapr export --quantize`: as what the exported checkpoint stores weights, and the stages that make it so.
 
-none: in the model's dtype, codes of the base model dequantised. keep: the very codes of the base model. int8, fp8:
-pruned experts in 8 bits, the rest as in the base model.
+none: in the model's dtype, codes of the base model dequantised. keep: the very codes of the base model. int8, fp8 and
+int4: pruned experts in 8 or 4 bits, the rest as in the base model.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.base_quantization import BaseQuantization
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.names import ExpertTensor
-from heapr_vllm.formats.quantized import SCALE_SUFFIX, ExpertScheme
+from heapr_vllm.formats.quantized import NAMES, SCALE_SUFFIX, ExpertScheme
 from heapr_vllm.prune.export.shards import Stage
 from heapr_vllm.prune.models.module_weights import run_dtype
 
-CHOICES = ("none", "keep", "int8", "fp8")
+CHOICES = ("none", "keep", *NAMES.values())
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,12 @@ class ExpertStorage:
         if choice not in CHOICES:
             raise HeaprError(f"--quantize {choice} is not one of {', '.join(CHOICES)}")
         if choice == "keep" and base.base_quantization is None:
-            raise HeaprError(f"{base.path} has no codes to keep, it is not quantized; use --quantize int8, fp8 or none")
+            raise HeaprError(
+                f"{base.path} has no codes to keep, it is not quantized; use --quantize "
+                f"{', '.join(NAMES.values())} or none"
+            )
         is_cut_codes = layout == "plain" and choice == "keep"
-        if layout != "compact" and (choice in ("int8", "fp8") or (choice == "keep" and repaired) or is_cut_codes):
+        if layout != "compact" and (choice in NAMES.values() or (choice == "keep" and repaired) or is_cut_codes):
             raise HeaprError(
                 f"{layout} checkpoints cannot be written with --quantize {choice}{' and --repair' * repaired}; use "
                 "--layout compact, or --quantize none"

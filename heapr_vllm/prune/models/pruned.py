@@ -15,7 +15,7 @@ from heapr_vllm.formats.base_model import base_checkpoint, check_base
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.pruned import read_masks
-from heapr_vllm.formats.quantized import ExpertScheme, dequantize
+from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.formats.reader import TensorReader
 from heapr_vllm.prune.models.deepseek import register_deepseek_model
 from heapr_vllm.prune.models.experts import expert_modules, expert_shapes
@@ -79,7 +79,7 @@ def round_experts(model: nn.Module, scheme: ExpertScheme) -> None:
         for shard, stack in (("w13", module.gate_up_proj.data), ("w2", module.down_proj.data)):
             for weight in stack:
                 codes, scale = scheme.quantize(weight, shard)
-                weight.copy_(dequantize(codes, scale, scheme.block(shard, tuple(weight.shape))))
+                weight.copy_(scheme.dequantize(codes, scale, shard))
 
 
 def load_compact(checkpoint: Checkpoint, masks: NeuronMasks, dtype: str) -> PreTrainedModel:

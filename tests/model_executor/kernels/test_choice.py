@@ -13,7 +13,7 @@ from vllm.platforms import current_platform
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels import choice, cpu_native
-from heapr_vllm.model_executor.kernels.cpu_compiled import extension
+from heapr_vllm.model_executor.kernels.cpu_compiled import build, extension
 from heapr_vllm.model_executor.kernels.cpu_compiled import kernel as cpu_compiled
 from heapr_vllm.model_executor.kernels.triton import kernel as triton
 
@@ -74,16 +74,50 @@ def test_candidates(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
 def test_candidates_that_fit_no_layer_or_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_compiled, "can_run", lambda: True)
     assert names(hidden_size=48) == ["reference"], "panels are 32 columns wide, vLLM's op takes multiples of 32"
-    assert names(scheme=ExpertScheme("int")) == ["compiled"], "vLLM's op does not decode"
+    assert names(scheme=ExpertScheme("float")) == ["compiled"], "vLLM's op does not decode"
     monkeypatch.setattr(cpu_compiled, "can_run", lambda: False)
     monkeypatch.setenv("HEAPR_CPU_KERNEL", "compiled")
     assert names() == ["native", "buckets"], "an older wish gives way"
     assert names(scheme=ExpertScheme("int")) == ["reference"]
 
 
+@pytest.mark.parametrize(
+    ("isa", "has_vnni", "rounding"),
+    [
+        ("avx512", False, ["compiled"]),
+        ("avx512", True, ["compiled_a8"]),
+        ("avx512_bf16", True, ["compiled_a8"]),
+        ("avx512_amx", True, ["compiled"]),
+    ],
+)
+def test_time_does_not_decide_whether_activations_are_rounded(
+    monkeypatch: pytest.MonkeyPatch, isa: str, has_vnni: bool, rounding: list[str]
+) -> None:
+    monkeypatch.setattr(cpu_compiled, "can_run", lambda: True)
+    monkeypatch.setattr(build, "has_vnni", lambda: has_vnni)
+    monkeypatch.setattr(build, "isa", lambda: isa)
+    assert names(torch.bfloat16, scheme=ExpertScheme("int")) == rounding
+    assert names(torch.float32, scheme=ExpertScheme("int")) == ["compiled"]
+    assert names(torch.bfloat16, scheme=ExpertScheme("float")) == ["compiled"]
+    monkeypatch.setenv("HEAPR_CPU_KERNEL", "compiled")
+    assert names(torch.bfloat16, scheme=ExpertScheme("int")) == ["compiled"]
+    monkeypatch.delenv("HEAPR_CPU_KERNEL")
+    monkeypatch.setenv("HEAPR_KERNEL", "compiled")
+    assert names(torch.bfloat16, scheme=ExpertScheme("int")) == ["compiled"]
+
+
 def test_candidates_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, GPU)
     assert names() == ["triton"]
+
+
+@pytest.mark.parametrize("kernel", ["", "triton", "reference"])
+def test_four_bits_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    on(monkeypatch, GPU)
+    capture_graphs(monkeypatch, CUDAGraphMode.NONE)
+    monkeypatch.setenv("HEAPR_KERNEL", kernel)
+    with pytest.raises(HeaprError, match="int4 experts are served on CPUs only so far; export with --quantize int8"):
+        names(torch.bfloat16, scheme=ExpertScheme("int", num_bits=4, group_size=64))
 
 
 @pytest.mark.skipif(not extension.load(), reason="no C++ compiler")
@@ -105,7 +139,7 @@ def test_forced_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             "cuda",
-            "HEAPR_KERNEL=cuda is no kernel; choose from triton, compiled, native, buckets, reference, or unset it",
+            "HEAPR_KERNEL=cuda is no kernel; choose from triton, compiled_a8, compiled, native, buckets, reference, or",
         ),
         ("triton", "HEAPR_KERNEL=triton cannot run here: there is no GPU; set TRITON_INTERPRET=1"),
     ],

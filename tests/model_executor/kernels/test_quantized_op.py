@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts in 8 bits on the compiled op and the reference, against a dense fp64 loop over the dequantised weights.
+"""Experts in 8 and 4 bits on the compiled op and the reference, against a dense fp64 loop over the dequantised weights.
 
 `test_op.py` says how to run other instruction sets and AddressSanitizer; here it is `-k "fp64 or code or rows"`.
 """
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 pytest.importorskip("vllm")
 from vllm.platforms import current_platform
 
-from heapr_vllm.formats.quantized import BITWISE, NAN_CODE, ExpertScheme, dequantize
+from heapr_vllm.formats.quantized import BITWISE, CODE_DTYPES, NAN_CODE, ExpertScheme, pack_nibbles
 from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, Scales
 from heapr_vllm.model_executor.kernels.cpu_compiled import build, extension
 from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import CompiledKernel
@@ -47,7 +47,7 @@ CASES = [
     (1100, [24, 8], 2, 32, 32, ()),  # more tokens than the compiled op takes at once
 ]
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
-TYPES = ("int", "float")
+KINDS = ("int8", "fp8", "int4")
 
 
 class Layer(NamedTuple):
@@ -67,16 +67,24 @@ class Layer(NamedTuple):
         return output
 
 
+def scheme_of(kind: str, group_size: int | None = 128) -> ExpertScheme:
+    """The scheme of a name, by channel without a group size."""
+    scheme = ExpertScheme.for_hidden_size(kind, 256)
+    return replace(scheme, strategy="group" if group_size else "channel", group_size=group_size)
+
+
 def layer(case: tuple, dtype: torch.dtype, kind: str, kernel: RaggedKernel) -> Layer:
     """An expert's largest weights differ by neuron, so that a wrong scale shows. Padding has code 0 and scale 1."""
     tokens, widths, top_k, hidden, group_size, remote = case
-    scheme = ExpertScheme(type=kind, strategy="group" if group_size else "channel", group_size=group_size)
+    group_size = hidden if kind == "int4" and group_size is None else group_size
+    scheme = scheme_of(kind, group_size)
     generator = torch.Generator().manual_seed(len(widths) * tokens)
     local = [e for e in range(len(widths)) if e not in remote]
     local_widths = [widths[e] for e in local]
     layout = RaggedLayout.build(local_widths, kernel.stored_widths(local_widths))
     groups = hidden // group_size if group_size else 1
-    w13, w2 = (torch.zeros(n * layout.num_rows, hidden, dtype=scheme.code_dtype) for n in (2, 1))
+    shapes = [(n * layout.num_rows, hidden // scheme.codes_per_byte) for n in (2, 1)]
+    w13, w2 = (torch.full(shape, scheme.zero_byte, dtype=BITWISE).view(scheme.code_dtype) for shape in shapes)
     w13_scale = torch.ones(2 * layout.num_rows, groups)
     w2_scale = torch.ones(layout.num_rows, groups) if group_size else torch.ones(layout.num_slots, hidden)
     slots = [layout.num_slots] * len(widths)
@@ -96,7 +104,7 @@ def layer(case: tuple, dtype: torch.dtype, kind: str, kernel: RaggedKernel) -> L
             weight *= torch.rand(1, hidden, generator=generator) + 0.1
             weight = weight.T.contiguous() if shard == "w2" else weight
             codes, scale = scheme.quantize(weight, shard)
-            exact.append(dequantize(codes, scale, scheme.block(shard, weight.shape)).double())
+            exact.append(scheme.dequantize(codes, scale, shard).double())
             codes, scale = (codes.view(BITWISE).T, scale.T) if shard == "w2" else (codes.view(BITWISE), scale)
             rows = slice(first, first + widths[expert])
             (w2 if shard == "w2" else w13).view(BITWISE)[rows] = codes
@@ -116,7 +124,7 @@ def layer(case: tuple, dtype: torch.dtype, kind: str, kernel: RaggedKernel) -> L
 
 
 @pytest.mark.parametrize("kernel", [ReferenceKernel(), pytest.param(CompiledKernel(), marks=needs_op)], ids=type)
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"T{case[0]}-H{case[3]}-g{case[4]}")
 def test_against_dense_fp64(case: tuple, dtype: torch.dtype, kind: str, kernel: RaggedKernel) -> None:
@@ -130,15 +138,16 @@ def test_against_dense_fp64(case: tuple, dtype: torch.dtype, kind: str, kernel: 
 @needs_op
 @pytest.mark.parametrize("tokens", [1, 30])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_code_is_exact(kind: str, dtype: torch.dtype, tokens: int) -> None:
     """The output is one neuron's codes of down: gate and up have a weight of 1 each, and silu(64) * (1 / 64) is 1.
 
-    All 256 codes of int8, -128 too, and of E4M3 but NaN, subnormals too, pass through all columns of a panel.
+    All 256 codes of int8, -128 too, of E4M3 but NaN, subnormals too, and all 16 of 4 bits pass through all columns of a
+    panel.
     """
-    hidden, width, scheme = 256, 16, ExpertScheme(type=kind)
+    hidden, width, scheme = 256, 16, scheme_of(kind)
     bits = torch.arange(256, dtype=torch.uint8)
-    if kind == "float":
+    if kind == "fp8":
         bits[(bits & NAN_CODE) == NAN_CODE] = 0
     layout = RaggedLayout.build([width], [width])
     kernel = CompiledKernel()
@@ -147,20 +156,24 @@ def test_every_code_is_exact(kind: str, dtype: torch.dtype, tokens: int) -> None
     x[:, 0], x[:, 1] = 64, 1 / 64
     routes = Routes(torch.ones(tokens, 1), torch.zeros(tokens, 1, dtype=torch.int32), slots)
     for shift in range(32):
-        w13, w2 = (torch.zeros(n * width, hidden, dtype=scheme.code_dtype) for n in (2, 1))
-        neuron, one = shift % width, torch.ones(()).to(scheme.code_dtype)
+        values = bits.roll(shift).view(CODE_DTYPES[scheme.type])
+        if kind == "int4":
+            values = (values & 15) - 8
+        w13, w2 = (torch.zeros(n * width, hidden, dtype=values.dtype) for n in (2, 1))
+        neuron, one = shift % width, torch.ones(()).to(values.dtype)
         w13[neuron, 0] = w13[width + neuron, 1] = one
-        w2[neuron] = bits.roll(shift).view(scheme.code_dtype)
+        w2[neuron] = values
+        if kind == "int4":
+            w13, w2 = pack_nibbles(w13), pack_nibbles(w2)
         scales = Scales(torch.ones(2 * width, 2), torch.ones(width, 2))
         kernel.pack(w13, w2, layout, scales)
         output = torch.empty_like(x)
         kernel.run(output, x, routes, ExpertRows(w13, w2, table, width, scales=scales))
-        expected = bits.roll(shift).view(scheme.code_dtype).to(dtype)
-        assert torch.equal(output, expected.expand(tokens, -1))
+        assert torch.equal(output, values.to(dtype).expand(tokens, -1))
 
 
 @needs_op
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES[3:9], ids=lambda case: f"T{case[0]}-H{case[3]}-g{case[4]}")
 def test_rows_and_threads_do_not_change_results(case: tuple, kind: str) -> None:
     """Few rows decode in registers, many through the cache; both sum over the same parts."""
@@ -180,7 +193,7 @@ def test_rows_and_threads_do_not_change_results(case: tuple, kind: str) -> None:
 
 @needs_op
 def test_scales_that_do_not_fit_are_refused() -> None:
-    built = layer(CASES[0], torch.float32, "int", CompiledKernel())
+    built = layer(CASES[0], torch.float32, "int8", CompiledKernel())
     scales = built.experts.scales
     assert scales is not None
     for wrong in (
@@ -196,9 +209,9 @@ def test_scales_that_do_not_fit_are_refused() -> None:
 
 
 @needs_op
-def test_both_8_bit_kinds_of_layer_are_run() -> None:
-    for kind in TYPES:
-        assert CompiledKernel().layer_obstacle(torch.bfloat16, 256, ExpertScheme(type=kind)) is None
+def test_all_kinds_of_layer_are_run() -> None:
+    for kind in KINDS:
+        assert CompiledKernel().layer_obstacle(torch.bfloat16, 256, scheme_of(kind)) is None
 
 
 @needs_op

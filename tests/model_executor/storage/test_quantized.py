@@ -20,6 +20,7 @@ from heapr_vllm.model_executor.storage.shares import tensor_parallel_shares
 
 HIDDEN, NEURONS, WIDTHS = 96, 40, (7, 0, 33)
 GROUP = ExpertScheme.for_hidden_size("int8", HIDDEN)
+NIBBLES = ExpertScheme.for_hidden_size("int4", HIDDEN)
 FLOATS = ExpertScheme.for_hidden_size("fp8", HIDDEN)
 CHANNEL = ExpertScheme(type="int", strategy="channel", group_size=None)
 BLOCKS = BaseQuantization("float", (32, 32), "_scale_inv")
@@ -75,14 +76,14 @@ class Rank:
         if shard == "w2" and scales.is_by_channel(HIDDEN):
             return rows.float() * scales.w2[self.storage.layout.slots[expert]]
         scale = self.storage._destination(scales.w2 if shard == "w2" else scales.w13, expert, shard)
-        return dequantize(rows, scale, (1, HIDDEN // scale.shape[1]))
+        return self.storage.scheme.dequantize(rows, scale, "w1")
 
 
 def stored(weight: torch.Tensor, shard: str, scheme: ExpertScheme, base: BaseQuantization | None) -> tuple:
     """Codes, scales and values of a matrix in the checkpoint."""
     if base is None:
         codes, scale = scheme.quantize(weight, shard)
-        return codes, scale, dequantize(codes, scale, scheme.block(shard, tuple(weight.shape)))
+        return codes, scale, scheme.dequantize(codes, scale, shard)
     scale = torch.rand(base.scale_shape(tuple(weight.shape))) + 0.5
     block = base.block(tuple(weight.shape))
     codes = (weight / dequantize(torch.ones_like(weight), scale, block)).to(scheme.code_dtype)
@@ -91,6 +92,7 @@ def stored(weight: torch.Tensor, shard: str, scheme: ExpertScheme, base: BaseQua
 
 SOURCES = {
     "compact": (GROUP, None, True),
+    "compact 4 bits": (NIBBLES, None, True),
     "compact floats": (FLOATS, None, True),
     "compact by channel": (CHANNEL, None, True),
     "masks over blocks": (replace(FLOATS, group_size=32), BLOCKS, False),
@@ -119,7 +121,7 @@ def test_ranks_hold_every_kept_neuron_once(source: str, size: int) -> None:
         assert torch.equal(joined, values.T if shard == "w2" else values)
 
 
-@pytest.mark.parametrize("scheme", [GROUP, FLOATS], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("scheme", [GROUP, FLOATS, NIBBLES], ids=lambda scheme: scheme.name)
 def test_weights_are_rounded_while_they_come(scheme: ExpertScheme) -> None:
     """Row by row, so that every rank comes to the codes of an export."""
     rank = Rank(scheme, None, is_compact=False)
@@ -131,22 +133,24 @@ def test_weights_are_rounded_while_they_come(scheme: ExpertScheme) -> None:
         if WIDTHS[expert]:
             part = kept(weight, expert, shard)
             codes, scale = scheme.quantize(part, shard)
-            values = dequantize(codes, scale, scheme.block(shard, tuple(part.shape)))
+            values = scheme.dequantize(codes, scale, shard)
             assert torch.equal(rank.values(expert, shard), values.T if shard == "w2" else values)
 
 
 def test_padding_is_code_0_and_scale_1() -> None:
-    for scheme in (GROUP, CHANNEL):
+    for scheme in (GROUP, CHANNEL, NIBBLES):
         rank = Rank(scheme, None, is_compact=True)
         rank.storage.zero_padding(rank.layer)
         row, width = rank.storage.layout.place(0)
         padded = slice(row + WIDTHS[0], row + width)
         scales = rank.storage.scales(rank.layer)
-        assert not rank.layer.w2_weight[padded].any() and rank.layer.w2_weight[row : row + WIDTHS[0]].all()
+        zero = scheme.zero_byte
+        assert (rank.layer.w2_weight[padded] == zero).all()
+        assert (rank.layer.w2_weight[row : row + WIDTHS[0]] == 77).all()
         for first in (2 * row, 2 * row + width):
             half = slice(first + WIDTHS[0], first + width)
-            assert not rank.layer.w13_weight[half].any() and bool((scales.w13[half] == 1).all())
-        if scheme is GROUP:
+            assert (rank.layer.w13_weight[half] == zero).all() and bool((scales.w13[half] == 1).all())
+        if scheme is not CHANNEL:
             assert bool((scales.w2[padded] == 1).all())
 
 

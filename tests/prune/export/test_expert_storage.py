@@ -96,7 +96,7 @@ def test_zeroed_codes_are_a_model_of_the_bases_format(sibling: Path, masks_repos
             assert not kept(removed, where, found[name]).any()
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8"])
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
 def test_experts_are_rounded(name: str, sibling: Path, masks_repository: Path, tmp_path: Path) -> None:
     """Of an unquantized model and of one in another format; the rest stays as it is there."""
     masks = NeuronMasks.from_pretrained(masks_repository)
@@ -139,7 +139,7 @@ def test_repaired_weights_are_rounded_last(masks_repository: Path, qwen3: Path, 
 
 def test_sizes(calibration: Path, awkward_masks: NeuronMasks, qwen3: Path, tmp_path: Path) -> None:
     """What is said before the export is what is written."""
-    for name in ("int8", "fp8"):
+    for name in ("int8", "fp8", "int4"):
         scheme = ExpertScheme.for_hidden_size(name, 64)
         write_masks_repository(awkward_masks, calibration, tmp_path / name, scheme=scheme)
         predicted = load_report(tmp_path / name)
@@ -151,17 +151,18 @@ def test_sizes(calibration: Path, awkward_masks: NeuronMasks, qwen3: Path, tmp_p
         assert name in (tmp_path / f"{name}-compact" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["int8", "int4"])
 def test_masks_and_checkpoint_are_evaluated_alike(
-    calibration: Path, awkward_masks: NeuronMasks, qwen3: Path, tmp_path: Path
+    name: str, calibration: Path, awkward_masks: NeuronMasks, qwen3: Path, tmp_path: Path
 ) -> None:
     """Masks with `experts` compute in transformers what the exported checkpoint computes."""
-    scheme = ExpertScheme.for_hidden_size("int8", 64)
+    scheme = ExpertScheme.for_hidden_size(name, 64)
     write_masks_repository(awkward_masks, calibration, tmp_path / "masks", scheme=scheme)
     export_checkpoint(tmp_path / "masks", tmp_path / "compact")
     tokens = torch.arange(20)[None]
     logits = []
-    for name in ("masks", "compact"):
-        with opened(Checkpoint(tmp_path / name), "float32", "cpu") as (model, _), torch.no_grad():
+    for folder in ("masks", "compact"):
+        with opened(Checkpoint(tmp_path / folder), "float32", "cpu") as (model, _), torch.no_grad():
             logits.append(model(tokens).logits)
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
     with applied(awkward_masks, load_model(Checkpoint(qwen3), "float32", "cpu")) as model, torch.no_grad():
@@ -172,7 +173,7 @@ def test_masks_and_checkpoint_are_evaluated_alike(
     ("arguments", "message"),
     [
         ({"quantize": "keep"}, "has no codes to keep"),
-        ({"quantize": "int4"}, "not one of none, keep, int8, fp8"),
+        ({"quantize": "int3"}, "not one of none, keep, int8, fp8, int4"),
         ({"quantize": "int8", "layout": "zeroed"}, "--layout compact, or --quantize none"),
     ],
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).parent / "ragged_moe.cpp"
-HEADERS = (SOURCE.with_name("panels.h"),)
+HEADERS = tuple(map(SOURCE.with_name, ("panels.h", "codes.h", "integers.h")))
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 AVX512_BF16 = (*AVX512, "-mavx512bf16")
@@ -35,8 +35,16 @@ def isa() -> str:
 
 def has_vbmi() -> bool:
     """Whether tables of 128 bytes in registers may decode weights."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch before 2.11 has none
-    return isa().startswith("avx512") and capabilities.get("avx512_vbmi", False)
+    return isa().startswith("avx512") and _capabilities().get("avx512_vbmi", False)
+
+
+def has_vnni() -> bool:
+    """Whether one instruction may multiply activations and weights of 8 bits."""
+    return isa().startswith("avx512") and _capabilities().get("avx512_vnni", False)
+
+
+def _capabilities() -> dict[str, bool]:
+    return getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch before 2.11 has none
 
 
 def flags() -> list[str]:
@@ -50,6 +58,7 @@ def flags() -> list[str]:
         f"-DCPU_CAPABILITY_{capability}",
         *ISA_FLAGS[isa()],
         *(["-mavx512vbmi"] if has_vbmi() else []),
+        *(["-mavx512vnni"] if has_vnni() else []),
         *os.environ.get("HEAPR_CPU_CFLAGS", "").split(),
     ]
 

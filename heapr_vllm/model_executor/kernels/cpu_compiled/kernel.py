@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from vllm.platforms import current_platform
 
-from heapr_vllm.formats.quantized import BITWISE, ExpertScheme
+from heapr_vllm.formats.quantized import BITWISE, PACKED_DTYPE, ExpertScheme
 from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, Scales
 from heapr_vllm.model_executor.kernels.cpu_compiled import build, extension
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
@@ -39,14 +39,23 @@ class CompiledKernel(RaggedKernel):
 
     def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scales | None = None) -> None:
         """Brings flat parameters, of 8 bits too, and scales into panels, in place; `ragged_moe.cpp` describes them."""
-        pack_panels = _pack_dense if scales is None else _pack_codes
         for row, width in layout.expert_table():
             both, neurons = slice(2 * row, 2 * (row + width)), slice(row, row + width)
-            pack_panels(w13[both], w2[neurons])
+            self.pack_expert(w13[both], w2[neurons])
             if scales:
-                _reorder(scales.w13[both], (2, -1, WIDTH_UNIT, scales.w13.shape[1]), (1, 3, 0, 2))
+                reorder(scales.w13[both], (2, -1, WIDTH_UNIT, scales.w13.shape[1]), (1, 3, 0, 2))
             if scales and not scales.is_by_channel(w2.shape[1]):
-                _reorder(scales.w2[neurons], (width, -1), (1, 0))
+                reorder(scales.w2[neurons], (width, -1), (1, 0))
+
+    def pack_expert(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        """Brings an expert's [2 * width, H] and [width, H] into panels, in place."""
+        if down.dtype == PACKED_DTYPE:
+            pack_nibbles(gate_up, (2, -1, WIDTH_UNIT, down.shape[1] // 2, 2, 2), (1, 3, 2, 5, 4, 0))
+            pack_nibbles(down, (len(down) // 4, 2, 2, -1, 2, WIDTH_UNIT), (3, 0, 5, 2, 1, 4))
+        elif down.itemsize == 1:
+            _pack_codes(gate_up, down)
+        else:
+            _pack_dense(gate_up, down)
 
     def run(self, output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows) -> None:
         torch.ops.heapr.cpu_ragged_moe(
@@ -62,6 +71,7 @@ class CompiledKernel(RaggedKernel):
             experts.scales.w2 if experts.scales else None,
             experts.traffic.activation_sq if experts.traffic else None,
             experts.traffic.tokens if experts.traffic else None,
+            self.activation_bits == 8,
         )
 
     def run_in_graph(self, output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows) -> None:
@@ -79,27 +89,34 @@ def can_run() -> bool:
     return extension.load()
 
 
-def _reorder(part: torch.Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> None:
+def reorder(part: torch.Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> None:
     """Rewrites a contiguous part of a parameter as its view of `shape` with the axes in `order`."""
     part.copy_(part.view(shape).permute(order).contiguous().view(part.shape))
+
+
+def pack_nibbles(part: torch.Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> None:
+    """Does as `reorder` with codes of 4 bits, of which those along the last axis of the result share a byte."""
+    nibbles = torch.stack([part & 15, part >> 4], -1)
+    low, high = nibbles.view(shape).permute(order).unbind(-1)
+    part.copy_((low | high << 4).reshape(part.shape))
 
 
 def _pack_dense(gate_up: torch.Tensor, down: torch.Tensor) -> None:
     """An expert's [2 * width, H] and [width, H]."""
     pair = 2 if gate_up.dtype == torch.bfloat16 else 1
     width, hidden = down.shape
-    _reorder(gate_up, (2, -1, WIDTH_UNIT, hidden // pair, pair), (1, 3, 0, 2, 4))
-    _reorder(down, (width // pair, pair, -1, COLUMNS), (2, 0, 3, 1))
+    reorder(gate_up, (2, -1, WIDTH_UNIT, hidden // pair, pair), (1, 3, 0, 2, 4))
+    reorder(down, (width // pair, pair, -1, COLUMNS), (2, 0, 3, 1))
 
 
 def _pack_codes(gate_up: torch.Tensor, down: torch.Tensor) -> None:
-    """An expert's codes; `panels.h` says why its 16 neurons and its two times 16 outputs are split into fours."""
+    """An expert's codes; `codes.h` says why its 16 neurons and its two times 16 outputs are split into fours."""
     width, hidden = down.shape
     if down.dtype == torch.int8:
         _to_sign_and_magnitude(gate_up)
         _to_sign_and_magnitude(down)
-    _reorder(gate_up.view(BITWISE), (2, -1, 4, 4, hidden // 2, 2), (1, 4, 2, 0, 3, 5))
-    _reorder(down.view(BITWISE), (width // 2, 2, -1, 2, 4, 4), (2, 0, 4, 3, 5, 1))
+    reorder(gate_up.view(BITWISE), (2, -1, 4, 4, hidden // 2, 2), (1, 4, 2, 0, 3, 5))
+    reorder(down.view(BITWISE), (width // 2, 2, -1, 2, 4, 4), (2, 0, 4, 3, 5, 1))
 
 
 def _to_sign_and_magnitude(codes: torch.Tensor) -> None:

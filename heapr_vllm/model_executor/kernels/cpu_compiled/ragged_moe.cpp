@@ -5,7 +5,8 @@
 // kernel.py). P neighbours along K lie together: 2 in bfloat16, where one instruction multiplies pairs, else 1.
 //   gate/up of an expert [width / 16][hidden / P][gate, up][16 neurons][P]
 //   down of an expert    [hidden / 32][width / P][32 outputs][P]
-// Experts in 8 bits have panels of the same shape, P = 2; panels.h says in which order bytes lie. Their scales:
+// Quantized experts have panels of the same shape, P = 2 or 4; codes.h and integers.h say in which order bytes lie. Their
+// scales:
 //   gate/up of an expert [width / 16][groups][gate, up][16 neurons]
 //   down of an expert    [groups][width], for hidden / groups outputs each; by channel [slots][hidden] instead
 // Those of gate and up multiply sums over a group of the hidden size; those of down multiply silu(gate) * up before a
@@ -17,16 +18,18 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <numeric>
 #include <optional>
 #include <type_traits>
 #include <vector>
 
-#include "panels.h"
+#include "integers.h"
 
 namespace {
 
@@ -85,18 +88,26 @@ struct Traffic {
   int64_t max_width = 0;
 };
 
-// Rows of hidden activations times factors of their columns, or without any as they are, in the type of activations.
+// A row of activations [depth] times factors, or without any as they are, as products with weights W take it.
+template <typename W, typename Row>
+void convert_row(const float* values, const float* factors, int64_t depth, int64_t group, Row* out) {
+  if constexpr (kIntegers<W>)
+    round_row(values, factors, depth, group, W::kBias, out);
+  else
+    for (int64_t i = 0; i < depth; i += kWidth)
+      store(factors ? vector_at(values + i) * vector_at(factors + i) : vector_at(values + i), out + i);
+}
+
+// Elements of a row as products take it.
 template <typename Row>
-void scale_rows(const float* h, int64_t count, int64_t width, const float* scale, Row* out) {
-  for (int64_t r = 0; r < count; ++r, h += width, out += width)
-    for (int64_t i = 0; i < width; i += kWidth)
-      store(scale ? vector_at(h + i) * vector_at(scale + i) : vector_at(h + i), out + i);
+int64_t row_size(int64_t depth, int64_t group) {
+  return std::is_same_v<Row, int8_t> ? rounded_size(depth, group) : depth;
 }
 
 template <typename T, typename W>
 struct Layer {
   static constexpr bool kCodes = !std::is_same_v<T, W>;
-  using Row = typename Step<T>::Row;
+  using Row = std::conditional_t<kIntegers<W>, int8_t, typename Step<T>::Row>;
   using Hidden = std::conditional_t<kCodes, float, Row>;  // of silu(gate) * up, where factors are still to come
   const Row* x;
   const W* w13;
@@ -108,7 +119,7 @@ struct Layer {
   const int32_t* table;
   T* output;
   Traffic traffic;
-  int64_t hidden, top_k, num_experts, num_slots;
+  int64_t hidden, row_group, top_k, num_experts, num_slots;
 
   // Output rows of tokens [begin, end).
   void run(int64_t begin, int64_t end) const {
@@ -165,6 +176,7 @@ struct Layer {
           tasks.push_back({&e, begin, std::min(begin + kRowBlock, e.end), first,
                            std::min(first + group, e.width / kLanes)});
     const std::vector<Task>& all = tasks;
+    const int64_t x_size = row_size<Row>(hidden, row_group);
     for_tasks(all.size(), [&] {
       return [&, gathered = int64_t{-1}](int64_t number) mutable {
         static thread_local std::vector<Row> block;
@@ -173,8 +185,8 @@ struct Layer {
         const int64_t count = task.end - task.begin;
         const Row* rows[kRowBlock];
         float out[kRowBlock * kPanel];
-        for (int64_t i = 0; i < count; ++i) rows[i] = x + routes[task.begin + i] / top_k * hidden;
-        const bool tiled = on_tiles<T>(count);
+        for (int64_t i = 0; i < count; ++i) rows[i] = x + routes[task.begin + i] / top_k * x_size;
+        const bool tiled = !kIntegers<W> && on_tiles<T>(count);
         if (tiled) {
           block.resize(kRowBlock * hidden);
           for (int64_t i = 0; i < count; ++i) {
@@ -186,7 +198,8 @@ struct Layer {
         }
         for (int64_t panel = task.first; panel < task.last; ++panel) {
           const int64_t row = 2 * (e.row + panel * kLanes);
-          product<T>({rows, count, hidden, tiled}, hidden, w13 + row * hidden, w13_scales(row), out);
+          product<T>(Block<Row>{rows, count, hidden, tiled, row_group}, hidden, codes(w13, row * hidden),
+                     w13_scales(row), out);
           for (int64_t r = 0; r < count; ++r)
             silu_and_mul(out + r * kPanel, h + e.h + (task.begin - e.begin + r) * e.width + panel * kLanes);
         }
@@ -213,6 +226,9 @@ struct Layer {
       };
     });
   }
+
+  // Where a weight lies, the first one of a panel.
+  static const W* codes(const W* weights, int64_t index) { return weights + index / kCodesPerByte<W>; }
 
   // Of the panel of gate and up that starts at this row of w13.
   PanelScales w13_scales(int64_t row) const {
@@ -243,11 +259,11 @@ struct Layer {
         for (int64_t first = e.begin; first < e.end; first += kRowBlock) {
           const int64_t count = std::min(kRowBlock, e.end - first);
           const Row* rows[kRowBlock];
-          rows[0] = scaled(h + e.h + (first - e.begin) * e.width, count, e, task / parts);
-          for (int64_t r = 1; r < count; ++r) rows[r] = rows[r - 1] + e.width;
-          const Block<Row> block{rows, count, e.width, on_tiles<T>(e.end - e.begin)};
+          rows[0] = converted(h + e.h + (first - e.begin) * e.width, count, e, task / parts);
+          for (int64_t r = 1; r < count; ++r) rows[r] = rows[r - 1] + row_size<Row>(e.width, kHiddenGroup);
+          const Block<Row> block{rows, count, e.width, !kIntegers<W> && on_tiles<T>(e.end - e.begin), kHiddenGroup};
           for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-            product<T>(block, e.width, w2 + e.row * hidden + panel * kPanel * e.width, w2_scales(e, panel), out);
+            product<T>(block, e.width, codes(w2, e.row * hidden + panel * kPanel * e.width), w2_scales(e, panel), out);
             for (int64_t r = 0; r < count; ++r) {
               const int64_t route = routes[first + r];
               float* sum = sums.data() + (route / top_k - begin) * columns + (panel - first_panel) * kPanel;
@@ -264,14 +280,16 @@ struct Layer {
 
   // Rows of hidden activations of an expert, times its factors for a group of outputs, as this thread keeps them until
   // the next call. Tiles may read beyond them.
-  const Row* scaled(const Hidden* h, int64_t count, const Expert& e, int64_t group) const {
+  const Row* converted(const Hidden* h, int64_t count, const Expert& e, int64_t group) const {
     if constexpr (!kCodes) {
       return h;
     } else {
       static thread_local std::vector<Row> result;
-      result.resize(std::max<size_t>(result.size(), kRowBlock * e.width));
+      const int64_t size = row_size<Row>(e.width, kHiddenGroup);
+      result.resize(std::max<size_t>(result.size(), kRowBlock * size));
       const float* scale = scales.by_channel ? nullptr : scales.w2 + e.row * scales.groups + group * e.width;
-      scale_rows(h, count, e.width, scale, result.data());
+      for (int64_t r = 0; r < count; ++r)
+        convert_row<W>(h + r * e.width, scale, e.width, kHiddenGroup, result.data() + r * size);
       return result.data();
     }
   }
@@ -284,13 +302,32 @@ struct Arguments {
   Traffic traffic;
 };
 
+// Rows [tokens, hidden] as products with weights W take them.
+template <typename W, typename Row>
+at::Tensor converted(const at::Tensor& x, int64_t group) {
+  if constexpr (!kIntegers<W>) {
+    return x.contiguous().to(c10::CppTypeToScalarType<Row>::value);
+  } else {
+    const int64_t hidden = x.size(1), size = row_size<Row>(hidden, group);
+    const at::Tensor values = x.to(at::kFloat).contiguous();
+    const at::Tensor rows = at::empty({x.size(0), size}, values.options().dtype(at::kChar));
+    at::parallel_for(0, x.size(0), 16, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        convert_row<W>(values.const_data_ptr<float>() + r * hidden, nullptr, hidden, group,
+                    rows.mutable_data_ptr<int8_t>() + r * size);
+    });
+    return rows;
+  }
+}
+
 template <typename T, typename W>
 void run(const Arguments& a) {
-  const int64_t tokens = a.x.size(0);
-  const at::Tensor rows = a.x.contiguous().to(c10::CppTypeToScalarType<typename Step<T>::Row>::value);
-  const Layer<T, W> layer{rows.const_data_ptr<typename Step<T>::Row>(),
-                          a.w13.const_data_ptr<W>(),
-                          a.w2.const_data_ptr<W>(),
+  using Row = typename Layer<T, W>::Row;
+  const int64_t tokens = a.x.size(0), row_group = std::gcd(kInputGroup, a.x.size(1) / a.scales.groups);
+  const at::Tensor rows = converted<W, Row>(a.x, row_group);
+  const Layer<T, W> layer{rows.const_data_ptr<Row>(),
+                          static_cast<const W*>(a.w13.const_data_ptr()),
+                          static_cast<const W*>(a.w2.const_data_ptr()),
                           a.scales,
                           a.weights.const_data_ptr<float>(),
                           a.ids.const_data_ptr<int32_t>(),
@@ -299,6 +336,7 @@ void run(const Arguments& a) {
                           a.output.mutable_data_ptr<T>(),
                           a.traffic,
                           a.x.size(1),
+                          row_group,
                           a.ids.size(1),
                           a.slots.size(0) - 1,
                           a.table.size(0)};
@@ -308,22 +346,30 @@ void run(const Arguments& a) {
 }
 
 template <typename T>
-void run(const Arguments& a) {
+void run(const Arguments& a, bool rounds_activations) {
+  if (rounds_activations) {
+#ifdef __AVX512VNNI__
+    if (a.w13.scalar_type() == at::kChar) return run<T, Biased<int8_t>>(a);
+    if (a.w13.scalar_type() == at::kByte) return run<T, Biased<Nibbles>>(a);
+#endif
+    TORCH_CHECK(false, "cpu_ragged_moe: activations in 8 bits need AVX-512 VNNI and weights of integers");
+  }
   switch (a.w13.scalar_type()) {
     case at::kChar: return run<T, int8_t>(a);
+    case at::kByte: return run<T, Nibbles>(a);
     case at::kFloat8_e4m3fn: return run<T, at::Float8_e4m3fn>(a);
     default: return run<T, T>(a);
   }
 }
 
 // Checks the scales of codes and says what they are.
-Scales scales_of(const at::Tensor& w13, const at::Tensor& w2, const std::optional<at::Tensor>& w13_scale,
+Scales scales_of(int64_t hidden, const at::Tensor& w13, const at::Tensor& w2, const std::optional<at::Tensor>& w13_scale,
                  const std::optional<at::Tensor>& w2_scale, int64_t num_slots) {
   TORCH_CHECK(w13_scale && w2_scale, "cpu_ragged_moe: codes need scales");
   for (const at::Tensor& scale : {*w13_scale, *w2_scale})
     TORCH_CHECK(scale.dim() == 2 && scale.is_contiguous() && scale.scalar_type() == at::kFloat,
                 "cpu_ragged_moe: scales are matrices of float32, contiguous");
-  const int64_t hidden = w2.size(1), groups = w13_scale->size(1), rows = w2.size(0);
+  const int64_t groups = w13_scale->size(1), rows = w2.size(0);
   const bool by_channel = w2_scale->size(1) == hidden;
   TORCH_CHECK(groups > 0 && hidden % (groups * kPanel) == 0 && w13_scale->size(0) == w13.size(0) &&
                   w2_scale->size(0) == (by_channel ? num_slots : rows) &&
@@ -345,34 +391,40 @@ Traffic traffic_of(const std::optional<at::Tensor>& activation_sq, const std::op
 }
 
 // Writes the MoE output [T, H]. x [T, H]; w13 [2 * rows, H] and w2 [rows, H] packed as above, of x's dtype, or int8 or
-// float8_e4m3fn with float32 scales, for w13 [2 * rows, groups] and for w2 [rows, groups], or by channel [2 * rows, 1]
-// and [num_slots, H]; weights float32 and ids int32 [T, k]; slots int32 [num_experts + 1]; table int32 [num_slots, 2],
-// first row and width, a multiple of 16. Adds the call's tokens to activation_sq float64 [num_slots, widest width] and
-// tokens int64 [num_slots], if they are there.
+// float8_e4m3fn, or uint8 [rows, H / 2] with two codes in a byte; codes with float32 scales, for w13 [2 * rows, groups]
+// and for w2 [rows, groups], or by channel [2 * rows, 1] and [num_slots, H]; weights float32 and ids int32 [T, k]; slots
+// int32 [num_experts + 1]; table int32 [num_slots, 2], first row and width, a multiple of 16. With rounds_activations
+// products are of integers (integers.h), and panels in their order. Adds the call's tokens to activation_sq float64
+// [num_slots, widest width] and tokens int64 [num_slots], if they are there.
 void cpu_ragged_moe(at::Tensor& output, const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
                     const at::Tensor& weights, const at::Tensor& ids, const at::Tensor& slots, const at::Tensor& table,
                     const std::optional<at::Tensor>& w13_scale, const std::optional<at::Tensor>& w2_scale,
-                    const std::optional<at::Tensor>& activation_sq, const std::optional<at::Tensor>& tokens) {
+                    const std::optional<at::Tensor>& activation_sq, const std::optional<at::Tensor>& tokens,
+                    bool rounds_activations) {
   TORCH_CHECK(x.dim() == 2, "cpu_ragged_moe: activations [tokens, hidden size]");
-  const bool codes = w13.scalar_type() == at::kChar || w13.scalar_type() == at::kFloat8_e4m3fn;
-  for (const at::Tensor* tensor : {static_cast<const at::Tensor*>(&output), &w13, &w2})
-    TORCH_CHECK(tensor->is_contiguous() && tensor->dim() == 2 && tensor->size(1) == x.size(1) &&
-                    tensor->scalar_type() == (codes && tensor != &output ? w13 : x).scalar_type(),
+  const at::ScalarType stored = w13.scalar_type();
+  const bool codes = stored == at::kChar || stored == at::kFloat8_e4m3fn || stored == at::kByte;
+  for (const at::Tensor* tensor : {static_cast<const at::Tensor*>(&output), &w13, &w2}) {
+    const bool is_codes = codes && tensor != &output;
+    TORCH_CHECK(tensor->is_contiguous() && tensor->dim() == 2 &&
+                    tensor->size(1) * (is_codes && stored == at::kByte ? 2 : 1) == x.size(1) &&
+                    tensor->scalar_type() == (is_codes ? stored : x.scalar_type()),
                 "cpu_ragged_moe: output and weights are contiguous, of the activations' dtype and hidden size; weights "
-                "may be int8 or float8_e4m3fn");
+                "may be int8, float8_e4m3fn, or two codes in a byte of half that size");
+  }
   TORCH_CHECK(x.size(1) % kPanel == 0 && w13.size(0) == 2 * w2.size(0) && output.sizes() == x.sizes(),
               "cpu_ragged_moe: hidden size is a multiple of ", kPanel, ", w13 has twice the rows of w2");
   TORCH_CHECK(ids.dim() == 2 && ids.size(0) == x.size(0) && weights.sizes() == ids.sizes() &&
                   table.dim() == 2 && table.size(1) == 2 && table.is_contiguous() && slots.is_contiguous(),
               "cpu_ragged_moe: weights and ids [tokens, k], table [slots, 2], contiguous");
   const at::Tensor plain_weights = weights.to(at::kFloat).contiguous(), plain_ids = ids.to(at::kInt).contiguous();
-  const Scales scales = codes ? scales_of(w13, w2, w13_scale, w2_scale, table.size(0)) : Scales{};
+  const Scales scales = codes ? scales_of(x.size(1), w13, w2, w13_scale, w2_scale, table.size(0)) : Scales{};
   const Traffic traffic = traffic_of(activation_sq, tokens, table.size(0));
   const Arguments arguments{output, x, w13, w2, plain_weights, plain_ids, slots, table, scales, traffic};
   switch (x.scalar_type()) {
-    case at::kFloat: return run<float>(arguments);
-    case at::kHalf: return run<at::Half>(arguments);
-    case at::kBFloat16: return run<at::BFloat16>(arguments);
+    case at::kFloat: return run<float>(arguments, rounds_activations);
+    case at::kHalf: return run<at::Half>(arguments, rounds_activations);
+    case at::kBFloat16: return run<at::BFloat16>(arguments, rounds_activations);
     default: TORCH_CHECK(false, "cpu_ragged_moe: no kernel for ", x.scalar_type());
   }
 }
@@ -383,7 +435,8 @@ TORCH_LIBRARY_FRAGMENT(heapr, library) {
   library.def(
       "cpu_ragged_moe(Tensor(a!) output, Tensor hidden_states, Tensor w13, Tensor w2, Tensor topk_weights, "
       "Tensor topk_ids, Tensor slots, Tensor table, Tensor? w13_scale=None, Tensor? w2_scale=None, "
-      "Tensor(b!)? activation_sq=None, Tensor(c!)? tokens=None) -> ()");
+      "Tensor(b!)? activation_sq=None, Tensor(c!)? tokens=None, "
+      "bool rounds_activations=False) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(heapr, CPU, library) { library.impl("cpu_ragged_moe", &cpu_ragged_moe); }

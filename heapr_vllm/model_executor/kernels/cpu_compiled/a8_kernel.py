@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Integer experts on our compiled op with activations rounded to 8 bits, so that products are of integers."""
+
+from __future__ import annotations
+
+import torch
+
+from heapr_vllm.formats.quantized import PACKED_DTYPE, ZERO_BYTE_4_BITS, ExpertScheme
+from heapr_vllm.model_executor.kernels.base import Scales
+from heapr_vllm.model_executor.kernels.cpu_compiled import build
+from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import (
+    COLUMNS,
+    WIDTH_UNIT,
+    CompiledKernel,
+    pack_nibbles,
+    reorder,
+)
+from heapr_vllm.model_executor.storage.layout import RaggedLayout
+
+
+class CompiledA8Kernel(CompiledKernel):
+    """Runs on CPUs with AVX-512 VNNI; float32 is left to kernels that do not round.
+
+    On AMX it has to be asked for: tiles of bfloat16 do more products than VNNI does.
+    """
+
+    name = "compiled_a8"
+    activation_bits = 8
+
+    def is_default(self) -> bool:
+        return super().is_default() and not build.isa().endswith("amx")
+
+    def machine_obstacle(self) -> str | None:
+        if obstacle := super().machine_obstacle():
+            return obstacle
+        if not build.has_vnni():
+            return "it needs a CPU with AVX-512 VNNI; choose compiled"
+        return None
+
+    def layer_obstacle(self, dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None) -> str | None:
+        if scheme is None or scheme.type != "int":
+            return f"it is for integer experts, not {scheme.name if scheme else 'unquantized'} ones; choose compiled"
+        if dtype == torch.float32:
+            return "it rounds activations to 8 bits, and the model computes in float32; choose compiled"
+        return super().layer_obstacle(dtype, hidden_size, scheme)
+
+    def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scales | None = None) -> None:
+        """Does as `CompiledKernel.pack`; a neuron without weights in a group of outputs gets scale 0 there.
+
+        Its activation counts for nothing then when those of its neighbours, times their scales, are rounded with it.
+        """
+        if scales and not scales.is_by_channel(w2.shape[1]):
+            zero = ZERO_BYTE_4_BITS if w2.dtype == PACKED_DTYPE else 0
+            is_zero = (w2 == zero).unflatten(1, (scales.w2.shape[1], -1)).all(-1)
+            scales.w2.masked_fill_(is_zero, 0)
+        super().pack(w13, w2, layout, scales)
+
+    def pack_expert(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        """Makes an expert's codes unsigned, as those of 4 bits are, in the order of `integers.h`."""
+        if down.dtype == PACKED_DTYPE:
+            pack_nibbles(gate_up, (2, -1, WIDTH_UNIT, down.shape[1] // 2, 4), (1, 3, 2, 4, 0))
+            pack_nibbles(down, (len(down) // 4, 4, -1, 2, WIDTH_UNIT), (2, 0, 4, 1, 3))
+            return
+        width, hidden = down.shape
+        for codes in (gate_up, down):
+            codes.bitwise_xor_(-128)
+        reorder(gate_up, (2, -1, WIDTH_UNIT, hidden // 4, 4), (1, 3, 0, 2, 4))
+        reorder(down, (width // 4, 4, -1, COLUMNS), (2, 0, 3, 1))

@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products of activations in 8 bits with panels of codes, summed as 32-bit integers.
+//
+// One instruction multiplies four unsigned bytes by four signed ones, so codes have a bias added, 128 in 8 bits and 8 in
+// 4, and activations keep their sign. A row's sum over a group of K then is too large by the bias times the sum of its
+// activations there, which is known before, and from whose negative the sum starts. Of a panel, 128 bytes hold four
+// neighbours along K of all columns, [2 halves of the panel][16 columns][4]; in 4 bits 64 bytes do, with the first half
+// in the lower nibbles. No sum overflows: a group is at most 128 deep.
+
+#pragma once
+
+#include "codes.h"
+
+namespace {
+
+constexpr int64_t kInputGroup = 128;   // inputs of gate and up, at most, that share a scale
+constexpr int64_t kHiddenGroup = 128;  // hidden activations that do
+
+// Codes of weights with a bias, as the product with activations in 8 bits reads them.
+template <typename Code>
+struct Biased {
+  static constexpr int32_t kBias = kCodesPerByte<Code> == 1 ? 128 : 8;
+  uint8_t byte;
+};
+template <typename Code>
+constexpr int64_t kCodesPerByte<Biased<Code>> = kCodesPerByte<Code>;
+
+template <typename W>
+constexpr bool kIntegers = false;
+template <typename Code>
+constexpr bool kIntegers<Biased<Code>> = true;
+
+// Of a group of a rounded row: what its integers are multiplied by, and what sums of products start from. All groups' lie
+// behind the integers.
+struct RowGroup {
+  float scale;
+  int32_t start;
+};
+
+// Bytes of a rounded row.
+inline int64_t rounded_size(int64_t depth, int64_t group) {
+  return depth + at::divup(depth, group) * static_cast<int64_t>(sizeof(RowGroup));
+}
+
+#ifdef __AVX512VNNI__
+// Rounds a group of at most 64 * kBlocks activations, times factors unless they are null, to integers of at most 127.
+// Where a value is not finite, the scale is no number.
+template <int kBlocks, bool kFull>
+RowGroup round_group(const float* values, const float* factors, int64_t count, int32_t bias, int8_t* out) {
+  const auto lanes = [&](int64_t k) -> __mmask16 { return kFull || k < count ? 0xffff : 0; };
+  __m512 products[kBlocks * 4];
+  __m512i largest_bits = _mm512_setzero_si512();  // as integers, so that not-a-number is the largest
+#pragma GCC unroll 8
+  for (int v = 0; v < kBlocks * 4; ++v) {
+    const int64_t k = v * kWidth;
+    products[v] = _mm512_maskz_loadu_ps(lanes(k), values + k);
+    if (factors) products[v] *= _mm512_maskz_loadu_ps(lanes(k), factors + k);
+    largest_bits = _mm512_max_epu32(largest_bits, _mm512_castps_si512(_mm512_abs_ps(products[v])));
+  }
+  const uint32_t bits = _mm512_reduce_max_epu32(largest_bits);
+  float largest;
+  std::memcpy(&largest, &bits, sizeof(largest));
+  const __m512 factor = _mm512_set1_ps(largest > 0 ? 127 / largest : 0);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // of narrowed lanes
+  __m512i sums = _mm512_setzero_si512();
+#pragma GCC unroll 2
+  for (int block = 0; block < kBlocks; ++block) {
+    const auto integers = [&](int v) { return _mm512_cvtps_epi32(products[4 * block + v] * factor); };
+    const __m512i low = _mm512_packs_epi32(integers(0), integers(1)), high = _mm512_packs_epi32(integers(2), integers(3));
+    const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
+    sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), bytes);
+    const int64_t rest = std::min<int64_t>(count - 64 * block, 64);
+    if (kFull || rest == 64)
+      _mm512_storeu_si512(out + 64 * block, bytes);
+    else if (rest > 0)
+      _mm512_mask_storeu_epi8(out + 64 * block, (uint64_t{1} << rest) - 1, bytes);
+  }
+  return {largest / 127, -bias * _mm512_reduce_add_epi32(sums)};
+}
+
+// Rounds a row, whose last group may be cut short.
+inline void round_row(const float* values, const float* factors, int64_t depth, int64_t group, int32_t bias,
+                      int8_t* out) {
+  auto* groups = reinterpret_cast<RowGroup*>(out + depth);
+  for (int64_t begin = 0; begin < depth; begin += group, ++groups) {
+    const int64_t count = std::min(group, depth - begin);
+    const auto round = count == 128 ? round_group<2, true> : count == 64 ? round_group<1, true> : round_group<2, false>;
+    *groups = round(values + begin, factors ? factors + begin : nullptr, count, bias, out + begin);
+  }
+}
+
+typedef int32_t Sums __attribute__((vector_size(64)));
+
+// Four neighbours along K of a panel's halves.
+struct Fours {
+  __m512i halves[2];
+};
+
+inline Fours load_fours(const Biased<int8_t>* codes) {
+  return {_mm512_loadu_si512(codes), _mm512_loadu_si512(codes + 64)};
+}
+
+inline Fours load_fours(const Biased<Nibbles>* codes) {
+  const __m512i both = _mm512_loadu_si512(codes), mask = _mm512_set1_epi8(0x0f);
+  return {both & mask, _mm512_srli_epi16(both, 4) & mask};
+}
+
+// A part of a panel along K, whole groups of it, times several runs of rows. Where there are more than one, each of them
+// prefetches its share of the next part, so that memory is read all the time and not during the first run only.
+template <typename Code>
+struct Part {
+  int64_t depth, group, begin, end;  // of rows
+  int64_t number;                    // of the first group
+  const Biased<Code>* codes;
+  const float* scale;
+  int64_t scale_step;  // from a group to the next; 0 within one scale group of the panel
+  int64_t runs, run;
+};
+
+constexpr int64_t kIntegerRows = 8;  // 12 need more registers for their addresses than there are
+constexpr int64_t kPart = 512;       // of K, whose codes stay in the L1 cache
+
+// out[r][32] += rows[r] times a part of a panel, for `Rows` rounded rows.
+template <typename Code, bool kAlone, int Rows>
+void multiply_part(const int8_t* const* rows, const Part<Code>& part, float* out) {
+  constexpr int64_t step = 4 * kPanel / kCodesPerByte<Code>;
+  const auto* codes = part.codes;
+  const float* scale = part.scale;
+  int64_t number = part.number;
+  const auto of_row = [&](int r) { return reinterpret_cast<const RowGroup*>(rows[r] + part.depth)[number]; };
+  for (int64_t begin = part.begin, end; begin < part.end; begin = end, ++number, scale += part.scale_step) {
+    end = std::min(begin + part.group, part.end);
+    const int64_t share = kAlone ? 0 : (end - begin) / 4 * step / part.runs;
+    const uint8_t* next = &codes->byte + kPart / 4 * step + share * part.run;
+    for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(next + byte);
+    Sums acc[Rows][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r) acc[r][0] = acc[r][1] = reinterpret_cast<Sums>(_mm512_set1_epi32(of_row(r).start));
+    for (int64_t k = begin; k < end; k += kWidth) {  // few times, so that the loop's end is foreseen
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kWidth; i += 4, codes += step) {
+#pragma GCC unroll 2
+        for (int64_t line = 0; kAlone && line < step; line += 64)
+          __builtin_prefetch(&codes->byte + line + kPrefetch);
+        const Fours fours = load_fours(codes);
+#pragma GCC unroll 12
+        for (int r = 0; r < Rows; ++r) {
+          int32_t four;
+          std::memcpy(&four, rows[r] + k + i, sizeof(four));
+          const __m512i activations = _mm512_set1_epi32(four);
+#pragma GCC unroll 2
+          for (int v = 0; v < 2; ++v)
+            acc[r][v] = reinterpret_cast<Sums>(
+                _mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc[r][v]), fours.halves[v], activations));
+        }
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v)
+        vector_at(out + r * kPanel + v * kWidth) +=
+            __builtin_convertvector(acc[r][v], Vec) * vector_at(scale + v * kWidth) * of_row(r).scale;
+    asm volatile("" ::: "memory");  // or the compiler holds `out` in the registers that sums need
+  }
+}
+
+template <typename Code, bool kAlone, int Rows = kIntegerRows>
+void multiply_part(int64_t count, const int8_t* const* rows, const Part<Code>& part, float* out) {
+  if constexpr (Rows > 0) {
+    if (count == Rows) return multiply_part<Code, kAlone, Rows>(rows, part, out);
+    multiply_part<Code, kAlone, Rows - 1>(count, rows, part, out);
+  }
+}
+
+// out[r][32] = rounded rows[r] times a panel.
+template <typename T, typename Code>
+void product(const Block<int8_t>& block, int64_t depth, const Biased<Code>* panel, PanelScales scales, float* out) {
+  const bool same_groups = block.group == scales.group;
+  std::fill_n(out, block.count * kPanel, 0.f);
+  for (int64_t begin = 0, end; begin < depth; begin = end) {
+    const int64_t number = begin / scales.group;
+    end = std::min({begin + kPart, depth, same_groups ? depth : (number + 1) * scales.group});
+    const Biased<Code>* codes = panel + begin * kPanel / kCodesPerByte<Code>;
+    Part<Code> part{depth, block.group, begin, end, begin / block.group, codes, scales.values + number * kPanel,
+                    same_groups ? kPanel : 0, at::divup(block.count, kIntegerRows), 0};
+    for_runs(block.count, kIntegerRows, [&](int64_t first, int64_t count) {
+      if (part.runs == 1) return multiply_part<Code, true>(count, block.rows + first, part, out + first * kPanel);
+      multiply_part<Code, false>(count, block.rows + first, part, out + first * kPanel);
+      ++part.run;
+    });
+  }
+}
+#endif
+
+}  // namespace

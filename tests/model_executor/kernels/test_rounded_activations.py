@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activations in 8 bits on the compiled op: sums of integers are exact, the rest is what its arithmetic says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("vllm")
+
+from heapr_vllm.formats.quantized import PACKED_DTYPE, ExpertScheme, unpack_nibbles
+from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes, Scales
+from heapr_vllm.model_executor.kernels.cpu_compiled import build
+from heapr_vllm.model_executor.kernels.cpu_compiled.a8_kernel import CompiledA8Kernel
+from heapr_vllm.model_executor.kernels.reference import expert_weights
+from heapr_vllm.model_executor.storage.layout import RaggedLayout
+from tests.model_executor.kernels.test_quantized_op import CASES, layer, scheme_of
+
+KERNEL = CompiledA8Kernel()
+GROUP = 128  # activations, at most, that share a scale
+KINDS = ("int8", "int4")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+pytestmark = pytest.mark.skipif(KERNEL.machine_obstacle() is not None, reason="no compiler, or no AVX-512 VNNI")
+
+
+class Unpacked(CompiledA8Kernel):
+    """Leaves weights as they were loaded, for a reference to read."""
+
+    def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scales | None = None) -> None:
+        return
+
+
+def rounded(rows: torch.Tensor, group: int) -> torch.Tensor:
+    """The values of rows [n, K] in fp64 once rounded: 127 steps to the largest of every `group` columns."""
+    parts = []
+    for part in rows.split(group, 1):
+        step = part.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+        parts.append((part / step).round().double() * step)
+    return torch.cat(parts, 1)
+
+
+def expected(x: torch.Tensor, routes: Routes, experts: ExpertRows) -> torch.Tensor:
+    """The arithmetic of `integers.h` in fp64: x rounded, then silu(gate) * up, times the scales of down, likewise."""
+    hidden_size = x.shape[1]
+    assert experts.scales is not None
+    groups = experts.scales.w13.shape[1]
+    x = rounded(x.float(), torch.gcd(torch.tensor(GROUP), torch.tensor(hidden_size // groups)).item())
+    total = torch.zeros(x.shape, dtype=torch.float64)
+    for slot, (row, width) in enumerate(experts.table.tolist()):
+        w13, w2 = expert_weights(experts, slot, row, width)
+        gate, up = (x @ w13.double().T).chunk(2, -1)
+        h = (F.silu(gate) * up).float()
+        route = (routes.weights * (routes.slots[routes.ids] == slot)).sum(-1).double()
+        if experts.scales.is_by_channel(hidden_size):
+            total += route[:, None] * (rounded(h, GROUP) @ w2.double())
+            continue
+        codes = experts.w2[row : row + width]
+        codes = (unpack_nibbles(codes) if codes.dtype == PACKED_DTYPE else codes).double()
+        scales = experts.scales.w2[row : row + width]
+        for group, columns in enumerate(codes.split(hidden_size // groups, 1)):
+            outputs = slice(group * columns.shape[1], (group + 1) * columns.shape[1])
+            total[:, outputs] += route[:, None] * (rounded(h * scales[:, group], GROUP) @ columns)
+    return total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"T{case[0]}-H{case[3]}-g{case[4]}")
+def test_arithmetic(case: tuple, dtype: torch.dtype, kind: str) -> None:
+    """Against the same rounding in fp64, and against none: rounding costs 2 % at most of these random layers."""
+    built, plain = (layer(case, dtype, kind, kernel) for kernel in (KERNEL, Unpacked()))
+    output, wanted = built.run(), expected(built.x, plain.routes, plain.experts)
+    own_rounding = 8e-3 if dtype == torch.bfloat16 else 3e-3  # of the output; h may fall to another integer
+    assert (output - wanted).norm() <= own_rounding * wanted.norm()
+    assert (output - built.expected).norm() <= 2e-2 * built.expected.norm()
+    assert torch.equal(output, built.run()), "not repeatable"
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 20, 97])
+@pytest.mark.parametrize("group_size", [32, 128, None])
+def test_sums_of_integers_are_exact(group_size: int | None, tokens: int) -> None:
+    """The largest products there are: -128 times 127 or -127 over all of K, and random codes.
+
+    Activations are integers up to 127, so rounding changes none. silu(g) is g for such g, one neuron's product passes
+    on as 127 steps, and a column of down with code 1 shows it.
+    """
+    hidden, width = 512, 16
+    generator = torch.Generator().manual_seed(tokens)
+    groups = hidden // group_size if group_size else 1
+    x = torch.randint(-127, 128, (tokens, hidden), generator=generator).float()
+    x[:, ::32] = 127
+    x[0] = -127
+    w13, w2 = torch.zeros(2 * width, hidden, dtype=torch.int8), torch.zeros(width, hidden, dtype=torch.int8)
+    w13[3] = torch.randint(-128, 128, (hidden,), generator=generator) | (x[-1] > 0)
+    w13[3, x[-1] <= 0] = -128
+    w13[width + 3] = -128
+    w2[3] = 1
+    gate, up = (x.double() @ w13[row].double() for row in (3, width + 3))
+    scales = Scales(torch.ones(2 * width, groups), torch.ones(width, groups) if group_size else torch.ones(1, hidden))
+    layout = RaggedLayout.build([width], [width])
+    KERNEL.pack(w13, w2, layout, scales)
+    slots, table = KERNEL.index_tables([0], layout)
+    routes = Routes(torch.ones(tokens, 1), torch.zeros(tokens, 1, dtype=torch.int32), slots)
+    output = torch.empty_like(x)
+    KERNEL.run(output, x, routes, ExpertRows(w13, w2, table, width, scales=scales))
+    wanted = (F.silu(gate) * up)[:, None].expand(-1, hidden)
+    torch.testing.assert_close(output.double(), wanted, rtol=5e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES[3:9], ids=lambda case: f"T{case[0]}-H{case[3]}-g{case[4]}")
+def test_rows_and_threads_do_not_change_results(case: tuple, kind: str) -> None:
+    built = layer(case, torch.bfloat16, kind, KERNEL)
+    singly = [built.run(slice(token, token + 1)) for token in range(min(case[0], 9))]
+    assert torch.equal(torch.cat(singly), built.run()[: len(singly)])
+    outputs, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            outputs.append(built.run())
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_shows(value: float) -> None:
+    """It must not vanish in the rounding; other tokens do not see it."""
+    built = layer(CASES[3], torch.bfloat16, "int8", KERNEL)
+    clean = built.run()
+    built.x[1, 5] = value
+    output = built.run()
+    assert not output[1].isfinite().any()
+    others = torch.arange(len(output)) != 1
+    assert torch.equal(output[others], clean[others])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_neurons_without_weights_do_not_coarsen_the_others(kind: str) -> None:
+    """Their scale is 1, a thousand times that of others, whose activations would all be rounded to 0 beside theirs."""
+    tokens, hidden, width = 9, 128, 32
+    scheme, generator = scheme_of(kind), torch.Generator().manual_seed(0)
+    gate_up = torch.randn(2 * width, hidden, generator=generator) * 0.1
+    down = torch.randn(hidden, width, generator=generator) * 0.1
+    down[:, ::2] = 0
+    (w13, w13_scale), (w2, w2_scale) = scheme.quantize(gate_up, "w13"), scheme.quantize(down, "w2")
+    x = torch.randn(tokens, hidden, generator=generator)
+    gate, up = (x @ scheme.dequantize(w13, w13_scale, "w13").T).chunk(2, -1)
+    wanted = (F.silu(gate) * up) @ scheme.dequantize(w2, w2_scale, "w2").T
+    layout = RaggedLayout.build([width], [width])
+    w2, w2_scale = w2.T.contiguous(), w2_scale.T.contiguous()
+    KERNEL.pack(w13, w2, layout, Scales(w13_scale, w2_scale))
+    slots, table = KERNEL.index_tables([0], layout)
+    routes = Routes(torch.ones(tokens, 1), torch.zeros(tokens, 1, dtype=torch.int32), slots)
+    output = torch.empty_like(x)
+    KERNEL.run(output, x, routes, ExpertRows(w13, w2, table, width, scales=Scales(w13_scale, w2_scale)))
+    assert (output - wanted).norm() <= 2e-2 * wanted.norm()
+
+
+def test_layers_that_it_runs() -> None:
+    for kind in KINDS:
+        assert KERNEL.layer_obstacle(torch.bfloat16, 256, scheme_of(kind)) is None
+    scheme = ExpertScheme("int")
+    for dtype, other, message in (
+        (torch.float32, scheme, "computes in float32; choose compiled"),
+        (torch.bfloat16, replace(scheme, type="float"), "not fp8 ones; choose compiled"),
+        (torch.bfloat16, None, "not unquantized ones; choose compiled"),
+    ):
+        assert (KERNEL.layer_obstacle(dtype, 256, other) or "").endswith(message)
+    assert build.has_vnni()
