@@ -82,7 +82,7 @@ def test_extra_layers_in_the_masks(masks_repository: Path) -> None:
     [
         ({"format_version": 3}, "format_version 3, this heapr-vllm reads up to 2; upgrade"),
         ({"layout": "cubist"}, "layout is 'cubist', expected one of masks, compact"),
-        ({"experts": {"num_bits": 4}}, "heapr export --quantize int8"),
+        ({"experts": {"num_bits": 3}}, "heapr export --quantize int8"),
     ],
 )
 def test_bad_blocks(block: dict, message: str) -> None:
