@@ -67,7 +67,8 @@ def add_prune(commands: options.Commands) -> None:
         "--traffic",
         type=Path,
         metavar="TRAFFIC",
-        help="experts as busy, and neurons as active, as in what HEAPR_TRAFFIC recorded while `vllm serve` ran",
+        help="experts as busy as in what HEAPR_TRAFFIC recorded while `vllm serve` ran; where a criterion reads h^2, "
+        "neurons as active too",
     )
     options.selection(command)
     options.output(command, "MASKS")

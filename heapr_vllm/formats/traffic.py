@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.formats.schema import convert
+from heapr_vllm.formats.schema import Positive, convert
 from heapr_vllm.formats.tensorfile import load_tensors, save_tensors
 
 NAMES = ("activation_sq", "tokens")
@@ -21,10 +21,16 @@ NAMES = ("activation_sq", "tokens")
 
 @dataclass(frozen=True)
 class TrafficHeader:
-    """Metadata of a file. `run`: the engine's, the same on all its ranks. `base_fingerprint`: of the served model."""
+    """Metadata of a file.
+
+    `run`: the engine's, the same on all its `ranks`. `top_k`: experts of a token. `base_fingerprint`: of the served
+    model.
+    """
 
     run: str
     rank: int
+    ranks: Positive = 1
+    top_k: Positive = 1
     model: str = ""
     base_fingerprint: str | None = None
 
@@ -47,11 +53,12 @@ class Traffic:
     layers: dict[str, LayerTraffic]
     runs: int
     base_fingerprint: str | None
+    top_k: int = 1
 
     @property
     def tokens(self) -> int:
         """Tokens that were served, counted in the layer where they chose most experts."""
-        return max(int(layer.tokens.sum()) for layer in self.layers.values())
+        return max(int(layer.tokens.sum()) for layer in self.layers.values()) // self.top_k
 
     @classmethod
     def load(cls, folder: Path) -> Traffic:
@@ -62,17 +69,23 @@ class Traffic:
                 f"{folder} holds no traffic; serve the model with HEAPR_TRAFFIC={folder} and ask it something"
             )
         runs: dict[str, dict[str, LayerTraffic]] = {}
-        fingerprints = set()
+        missing: dict[str, int] = {}
+        models = set()
         for path in paths:
             header, layers = _read(path)
-            fingerprints.add(header.base_fingerprint)
+            models.add((header.base_fingerprint, header.top_k))
+            missing[header.run] = missing.get(header.run, header.ranks) - 1
             runs[header.run] = _joined(path, runs.get(header.run, {}), layers)
-        if len(fingerprints) > 1:
+        if len(models) > 1:
             raise HeaprError(f"{folder} holds traffic of different models; keep one model's files in it")
+        for run, ranks in missing.items():
+            if ranks:
+                raise HeaprError(f"{folder} lacks files of run {run}; bring those of all ranks, or remove the others")
+        fingerprint, top_k = models.pop()
         first, *others = runs.values()
         for run in others:
             first = _added(folder, first, run)
-        return cls(first, len(runs), fingerprints.pop())
+        return cls(first, len(runs), fingerprint, top_k)
 
 
 def save_traffic(path: Path, layers: dict[str, LayerTraffic], header: dict[str, Any]) -> None:

@@ -15,7 +15,6 @@ from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Rou
 from heapr_vllm.model_executor.pruned_layer import PrunedLayer
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 from heapr_vllm.model_executor.storage.scales import Scales
-from heapr_vllm.model_executor.storage.traffic_sums import TrafficSums
 
 
 class HeaprExperts(mk.FusedMoEExpertsModular):
@@ -29,11 +28,16 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
         layout: RaggedLayout,
         kernel: RaggedKernel,
         scales: Callable[[PrunedLayer], Scales | None],
+        recorded: str = "",
     ) -> None:
-        """`scales`: finds the factors of 8-bit experts on the layer, where reloading replaces them."""
+        """`scales`: finds the factors of codes on the layer, where reloading replaces them.
+
+        `recorded`: the layer's name in `RECORDED`, if its traffic is.
+        """
         super().__init__(moe_config, quant_config)
         self.layer = layer
         self.scales = scales
+        self.recorded = recorded
         self.kernel = kernel
         self.num_local_experts = len(layout.widths)
         self.max_width = layout.max_width
@@ -111,13 +115,6 @@ class HeaprExperts(mk.FusedMoEExpertsModular):
         if apply_router_weight_on_input:
             topk_weights = torch.ones_like(topk_weights)
         routes = Routes(topk_weights, topk_ids, self.layer.heapr_slots)
-        table, scales, traffic = self.layer.heapr_table, self.scales(self.layer), _traffic_sums(self.layer)
-        experts = ExpertRows(w1, w2, table, self.max_width, self.uniform_experts, scales, traffic)
-        self.kernel.run_in_graph(output, hidden_states, routes, experts)
-
-
-def _traffic_sums(layer: PrunedLayer) -> TrafficSums | None:
-    """What a `TrafficRecorder` registered; None if the layer is not recorded."""
-    if not hasattr(layer, "heapr_tokens"):
-        return None
-    return TrafficSums(layer.heapr_activation_sq, layer.heapr_tokens)
+        table, scales = self.layer.heapr_table, self.scales(self.layer)
+        experts = ExpertRows(w1, w2, table, self.max_width, self.uniform_experts, scales)
+        self.kernel.run_in_graph(output, hidden_states, routes, experts, self.recorded)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -29,6 +28,7 @@ from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 from heapr_vllm.model_executor.storage.quantized import QuantizedStorage
 from heapr_vllm.model_executor.storage.shares import expert_parallel_ranks, tensor_parallel_shares
+from heapr_vllm.model_executor.traffic_recorder import TrafficRecorder
 
 OWN_ATTRIBUTES = (
     "weight_loader",
@@ -55,18 +55,18 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         kernel: RaggedKernel,
         scheme: ExpertScheme | None,
         base: BaseQuantization | None,
-        record: Callable[[PrunedLayer, DenseStorage], None] | None = None,
+        recorder: TrafficRecorder | None = None,
     ) -> None:
         """`scheme`: how experts are stored, None in the model's dtype; `base`: format of codes that masks slice.
 
-        `record`: registers the loaded layer with whoever records its traffic.
+        `recorder`: of the layer's traffic, if it is recorded.
         """
         super().__init__(moe)
         self.masks = masks
         self.kernel = kernel
         self.scheme = scheme
         self.base = base
-        self.record = record
+        self.recorder = recorder
         self.router = compat.cpu_router()
         self.needs_weights = True
 
@@ -159,8 +159,9 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         w13, w2, scales = layer.w13_weight.data, layer.w2_weight.data, self.storage.scales(layer)
         self.kernel.pack(w13, w2, self.storage.layout, scales)
         self._register_tables(layer)
-        if self.record:
-            self.record(layer, self.storage)
+        self.storage.settle_scales(layer)
+        if self.recorder:
+            self.recorder.add(self.storage, self.moe.experts_per_token, w13.device)
         rows = ExpertRows(w13, w2, layer.heapr_table, self.storage.layout.max_width, scales=scales)
         self.kernel.warm_up(layer.heapr_slots, rows, self.moe.experts_per_token, self.max_tokens, self.dtype)
         if self.moe_kernel is None:
@@ -201,7 +202,15 @@ class HeaprMoEMethod(FusedMoEMethodBase):
                 "another with --all2all-backend"
             )
         storage = self.storage
-        self.experts = HeaprExperts(self.moe, self.moe_quant_config, layer, storage.layout, self.kernel, storage.scales)
+        self.experts = HeaprExperts(
+            self.moe,
+            self.moe_quant_config,
+            layer,
+            storage.layout,
+            self.kernel,
+            storage.scales,
+            recorded=self.masks.name if self.recorder else "",
+        )
         self.moe_kernel = mk.FusedMoEKernel(prepare_finalize, self.experts)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:

@@ -14,15 +14,12 @@ class PrunedLayer(RoutedExperts):
     """What the plugin registers on the layer, for type checkers: no layer is made of this class.
 
     w13_weight, w2_weight: from `create_weights` on. heapr_slots, heapr_table: index tables, once weights are loaded.
-    heapr_activation_sq, heapr_tokens: `TrafficSums`, likewise, if traffic is recorded.
     """
 
     w13_weight: nn.Parameter
     w2_weight: nn.Parameter
     heapr_slots: torch.Tensor
     heapr_table: torch.Tensor
-    heapr_activation_sq: torch.Tensor
-    heapr_tokens: torch.Tensor
 
     if TYPE_CHECKING:
         # torch says that modules have every attribute, of type Tensor | Module: this one has those that vLLM defines

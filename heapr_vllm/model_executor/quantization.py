@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +28,9 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
     from heapr_vllm.model_executor.kernels.base import RaggedKernel
-    from heapr_vllm.model_executor.pruned_layer import PrunedLayer
-    from heapr_vllm.model_executor.storage.dense import DenseStorage
+    from heapr_vllm.model_executor.traffic_recorder import TrafficRecorder
 
-OWN_TO_A_PROCESS = ("masks", "masks_path", "bases", "inner")  # made anew by every worker
+OWN_TO_A_PROCESS = ("masks", "masks_path", "bases", "inner", "recorder")  # made anew by every worker
 
 
 class HeaprConfig(QuantizationConfig):
@@ -201,19 +199,17 @@ class HeaprConfig(QuantizationConfig):
         refuse_unsupported(pruned, self)
         scheme, base = self.storage_formats()
         masks = self.layer_masks(prefix)
-        record = self._record(prefix)
-        kernel = self.kernel(pruned.moe_config, masks.keep.shape, scheme, adds_up_traffic=record is not None)
-        _note_for_graphs(kernel, scheme, self.inner_block, record is not None)
-        return HeaprMoEMethod(pruned.moe_config, masks, kernel, scheme, base, record)
+        recorder = self.recorder
+        kernel = self.kernel(pruned.moe_config, masks.keep.shape, scheme, adds_up_traffic=recorder is not None)
+        _note_for_graphs(kernel, scheme, self.inner_block, recorder is not None)
+        return HeaprMoEMethod(pruned.moe_config, masks, kernel, scheme, base, recorder)
 
-    def _record(self, prefix: str) -> Callable[[PrunedLayer, DenseStorage], None] | None:
-        """What is to be done with the loaded layer if traffic is recorded. Raises HeaprError as `recorder`."""
-        from heapr_vllm.model_executor.traffic_recorder import recorder, traffic_folder
+    @cached_property
+    def recorder(self) -> TrafficRecorder | None:
+        """Records the traffic of this process; None if nobody asked for it. Raises HeaprError if it cannot."""
+        from heapr_vllm.model_executor.traffic_recorder import start_recorder
 
-        if (folder := traffic_folder()) is None:
-            return None
-        to = recorder(folder, self.model_name, self.masks, self.pruning.base_model.fingerprint)
-        return partial(to.add, self.name_in_masks(prefix))
+        return start_recorder(self.model_name, self.masks, self.pruning.base_model.fingerprint)
 
     def kernel(
         self, moe: FusedMoEConfig, shape: torch.Size, scheme: ExpertScheme | None, *, adds_up_traffic: bool = False
@@ -262,7 +258,8 @@ class HeaprConfig(QuantizationConfig):
     def layer_masks(self, prefix: str) -> LayerMasks:
         """Returns the masks of the layer that vLLM calls `prefix`. Raises HeaprError if there are none."""
         name = self.name_in_masks(prefix)
-        return LayerMasks(prefix, self.masks.keep[name], self.masks.tokens(name), self.pruning.layout == "compact")
+        is_compact = self.pruning.layout == "compact"
+        return LayerMasks(prefix, self.masks.keep[name], self.masks.tokens(name), is_compact, name)
 
     def name_in_masks(self, prefix: str) -> str:
         """What the masks call the layer that vLLM calls `prefix`.

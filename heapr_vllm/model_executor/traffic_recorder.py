@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import CUDAGraphMode, get_current_vllm_config
+from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
 from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from heapr_vllm.errors import HeaprError, first_line
-from heapr_vllm.formats.atomic import check_writable
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.traffic import LayerTraffic, save_traffic
-from heapr_vllm.model_executor.pruned_layer import PrunedLayer
 from heapr_vllm.model_executor.storage.dense import DenseStorage
+from heapr_vllm.model_executor.storage.traffic_sums import RECORDED, TrafficSums
 
 VARIABLE = "HEAPR_TRAFFIC"
 SHORTEST_PAUSE_S = 1.0
@@ -38,36 +37,35 @@ class TrafficRecorder:
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path = path
         self.header = header
-        self.layers: dict[str, tuple[PrunedLayer, DenseStorage]] = {}
+        self.layers: dict[str, DenseStorage] = {}
         self.written = 0
         self.lock = threading.Lock()
         threading.Thread(target=self._write_now_and_then, daemon=True, name="heapr-traffic").start()
         Finalize(self, self.write, exitpriority=BEFORE_OTHERS)
         logger.info("recording traffic in %s, while serving and at the end", path)
 
-    def add(self, name: str, layer: PrunedLayer, storage: DenseStorage) -> None:
-        """Registers the layer's sums, `name` being what its masks call it; those of a layer loaded again go on."""
+    def add(self, storage: DenseStorage, top_k: int, device: torch.device) -> None:
+        """Makes the sums of a layer that was loaded; those of one that is loaded again go on."""
+        self.header["top_k"] = top_k
+        name = storage.masks.name
         if name in self.layers:
             return
         slots, width = storage.layout.num_slots, storage.layout.max_width
-        device = layer.w13_weight.device
         energy = torch.zeros(slots, width, dtype=torch.float64, device=device)
-        layer.register_buffer("heapr_activation_sq", energy, persistent=False)
-        tokens = torch.zeros(slots, dtype=torch.int64, device=device)
-        layer.register_buffer("heapr_tokens", tokens, persistent=False)
-        self.layers[name] = layer, storage
+        RECORDED[name] = TrafficSums(energy, torch.zeros(slots, dtype=torch.int64, device=device))
+        self.layers[name] = storage
 
     def write(self) -> None:
         """Writes all sums if a token came since the last time; a failure is logged, for the engine shall go on."""
         with self.lock:
-            layers = {name: _sums(layer, storage) for name, (layer, storage) in list(self.layers.items())}
+            layers = {name: _by_expert(RECORDED[name], storage) for name, storage in list(self.layers.items())}
             count = sum(int(layer.tokens.sum()) for layer in layers.values())
             if count == self.written:
                 return
             try:
                 save_traffic(self.path, layers, self.header)
                 self.written = count
-            except OSError as error:
+            except Exception as error:  # of a full disk safetensors makes one of its own
                 logger.warning("traffic is not written: %s", first_line(error))
 
     def _write_now_and_then(self) -> None:
@@ -79,47 +77,60 @@ class TrafficRecorder:
             pause = max(SHORTEST_PAUSE_S, PAUSES_PER_WRITE * (time.monotonic() - begin))
 
 
-def traffic_folder() -> Path | None:
-    """Returns where traffic is to be recorded; None if it is not. Raises HeaprError if nothing can be written there."""
-    name = os.environ.get(VARIABLE)
-    if not name:
-        return None
-    folder = Path(name)
-    if folder.exists() and not folder.is_dir():
-        raise HeaprError(f"{VARIABLE}={name} is a file; name a folder, or unset it")
-    check_writable(folder / "traffic")
-    return folder
+def start_recorder(model: str, masks: NeuronMasks, base_fingerprint: str | None) -> TrafficRecorder | None:
+    """Returns this process's recorder of a model; None if HEAPR_TRAFFIC is unset or empty.
 
-
-def recorder(folder: Path, model: str, masks: NeuronMasks, base_fingerprint: str | None) -> TrafficRecorder:
-    """Returns this process's recorder of a model.
-
-    Raises HeaprError if the masks prune anything, so that sums would lack neurons, or where calls are replayed from
-    CUDA graphs, in which padding cannot be told from tokens.
+    Raises HeaprError if nothing can be written there, or the sums would be wrong.
     """
+    folder = os.environ.get(VARIABLE)
+    if not folder:
+        return None
     if not all(bool(keep.all()) for keep in masks.keep.values()):
         raise HeaprError(
             f"{VARIABLE} records the unpruned model; serve masks that keep everything (`heapr masks full MASKS -o "
             f"FULL`), or unset it"
         )
     config = get_current_vllm_config()
-    graphs = config.compilation_config.cudagraph_mode
-    if current_platform.is_cuda_alike() and graphs != CUDAGraphMode.NONE:
-        raise HeaprError(f"{VARIABLE} cannot record what runs in CUDA graphs; add --enforce-eager, or unset it")
-    return _recorder(folder, config.instance_id, get_world_group().rank, model, base_fingerprint)
+    _refuse(config)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        is_open = os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        is_open = False
+    if not is_open:
+        raise HeaprError(f"{VARIABLE}={folder} is no folder that can be written to; name another, or unset it")
+    header = {
+        "run": config.instance_id,
+        "rank": get_world_group().rank,
+        "ranks": config.parallel_config.world_size,
+        "model": model,
+        "base_fingerprint": base_fingerprint,
+    }
+    return _recorder(Path(folder, f"{header['run']}-rank{header['rank']}.safetensors"), tuple(header.items()))
 
 
 @cache
-def _recorder(folder: Path, run: str, rank: int, model: str, base_fingerprint: str | None) -> TrafficRecorder:
-    header = {"run": run, "rank": rank, "model": model, "base_fingerprint": base_fingerprint}
-    return TrafficRecorder(folder / f"{run}-rank{rank}.safetensors", header)
+def _recorder(path: Path, header: tuple[tuple[str, Any], ...]) -> TrafficRecorder:
+    return TrafficRecorder(path, dict(header))
 
 
-def _sums(layer: PrunedLayer, storage: DenseStorage) -> LayerTraffic:
+def _refuse(config: VllmConfig) -> None:
+    """Raises HeaprError where padding cannot be told from tokens, or the sums' memory may go away."""
+    if current_platform.is_cuda_alike() and config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+        raise HeaprError(f"{VARIABLE} cannot record what runs in CUDA graphs; add --enforce-eager, or unset it")
+    if config.parallel_config.data_parallel_size > 1:
+        raise HeaprError(
+            f"{VARIABLE} cannot tell tokens from padding with data parallelism; drop --data-parallel-size, or unset it"
+        )
+    if config.model_config.enable_sleep_mode:
+        raise HeaprError(f"{VARIABLE} does not go with sleep mode; drop --enable-sleep-mode, or unset it")
+
+
+def _by_expert(sums: TrafficSums, storage: DenseStorage) -> LayerTraffic:
     """Puts the sums by slot and stored neuron where experts and neurons of the model are."""
     keep = storage.masks.keep  # all of it
     energy, tokens = torch.zeros(keep.shape), torch.zeros(len(keep), dtype=torch.int64)
-    found, counts = layer.heapr_activation_sq.cpu(), layer.heapr_tokens.cpu()
+    found, counts = sums.activation_sq.cpu(), sums.tokens.cpu()
     for expert, local in storage.local_ids.items():
         slot = storage.layout.slots[local]
         if slot == storage.layout.num_slots:

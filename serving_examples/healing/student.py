@@ -112,7 +112,10 @@ class WeightsStudent:
             for name, parameter in parameters
             if parameter.requires_grad or re.search(EXPERTS_DOWN, name)
         }
-        stages = [Trained(revert_weight_conversion(self.model, changed)), Zeroed(self.masks)]
+        trained = revert_weight_conversion(self.model, changed)
+        if unknown := sorted(trained.keys() - self.base.weight_map.keys()):
+            raise HeaprError(f"{unknown[0]} is no tensor of {self.base.path}; heal this family with --into adapter")
+        stages = [Trained(trained), Zeroed(self.masks)]
         write_shards(self.base, stages, folder)
         self.base.copy_side_files(folder)
         write_config(folder, self.base.config, None)

@@ -15,7 +15,7 @@ from heapr_vllm.model_executor.storage.layout import RaggedLayout, round_up
 from heapr_vllm.model_executor.storage.scales import Scales
 from heapr_vllm.model_executor.storage.traffic_sums import TrafficSums
 
-CPUS_ONLY = "int4 experts are served on CPUs only so far; export with --quantize int8"
+CPUS_ONLY = "int4 experts are served on CPUs only so far; prune or export with --quantize int8"
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,13 @@ class RaggedKernel(ABC):
     def run(self, output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows) -> None:
         """Writes the weighted sum over the top-k stored experts of `x` [T, H] into `output` [T, H]."""
 
-    def run_in_graph(self, output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows) -> None:
-        """Does as `run` in a forward pass that torch.compile may trace: as one op that it does not look into."""
+    def run_in_graph(
+        self, output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows, recorded: str = ""
+    ) -> None:
+        """Does as `run` in a forward pass that torch.compile may trace: as one op that it does not look into.
+
+        `recorded`: name of the layer in `RECORDED`, whose sums take the place of `experts.traffic`.
+        """
         torch.ops.heapr.ragged_moe(
             output,
             x,
@@ -131,8 +136,7 @@ class RaggedKernel(ABC):
             self.name,
             experts.scales.w13 if experts.scales else None,
             experts.scales.w2 if experts.scales else None,
-            experts.traffic.activation_sq if experts.traffic else None,
-            experts.traffic.tokens if experts.traffic else None,
+            recorded,
         )
 
 

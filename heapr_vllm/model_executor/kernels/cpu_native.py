@@ -87,10 +87,12 @@ class NativeKernel(RaggedKernel):
             total.index_add_(0, token, partial.float())
         output.copy_(total)
 
-    def run_in_graph(self, output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows) -> None:
+    def run_in_graph(
+        self, output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows, recorded: str = ""
+    ) -> None:
         """Hands a layer of uniform experts to the engine's op directly, so that torch.compile traces a dense layer."""
         if experts.uniform_experts == 0:
-            super().run_in_graph(output, x, routes, experts)
+            super().run_in_graph(output, x, routes, experts, recorded)
             return
         isa = native_isa(x.dtype, x.shape[1])
         cpu_uniform_moe(output, x, experts.w13, experts.w2, routes.weights, routes.ids, experts.uniform_experts, isa)

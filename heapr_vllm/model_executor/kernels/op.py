@@ -13,8 +13,9 @@ import torch
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes, Scales, TrafficSums
+from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes, Scales
 from heapr_vllm.model_executor.kernels.choice import kernels
+from heapr_vllm.model_executor.storage.traffic_sums import RECORDED
 
 
 def ragged_moe(
@@ -30,18 +31,15 @@ def ragged_moe(
     kernel: str,
     w13_scale: torch.Tensor | None = None,
     w2_scale: torch.Tensor | None = None,
-    activation_sq: torch.Tensor | None = None,
-    tokens: torch.Tensor | None = None,
+    recorded: str = "",
 ) -> None:
     """Runs the kernel of that name: `RaggedKernel.run` with its arguments laid out flat.
 
-    Traffic is what somebody asked: the engine's own trial runs are not added to it.
+    Traffic, of the layer that is `recorded`, is what somebody asked: the engine's own trial runs are not added to it.
     """
     routes = Routes(topk_weights, topk_ids, slots)
     scales = None if w13_scale is None or w2_scale is None else Scales(w13_scale, w2_scale)
-    traffic = None
-    if activation_sq is not None and tokens is not None and not _is_trial_run():
-        traffic = TrafficSums(activation_sq, tokens)
+    traffic = RECORDED[recorded] if recorded and not _is_trial_run() else None
     experts = ExpertRows(w13, w2, table, max_width, scales=scales, traffic=traffic)
     kernels()[kernel].run(output, hidden_states, routes, experts)
 
@@ -59,6 +57,5 @@ def _fake(*arguments: object) -> None:
 def register_op() -> torch.library.Library:
     """Defines the op once per process; it lives as long as the returned library, which the cache holds."""
     library = torch.library.Library("heapr", "FRAGMENT")
-    mutated = ["output", "activation_sq", "tokens"]
-    direct_register_custom_op("ragged_moe", ragged_moe, mutates_args=mutated, fake_impl=_fake, target_lib=library)
+    direct_register_custom_op("ragged_moe", ragged_moe, mutates_args=["output"], fake_impl=_fake, target_lib=library)
     return library

@@ -128,6 +128,9 @@ class DenseStorage:
         """Returns the factors that codes are multiplied by; None for weights in the model's dtype."""
         return None
 
+    def settle_scales(self, layer: PrunedLayer) -> None:
+        """Keeps packed scales where the kernel finds them after a reload too."""
+
     def zero_padding(self, layer: PrunedLayer) -> None:
         """Zeroes the stored rows beyond every expert's kept neurons, before the kernel packs them."""
         w13, w2 = layer.w13_weight.data, layer.w2_weight.data

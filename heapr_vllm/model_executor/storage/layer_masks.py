@@ -15,9 +15,11 @@ class LayerMasks:
     keep: bool [num_experts, moe_intermediate_size], true for kept neurons, all experts of the model's layer.
     tokens: how many tokens calibration routed to each expert; None if the masks do not say.
     is_compact: whether the checkpoint's tensors have the kept widths; otherwise they are sliced while loading.
+    name: what the masks call the layer, as the checkpoint does.
     """
 
     prefix: str
     keep: torch.Tensor
     tokens: list[int] | None
     is_compact: bool
+    name: str = ""

@@ -44,6 +44,7 @@ class QuantizedStorage(DenseStorage):
         self.rounds = base is None and not masks.is_compact
         self.codes_per_element = scheme.codes_per_byte
         self.zero = scheme.zero_byte
+        self.settled: Scales | None = None
 
     def create(
         self,
@@ -90,6 +91,20 @@ class QuantizedStorage(DenseStorage):
     def scales(self, layer: PrunedLayer) -> Scales:
         """Returns the scales of a layer, which reloading replaces."""
         return Scales(*(getattr(layer, self._scale_name(name)) for name in SCALED))
+
+    def settle_scales(self, layer: PrunedLayer) -> None:
+        """Copies scales that were made while loading again to where the first ones lie.
+
+        `reload_weights` puts the first buffers back on the layer, since no checkpoint has tensors for them.
+        """
+        if not self.rounds:
+            return
+        packed = self.scales(layer)
+        if self.settled is None:
+            self.settled = packed
+        for first, new in ((self.settled.w13, packed.w13), (self.settled.w2, packed.w2)):
+            if first is not new:
+                first.copy_(new)
 
     def load(self, param: nn.Parameter, tensor: torch.Tensor, name: str, shard: str, expert: int) -> bool:
         """Copies this rank's share of codes or scales, or rounds its share of weights, into `param`.

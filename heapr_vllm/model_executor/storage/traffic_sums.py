@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a kernel adds the tokens of a call to, if traffic is recorded."""
+"""What a kernel adds the tokens of a call to, if traffic is recorded.
+
+A traced graph holds a layer's name only: tensors that an op writes to would be copied around every call.
+"""
 
 from __future__ import annotations
 
@@ -18,3 +21,8 @@ class TrafficSums:
 
     activation_sq: torch.Tensor
     tokens: torch.Tensor
+
+
+RECORDED: dict[
+    str, TrafficSums
+] = {}  # this process's layers, by what their masks call them; `TrafficRecorder` fills it

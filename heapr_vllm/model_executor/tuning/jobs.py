@@ -14,6 +14,7 @@ from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.names import natural_order
 from heapr_vllm.formats.pruned import read_masks
 from heapr_vllm.formats.quantized import ExpertScheme
+from heapr_vllm.model_executor.kernels.base import CPUS_ONLY
 from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, LayerShape
 from heapr_vllm.model_executor.storage.layout import round_up
 from heapr_vllm.model_executor.storage.shares import tensor_parallel_shares
@@ -86,6 +87,8 @@ def jobs_of_model(
         scheme = checkpoint.base_quantization.scheme(hidden_size)  # of the base model
     if quantize:
         scheme = ExpertScheme.for_hidden_size(quantize, hidden_size)
+    if scheme and scheme.num_bits == 4:
+        raise HeaprError(CPUS_ONLY)
     jobs: list[Job] = []
     for prefix in sorted(masks.keep, key=lambda prefix: (int(masks.widths[prefix].sum()), natural_order(prefix))):
         widths = _stored(masks.widths[prefix].tolist(), tp_size)

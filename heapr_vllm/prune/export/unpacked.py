@@ -34,8 +34,11 @@ def unpack(name_or_path: str | Path, output: Path, *, model: str | None = None, 
         raise HeaprError(f"{directory} has weights of its own; leave --model out")
     check_output(output, CHECKPOINT, overwrite=overwrite, inputs=[directory])
     masks = read_masks(directory)
-    if missing := masks.keep.keys() ^ compact.expert_shapes().keys():
-        raise HeaprError(f"{directory} has only weights or only masks of {min(missing)}; create or download it again")
+    wanted = {(prefix, len(keep)) for prefix, keep in masks.keep.items()}
+    stored = {(prefix, shape[0]) for prefix, shape in compact.expert_shapes().items()}
+    if wanted != stored:
+        prefix, _ = min(wanted ^ stored)
+        raise HeaprError(f"{directory} lacks weights or masks of experts of {prefix}; create or download it again")
     with atomic_directory(output, CHECKPOINT, overwrite=overwrite, inputs=[directory]) as folder:
         write_shards(compact, [Expanded(masks)], folder, dtype=run_dtype(compact, "auto"))
         repair = RepairRecord.read(directory)

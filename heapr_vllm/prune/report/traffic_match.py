@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from scipy.optimize import nnls
 
+from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.traffic import Traffic
 from heapr_vllm.prune.calibration.moments import NeuronMoments
 from heapr_vllm.prune.selection.served_traffic import check_same_model
@@ -31,7 +32,7 @@ class SourceMatch:
 
 @dataclass(frozen=True)
 class TrafficMatch:
-    """Of the whole text, and of every source of a mix; `mix`: the shares of sources that are nearest, as far as that.
+    """Of the whole text, and of every source of a mix; `mix`: the shares of sources nearest in least squares.
 
     `tokens`: that were served, in all `runs` of the server.
     """
@@ -57,6 +58,8 @@ def match_traffic(moments: NeuronMoments, traffic: Traffic) -> TrafficMatch:
     goal = _shares(served)
     columns = torch.stack([_shares(tokens) for tokens in counted.values()], 1)
     weights = torch.from_numpy(nnls(columns.numpy(), goal.numpy())[0])
+    if not weights.any():
+        raise HeaprError("the traffic uses none of the experts that the calibration text does; calibrate on other text")
     weights /= weights.sum()
     texts = counted if len(counted) == 1 else {**counted, "all": moments.tokens}
     return TrafficMatch(

@@ -137,6 +137,33 @@ def test_weights_are_rounded_while_they_come(scheme: ExpertScheme) -> None:
             assert torch.equal(rank.values(expert, shard), values.T if shard == "w2" else values)
 
 
+def test_scales_of_other_weights_survive_a_reload() -> None:
+    """vLLM's reload loads into new buffers, and puts the first ones back on the layer afterwards."""
+    rank = Rank(GROUP, None, is_compact=False)
+    for (expert, shard), weight in weights().items():
+        rank.load(weight, expert, shard)
+    rank.storage.settle_scales(rank.layer)
+    first = dict(rank.layer.named_buffers())
+    for name, buffer in first.items():
+        rank.layer.register_buffer(name, torch.ones_like(buffer), persistent=False)
+    for (expert, shard), weight in weights().items():
+        rank.load(3 * weight, expert, shard)
+    new = {name: buffer.clone() for name, buffer in rank.layer.named_buffers()}
+    rank.storage.settle_scales(rank.layer)
+    for name, buffer in first.items():
+        assert torch.equal(buffer, new[name])
+    scale = first["w2_weight_scale"]
+    torch.testing.assert_close(scale[scale < 1].max(), 3 * weights_scale())  # of padding it is 1
+
+
+def weights_scale() -> torch.Tensor:
+    """Largest scale of the down projections of `weights`."""
+    scales = [
+        GROUP.quantize(kept(weight, e, s), s)[1] for (e, s), weight in weights().items() if s == "w2" and WIDTHS[e]
+    ]
+    return torch.stack([scale.max() for scale in scales]).max()
+
+
 def test_padding_is_code_0_and_scale_1() -> None:
     for scheme in (GROUP, CHANNEL, NIBBLES):
         rank = Rank(scheme, None, is_compact=True)

@@ -43,13 +43,31 @@ def test_ranks_are_joined_and_runs_added(moments: NeuronMoments, tmp_path: Path)
             energy = torch.zeros_like(layer.activation_sq)
             energy[:, rank::2] = layer.activation_sq[:, rank::2]
             layers[prefix] = LayerTraffic(energy, layer.tokens)
-        header = {"run": "b", "rank": rank, "base_fingerprint": moments.metadata["base_fingerprint"]}
+        header = {
+            "run": "b",
+            "rank": rank,
+            "ranks": 2,
+            "top_k": 1,
+            "base_fingerprint": moments.metadata["base_fingerprint"],
+        }
         save_traffic(tmp_path / f"b{rank}.safetensors", layers, header)
     traffic = Traffic.load(tmp_path)
     assert traffic.runs == 2
+    assert traffic.tokens == 2 * max(int(layer.tokens.sum()) for layer in moments.layers.values())
     for prefix, layer in moments.layers.items():
         torch.testing.assert_close(traffic.layers[prefix].activation_sq, 2 * layer.activation_sq)
         assert torch.equal(traffic.layers[prefix].tokens, 2 * layer.tokens)
+
+
+def test_tokens_choose_several_experts(moments: NeuronMoments, tmp_path: Path) -> None:
+    layers = {
+        prefix: LayerTraffic(layer.activation_sq.float(), layer.tokens) for prefix, layer in moments.layers.items()
+    }
+    for layer in layers.values():
+        layer.tokens[:] = torch.tensor([9] + [1] * (len(layer.tokens) - 1))
+    experts = len(next(iter(layers.values())).tokens)
+    save_traffic(tmp_path / "a.safetensors", layers, {"run": "a", "rank": 0, "ranks": 1, "top_k": 4})
+    assert Traffic.load(tmp_path).tokens == (8 + experts) // 4
 
 
 def test_traffic_like_the_text_changes_nothing(moments: NeuronMoments, tmp_path: Path) -> None:
@@ -126,6 +144,10 @@ def test_refused(moments: NeuronMoments, tmp_path: Path) -> None:
     short = {prefix: LayerTraffic(torch.ones(2, 3), torch.ones(2, dtype=torch.int64))}
     save_traffic(tmp_path / "b.safetensors", short, {"run": "b", "rank": 0, "base_fingerprint": None})
     with pytest.raises(HeaprError, match="holds traffic of different models"):
+        Traffic.load(tmp_path)
+    save_traffic(tmp_path / "b.safetensors", short, {"run": "a", "rank": 1, "ranks": 3})
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(HeaprError, match="lacks files of run a; bring those of all ranks"):
         Traffic.load(tmp_path)
     (tmp_path / "b.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(HeaprError, match="is damaged"):

@@ -12,8 +12,8 @@ from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import (
     COLUMNS,
     WIDTH_UNIT,
     CompiledKernel,
-    pack_nibbles,
     reorder,
+    reorder_nibbles,
 )
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
@@ -58,8 +58,8 @@ class CompiledA8Kernel(CompiledKernel):
     def pack_expert(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         """Makes an expert's codes unsigned, as those of 4 bits are, in the order of `integers.h`."""
         if down.dtype == PACKED_DTYPE:
-            pack_nibbles(gate_up, (2, -1, WIDTH_UNIT, down.shape[1] // 2, 4), (1, 3, 2, 4, 0))
-            pack_nibbles(down, (len(down) // 4, 4, -1, 2, WIDTH_UNIT), (2, 0, 4, 1, 3))
+            reorder_nibbles(gate_up, (2, -1, WIDTH_UNIT, down.shape[1] // 2, 4), (1, 3, 2, 4, 0))
+            reorder_nibbles(down, (len(down) // 4, 4, -1, 2, WIDTH_UNIT), (2, 0, 4, 1, 3))
             return
         width, hidden = down.shape
         for codes in (gate_up, down):

@@ -50,8 +50,8 @@ class CompiledKernel(RaggedKernel):
     def pack_expert(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         """Brings an expert's [2 * width, H] and [width, H] into panels, in place."""
         if down.dtype == PACKED_DTYPE:
-            pack_nibbles(gate_up, (2, -1, WIDTH_UNIT, down.shape[1] // 2, 2, 2), (1, 3, 2, 5, 4, 0))
-            pack_nibbles(down, (len(down) // 4, 2, 2, -1, 2, WIDTH_UNIT), (3, 0, 5, 2, 1, 4))
+            reorder_nibbles(gate_up, (2, -1, WIDTH_UNIT, down.shape[1] // 2, 2, 2), (1, 3, 2, 5, 4, 0))
+            reorder_nibbles(down, (len(down) // 4, 2, 2, -1, 2, WIDTH_UNIT), (3, 0, 5, 2, 1, 4))
         elif down.itemsize == 1:
             _pack_codes(gate_up, down)
         else:
@@ -74,10 +74,12 @@ class CompiledKernel(RaggedKernel):
             self.activation_bits == 8,
         )
 
-    def run_in_graph(self, output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows) -> None:
+    def run_in_graph(
+        self, output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows, recorded: str = ""
+    ) -> None:
         """Does as `run`, which is one op already; with traffic through the one that knows which calls count."""
-        if experts.traffic:
-            super().run_in_graph(output, x, routes, experts)
+        if recorded:
+            super().run_in_graph(output, x, routes, experts, recorded)
         else:
             self.run(output, x, routes, experts)
 
@@ -94,7 +96,7 @@ def reorder(part: torch.Tensor, shape: tuple[int, ...], order: tuple[int, ...]) 
     part.copy_(part.view(shape).permute(order).contiguous().view(part.shape))
 
 
-def pack_nibbles(part: torch.Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> None:
+def reorder_nibbles(part: torch.Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> None:
     """Does as `reorder` with codes of 4 bits, of which those along the last axis of the result share a byte."""
     nibbles = torch.stack([part & 15, part >> 4], -1)
     low, high = nibbles.view(shape).permute(order).unbind(-1)
