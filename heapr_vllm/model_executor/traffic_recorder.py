@@ -11,6 +11,7 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
 from vllm.distributed import get_world_group
@@ -58,10 +59,11 @@ class TrafficRecorder:
     def write(self) -> None:
         """Writes all sums if a token came since the last time; a failure is logged, for the engine shall go on."""
         with self.lock:
-            layers = {name: _by_expert(RECORDED[name], storage) for name, storage in list(self.layers.items())}
-            count = sum(int(layer.tokens.sum()) for layer in layers.values())
+            stored = dict(self.layers)
+            count = sum(int(RECORDED[name].tokens.cpu().numpy().sum()) for name in stored)
             if count == self.written:
                 return
+            layers = {name: _by_expert(RECORDED[name], storage) for name, storage in stored.items()}
             try:
                 save_traffic(self.path, layers, self.header)
                 self.written = count
@@ -127,15 +129,18 @@ def _refuse(config: VllmConfig) -> None:
 
 
 def _by_expert(sums: TrafficSums, storage: DenseStorage) -> LayerTraffic:
-    """Puts the sums by slot and stored neuron where experts and neurons of the model are."""
+    """Puts the sums by slot and stored neuron where experts and neurons of the model are.
+
+    In NumPy: torch would start threads of its own for the caller, which go on spinning on the engine's cores.
+    """
     keep = storage.masks.keep  # all of it
-    energy, tokens = torch.zeros(keep.shape), torch.zeros(len(keep), dtype=torch.int64)
-    found, counts = sums.activation_sq.cpu(), sums.tokens.cpu()
+    energy, tokens = np.zeros(keep.shape, np.float32), np.zeros(len(keep), np.int64)
+    found, counts = sums.activation_sq.cpu().numpy(), sums.tokens.cpu().numpy()
     for expert, local in storage.local_ids.items():
         slot = storage.layout.slots[local]
         if slot == storage.layout.num_slots:
             continue
         start, stop = storage.shares[local]
-        energy[expert, start:stop] = found[slot, : stop - start].float()
+        energy[expert, start:stop] = found[slot, : stop - start]
         tokens[expert] = counts[slot]
-    return LayerTraffic(energy, tokens)
+    return LayerTraffic(torch.from_numpy(energy), torch.from_numpy(tokens))
