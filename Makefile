@@ -44,13 +44,13 @@ PARALLEL := $(ENGINE) OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/
 check: lint  ## inner loop: style, types and what needs no engine and no long time; 3 minutes
 	$(PARALLEL) -m 'not vllm and not slow and not long'
 
-test: setup  ## what is worth running on every change; 10 minutes
+test: setup  ## what is worth running on every change; 11 minutes
 	$(PARALLEL) -m 'not slow'
 
 test-all: setup  ## the rest: every family in every mode, kill loops, soak, real sizes, mutants; 25 minutes
 	$(PARALLEL) -m slow
 
-test-ray: setup ray  ## Ray Serve LLM on a cluster of this machine; 6 minutes
+test-ray: setup ray  ## Ray Serve LLM on a cluster of this machine; 4 minutes
 	$(ENGINE) $(BIN)/python -m pytest -q tests/test_ray_serve.py
 
 test-window: setup  ## run the engine tests on another version: make test-window VLLM=0.26.0
