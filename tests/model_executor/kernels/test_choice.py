@@ -116,7 +116,8 @@ def test_four_bits_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch, kernel:
     on(monkeypatch, GPU)
     capture_graphs(monkeypatch, CUDAGraphMode.NONE)
     monkeypatch.setenv("HEAPR_KERNEL", kernel)
-    with pytest.raises(HeaprError, match="int4 experts are served on CPUs only so far; prune or export with --quantize int8"):
+    message = "int4 experts are served on CPUs only so far; prune or export with --quantize int8"
+    with pytest.raises(HeaprError, match=message):
         names(torch.bfloat16, scheme=ExpertScheme("int", num_bits=4, group_size=64))
 
 
