@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="+", type=float, default=(0.25, 0.4, 0.5), metavar="R")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--seed", type=int, default=0, help="of calibration and training text")
-    parser.add_argument("--num-samples", type=int, default=1200, help=f"to train on, of {LENGTH} tokens")
+    parser.add_argument("--num-samples", type=int, default=320, help=f"to train on, of {LENGTH} tokens")
     parser.add_argument("--csv", type=Path, help="append every row to it")
     args = parser.parse_args()
     documents = read_documents(str(args.corpus / "held_out.jsonl"))

@@ -30,7 +30,7 @@ ENVIRONMENT = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # read by what 
 class Command:
     """One way to write something.
 
-    `arguments`: in a folder that holds what `make_inputs` wrote; the output goes to ../work/`output`.
+    `arguments`: in a folder that holds what `make_inputs` wrote. `output`: what is written, in the folder beside it.
     `again`: what makes it continue. `before`: an input that lies at the output already. `is_timed`: what it writes
     depends on a clock, so that any output its reader takes counts as whole.
     """

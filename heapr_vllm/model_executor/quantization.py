@@ -287,7 +287,7 @@ def _note_for_graphs(
     """Puts into the config, by which vLLM's cache of compiled graphs is keyed, what graphs hold beside the widths.
 
     The kernel's name is a constant of theirs, how weights are stored comes from the base model, and where traffic is
-    added up there are more tensors.
+    added up layers have names.
     """
     config = get_current_vllm_config_or_none()
     block = getattr(config.model_config.hf_config, "quantization_config", None) if config else None

@@ -23,6 +23,5 @@ class TrafficSums:
     tokens: torch.Tensor
 
 
-RECORDED: dict[
-    str, TrafficSums
-] = {}  # this process's layers, by what their masks call them; `TrafficRecorder` fills it
+# This process's layers, by what their masks call them; `TrafficRecorder` fills it.
+RECORDED: dict[str, TrafficSums] = {}

@@ -33,6 +33,7 @@ from heapr_vllm.model_executor.kernels.op import register_op
 from heapr_vllm.model_executor.kernels.reference import ReferenceKernel
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 from heapr_vllm.model_executor.storage.traffic_sums import TrafficSums
+from tests.model_executor.kernels.thread_counts import outputs_by_threads
 
 current_platform.import_kernels()
 register_op()
@@ -174,13 +175,7 @@ def no_traffic(experts: ExpertRows) -> TrafficSums:
 class TestCompiledOp:
     def test_does_not_depend_on_the_number_of_threads(self) -> None:
         built = layer((50, [64, 48, 96], 2, 64, 3, ()), torch.bfloat16, CompiledKernel())
-        outputs, threads = [], torch.get_num_threads()
-        try:
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                outputs.append(built.run())
-        finally:
-            torch.set_num_threads(threads)
+        outputs = outputs_by_threads(built.run)
         assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
     def test_ids_beyond_all_experts_add_nothing(self) -> None:

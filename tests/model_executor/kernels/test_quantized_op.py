@@ -25,6 +25,7 @@ from heapr_vllm.model_executor.kernels.op import register_op
 from heapr_vllm.model_executor.kernels.reference import ReferenceKernel
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 from tests.model_executor.engine import ROOT
+from tests.model_executor.kernels.thread_counts import outputs_by_threads
 
 current_platform.import_kernels()
 register_op()
@@ -181,13 +182,7 @@ def test_rows_and_threads_do_not_change_results(case: tuple, kind: str) -> None:
     if not build.isa().endswith("amx"):  # tiles sum in another order
         singly = [built.run(slice(token, token + 1)) for token in range(min(case[0], 9))]
         assert torch.equal(torch.cat(singly), built.run()[: len(singly)])
-    outputs, threads = [], torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            outputs.append(built.run())
-    finally:
-        torch.set_num_threads(threads)
+    outputs = outputs_by_threads(built.run)
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 

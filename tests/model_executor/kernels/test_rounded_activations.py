@@ -16,6 +16,7 @@ from heapr_vllm.model_executor.kernels.cpu_compiled.a8_kernel import CompiledA8K
 from heapr_vllm.model_executor.kernels.reference import expert_weights
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 from tests.model_executor.kernels.test_quantized_op import CASES, layer, scheme_of
+from tests.model_executor.kernels.thread_counts import outputs_by_threads
 
 KERNEL = CompiledA8Kernel()
 GROUP = 128  # activations, at most, that share a scale
@@ -114,13 +115,7 @@ def test_rows_and_threads_do_not_change_results(case: tuple, kind: str) -> None:
     built = layer(case, torch.bfloat16, kind, KERNEL)
     singly = [built.run(slice(token, token + 1)) for token in range(min(case[0], 9))]
     assert torch.equal(torch.cat(singly), built.run()[: len(singly)])
-    outputs, threads = [], torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            outputs.append(built.run())
-    finally:
-        torch.set_num_threads(threads)
+    outputs = outputs_by_threads(built.run)
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
