@@ -1,46 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real `vllm serve` process and the real OpenAI client, on the bundled model pruned by half."""
+"""The real `vllm serve` process and the real OpenAI client, on the bundled model: half, and a quarter in 4 bits."""
 
 from pathlib import Path
 
 import pytest
-import torch
 from openai import OpenAI
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from benchmarks.vllm_server import serve
 from heapr_vllm.cli.main import main
-from heapr_vllm.formats.masks import NeuronMasks
-from heapr_vllm.prune.models.pruned import applied
+from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.prune.models.pruned import opened
 from tests.conftest import BUNDLED
 
 pytestmark = pytest.mark.vllm
 PROMPT, NEW_TOKENS = "def __init__(self, name):\n", 24
 
 
-def test_completions_streamed_and_whole(python_corpus: Path, tmp_path: Path) -> None:
-    assert (
-        main(
-            [
-                "calibrate",
-                str(BUNDLED),
-                "--dataset",
-                str(python_corpus / "calibration.jsonl"),
-                "-o",
-                str(tmp_path / "calib"),
-                "--num-calibration-samples",
-                "8",
-                "--max-seq-length",
-                "256",
-                "--dtype",
-                "float32",
-            ]
-        )
-        == 0
-    )
-    assert main(["prune", str(tmp_path / "calib"), "--sparsity", "0.5", "-o", str(tmp_path / "masks")]) == 0
-    assert main(["export", str(tmp_path / "masks"), "-o", str(tmp_path / "pruned")]) == 0
-    expected = greedy_in_transformers(NeuronMasks.from_pretrained(tmp_path / "masks"))
+@pytest.mark.parametrize(
+    ("sparsity", "export"),
+    [
+        pytest.param("0.5", [], id="half"),
+        pytest.param("0.25", ["--quantize", "int4", "--repair", "least-squares"], id="int4", marks=pytest.mark.slow),
+    ],
+)
+def test_completions_streamed_and_whole(sparsity: str, export: list[str], python_corpus: Path, tmp_path: Path) -> None:
+    text = ["--dataset", str(python_corpus / "calibration.jsonl"), "--dtype", "float32"]
+    amount = ["--num-calibration-samples", "8", "--max-seq-length", "256"]
+    calib, masks, pruned = (str(tmp_path / name) for name in ("calib", "masks", "pruned"))
+    assert main(["calibrate", str(BUNDLED), *text, *amount, "-o", calib]) == 0
+    assert main(["prune", calib, "--sparsity", sparsity, "-o", masks]) == 0
+    assert main(["export", masks, *export, "-o", pruned]) == 0
+    expected = greedy_in_transformers(Path(pruned))
 
     with serve(
         tmp_path / "pruned",
@@ -68,10 +59,9 @@ def test_completions_streamed_and_whole(python_corpus: Path, tmp_path: Path) -> 
         assert len(chunks) > 1 and "".join(chunks) == expected
 
 
-def greedy_in_transformers(masks: NeuronMasks) -> str:
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
-    model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
+def greedy_in_transformers(pruned: Path) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(pruned)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    with applied(masks, model):
+    with opened(Checkpoint(pruned), "float32", "cpu") as (model, _):
         out = model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
     return tokenizer.decode(out[0, ids.shape[1] :])

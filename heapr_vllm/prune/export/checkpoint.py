@@ -16,6 +16,7 @@ from heapr_vllm.formats.config import FORMAT_VERSION, MASKS_FILE, PruningConfig
 from heapr_vllm.formats.folder import inside
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.pruned import masks_path, read_masks
+from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.formats.repair_record import RepairRecord
 from heapr_vllm.prune.calibration.record import CALIBRATION_FILE, CalibrationRecord
 from heapr_vllm.prune.export.expert_storage import ExpertStorage
@@ -41,8 +42,18 @@ class FittedRepair(Stage, Protocol):
 class Repair(Protocol):
     """Something that can refit weights, such as `heapr_vllm.prune.repair.fit.RepairSettings`."""
 
-    def fit(self, base: Checkpoint, masks: NeuronMasks, calibration: CalibrationRecord, folder: Path) -> FittedRepair:
-        """Fits to the weights of `base`. What it keeps in `folder` lets the same call continue after a kill."""
+    def fit(
+        self,
+        base: Checkpoint,
+        masks: NeuronMasks,
+        calibration: CalibrationRecord,
+        scheme: ExpertScheme | None,
+        folder: Path,
+    ) -> FittedRepair:
+        """Fits to the weights of `base`, which will be stored as `scheme` says.
+
+        What it keeps in `folder` lets the same call continue after a kill.
+        """
         ...
 
 
@@ -104,8 +115,9 @@ def export_checkpoint(
     stages: list[Stage] = [*storage.before_layout(layout), LAYOUTS[layout](inputs.masks), *storage.after_layout(layout)]
     work = output.with_name(f".{output.name}.repair")
     with alone_in(work) if repair is not None else nullcontext():
-        fitted = repair.fit(inputs.base, inputs.masks, inputs.calibration, work) if repair is not None else None
-        if fitted is not None:
+        fitted = None
+        if repair is not None:
+            fitted = repair.fit(inputs.base, inputs.masks, inputs.calibration, storage.scheme, work)
             stages.insert(0, fitted)
         with atomic_directory(output, CHECKPOINT, overwrite=overwrite, inputs=sources) as folder:
             write_shards(inputs.base, stages, folder, dtype=storage.dtype, is_verbatim=storage.is_verbatim)

@@ -3,7 +3,8 @@
 
 Second moments take E I^2 doubles per layer, too many for the moments file and perhaps for memory, so the model runs
 over the text once per group of layers, or, after a streamed calibration, once with one layer in memory. What it leaves,
-one compensation per expert, is applied shard by shard.
+one compensation per expert, is applied shard by shard. Experts that are to have 4 bits are rounded with their second
+moments at hand, and leave codes instead.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.fingerprint import former_fingerprint
 from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.names import ExpertTensor, natural_order
+from heapr_vllm.formats.quantized import SCALE_SUFFIX, ExpertScheme
 from heapr_vllm.formats.repair_record import RepairRecord
 from heapr_vllm.formats.schema import read_json
 from heapr_vllm.formats.tensorfile import save_tensors
@@ -38,13 +40,15 @@ from heapr_vllm.prune.models.experts import expert_modules
 from heapr_vllm.prune.models.hidden_states import ActivationStore
 from heapr_vllm.prune.models.layered import LayeredModel
 from heapr_vllm.prune.models.loading import check_device, load_model
-from heapr_vllm.prune.repair.least_squares import PRIOR, compensate, compensation, output_errors, repairable
+from heapr_vllm.prune.repair.least_squares import PRIOR, compensate, compensation, output_error, repairable, ridged
+from heapr_vllm.prune.repair.rounding import rounded_down
 from heapr_vllm.prune.repair.second_moments import SecondMoment, collect_second_moments, stream_second_moments
 from heapr_vllm.prune.text.batches import Batch
 from heapr_vllm.prune.text.samples import Samples
 
 METHODS = ("least-squares",)
 STATE_FILE = "state.json"
+BITS_TO_ROUND = 4  # rounding to 8 changes no perplexity that could be measured, to the nearest codes or not
 
 
 @dataclass(frozen=True)
@@ -68,33 +72,57 @@ class RepairSettings:
     memory: int = 8 * 2**30
     device: str = "cpu"
 
-    def fit(self, base: Checkpoint, masks: NeuronMasks, calibration: CalibrationRecord, folder: Path) -> Repair:
+    def fit(
+        self,
+        base: Checkpoint,
+        masks: NeuronMasks,
+        calibration: CalibrationRecord,
+        scheme: ExpertScheme | None,
+        folder: Path,
+    ) -> Repair:
         """Does `fit_repair` with these settings."""
-        return fit_repair(base, masks, calibration, self, folder)
+        return fit_repair(base, masks, calibration, scheme, self, folder)
 
 
 @dataclass(frozen=True)
 class Repair:
-    """Compensations in `folder`, one file per MoE module, as a stage of the export; `record`: how they came about."""
+    """What was fitted, one file in `folder` per MoE module, as a stage of the export.
+
+    By expert a file has compensations, or, if there is a `rounding`, codes and, with "_scale" after the number, scales.
+    `record`: how they came about.
+    """
 
     folder: Path
     masks: NeuronMasks
     record: RepairRecord
+    rounding: ExpertScheme | None = None
 
     def tensors(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Refits the kept columns of a down_proj, which keeps its full size; other tensors pass as they are."""
+        """Refits the kept columns of a down_proj, which keeps its full size; other tensors pass as they are.
+
+        Where there is a rounding they become float32 values of codes.
+        """
         where = ExpertTensor.parse(name)
         if where is None or where.shard != "w2" or not _module_file(self.folder, where.prefix).is_file():
             return {name: tensor}
-        stack = tensor.clone() if where.expert is None else tensor[None].clone()
+        dtype = torch.float32 if self.rounding else tensor.dtype
+        stack = (tensor if where.expert is None else tensor[None]).to(dtype, copy=True)
         experts = range(len(stack)) if where.expert is None else [where.expert]
         with safe_open(_module_file(self.folder, where.prefix), framework="pt") as file:
             fitted = set(file.keys())
             for index, expert in enumerate(experts):
                 if str(expert) in fitted:
                     keep = self.masks.keep[where.prefix][expert]
-                    stack[index] = compensate(stack[index], keep, file.get_tensor(str(expert)))
-        return {name: stack.view_as(tensor)}
+                    self._refit(stack[index], keep, expert, file)
+        return {name: stack.view(tensor.shape)}
+
+    def _refit(self, weight: torch.Tensor, keep: torch.Tensor, expert: int, file: safe_open) -> None:
+        """Refits a down_proj [H, I] in place."""
+        fitted = file.get_tensor(str(expert))
+        if self.rounding is None:
+            weight.copy_(compensate(weight, keep, fitted))
+        else:
+            weight[:, keep] = self.rounding.dequantize(fitted, file.get_tensor(f"{expert}{SCALE_SUFFIX}"), "w2")
 
     def discard(self) -> None:
         """Removes what is in the folder."""
@@ -102,18 +130,25 @@ class Repair:
 
 
 def fit_repair(
-    base: Checkpoint, masks: NeuronMasks, calibration: CalibrationRecord, settings: RepairSettings, folder: Path
+    base: Checkpoint,
+    masks: NeuronMasks,
+    calibration: CalibrationRecord,
+    scheme: ExpertScheme | None,
+    settings: RepairSettings,
+    folder: Path,
 ) -> Repair:
     """Writes the compensations of every expert that loses some neurons into `folder`, and returns them.
 
-    Text, seed, length, batch size and dtype are those of the `calibration`. What an interrupted run with the same input
-    left in `folder` is not computed again. Raises HeaprError if the text is missing, changed or too short, or if
-    `settings` cannot be met, before anything is written.
+    `scheme`: how experts will be stored; in 4 bits the codes of every expert with neurons are written instead. Text,
+    seed, length, batch size and dtype are those of the `calibration`. What an interrupted run with the same input left
+    in `folder` is not computed again. Raises HeaprError if the text is missing, changed or too short, or if `settings`
+    cannot be met, before anything is written.
     """
     if settings.method not in METHODS:
         raise HeaprError(f"repair {settings.method!r} is not one of {', '.join(METHODS)}")
     check_device(settings.device)
-    experts = repairable(masks)
+    rounding = scheme if scheme and scheme.num_bits == BITS_TO_ROUND else None
+    experts = repairable(masks, whole=rounding is not None)
     if not experts:
         raise HeaprError(
             "every expert is kept whole or removed whole, so there is nothing to repair; export without --repair"
@@ -134,7 +169,7 @@ def fit_repair(
         experts_with_few_tokens=thin,
         output_error_removed=0.0,
     )
-    identity = _identity(record, base, {prefix: masks.keep[prefix] for prefix in experts}, calibration)
+    identity = _identity(record, base, {prefix: masks.keep[prefix] for prefix in experts}, calibration, rounding)
     folder.mkdir(parents=True, exist_ok=True)
     errors = _load_state(folder, identity)
     if not errors:
@@ -149,14 +184,19 @@ def fit_repair(
             model = load_model(base, calibration.dtype, settings.device)
             collected = _in_memory(model, batches, wanted, groups)
         for prefix, moments, weights in collected:
-            errors[prefix] = _fit_module(weights, moments, masks.keep[prefix], _module_file(folder, prefix))
+            errors[prefix] = _fit_module(weights, moments, masks.keep[prefix], rounding, _module_file(folder, prefix))
             _save_state(folder, identity, errors)
     before, after = torch.tensor(list(errors.values())).double().sum(0).tolist()
-    return Repair(folder, masks, replace(record, output_error_removed=1 - after / before if before else 0.0))
+    record = replace(record, output_error_removed=1 - after / before if before else 0.0)
+    return Repair(folder, masks, record, rounding)
 
 
 def _identity(
-    record: RepairRecord, base: Checkpoint, keep: dict[str, torch.Tensor], calibration: CalibrationRecord
+    record: RepairRecord,
+    base: Checkpoint,
+    keep: dict[str, torch.Tensor],
+    calibration: CalibrationRecord,
+    rounding: ExpertScheme | None,
 ) -> str:
     """Hashes all that the compensations depend on; `keep`: prefix -> bool [E, I]."""
     inputs = asdict(record)
@@ -167,6 +207,8 @@ def _identity(
         "base": [str(base.path.resolve()), former_fingerprint(base)],
         "keep": hashlib.sha256(b"".join(mask.numpy().tobytes() for mask in keep.values())).hexdigest(),
     }
+    if rounding:
+        inputs["rounding"] = rounding.to_dict()
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
@@ -282,19 +324,41 @@ def _samples(base: Checkpoint, calibration: CalibrationRecord, settings: RepairS
 
 
 def _fit_module(
-    weights: torch.Tensor, moments: dict[int, SecondMoment], keep: torch.Tensor, path: Path
+    weights: torch.Tensor,
+    moments: dict[int, SecondMoment],
+    keep: torch.Tensor,
+    rounding: ExpertScheme | None,
+    path: Path,
 ) -> tuple[float, float]:
-    """Writes the compensations of one MoE module; returns its output error without and with them.
+    """Writes what is fitted for one MoE module; returns its output error without and with that.
 
     `weights`: down_proj [E, H, I], `keep`: bool [E, I].
     """
-    matrices = {expert: compensation(moment, keep[expert]) for expert, moment in moments.items()}
-    save_tensors(path, {str(expert): matrix.float().contiguous().cpu() for expert, matrix in matrices.items()}, {})
+    tensors: dict[str, torch.Tensor] = {}
     before = after = 0.0
-    for expert, matrix in matrices.items():
-        errors = output_errors(weights[expert], moments[expert], keep[expert], matrix)
-        before, after = before + errors[0], after + errors[1]
+    for expert, moment in moments.items():
+        weight, kept = weights[expert], keep[expert].to(weights.device)
+        matrix = compensation(moment, kept)
+        fitted = compensate(weight.double(), kept, matrix)[:, kept]
+        unfitted = weight[:, kept]
+        if rounding is None:
+            tensors[str(expert)] = matrix.float()
+        else:
+            unfitted = rounding.dequantize(*rounding.quantize(unfitted, "w2"), "w2")
+            codes, scale = _codes(fitted, ridged(moment, kept), rounding)
+            tensors |= {str(expert): codes, f"{expert}{SCALE_SUFFIX}": scale}
+            fitted = rounding.dequantize(codes, scale, "w2")
+        before += output_error(weight, moment, kept, unfitted)
+        after += output_error(weight, moment, kept, fitted)
+    save_tensors(path, {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, {})
     return before, after
+
+
+def _codes(
+    weight: torch.Tensor, moment: torch.Tensor | None, rounding: ExpertScheme
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of refitted columns [H, K]: the nearest ones where no token says what they add up to."""
+    return rounding.quantize(weight if moment is None else rounded_down(weight, moment, rounding), "w2")
 
 
 def _module_file(folder: Path, prefix: str) -> Path:

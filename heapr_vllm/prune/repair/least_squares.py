@@ -33,28 +33,39 @@ MIN_RIDGE = 1e-6  # of trace(S_KK) / |K|: above the rounding of sums of float32 
 Compensations = dict[str, dict[int, torch.Tensor]]  # MoE module prefix, expert: B float64 [|R|, |K|]
 
 
-def repairable(masks: NeuronMasks) -> dict[str, list[int]]:
-    """Finds experts that lose some of their neurons, not none and not all; prefix -> experts."""
+def repairable(masks: NeuronMasks, *, whole: bool = False) -> dict[str, list[int]]:
+    """Finds experts that lose some of their neurons, not all and, but for `whole`, not none; prefix -> experts."""
     found: dict[str, list[int]] = {}
     for prefix, widths in masks.widths.items():
-        loses_some = (widths > 0) & (widths < masks.keep[prefix].shape[1])
-        if loses_some.any():
-            found[prefix] = loses_some.nonzero()[:, 0].tolist()
+        chosen = (widths > 0) & (whole | (widths < masks.keep[prefix].shape[1]))
+        if chosen.any():
+            found[prefix] = chosen.nonzero()[:, 0].tolist()
     return found
+
+
+def ridged(moment: SecondMoment, keep: torch.Tensor, prior: float = PRIOR) -> torch.Tensor | None:
+    """Computes S_KK + lambda I float64 [|K|, |K|] for `keep` bool [I]; None if no token says anything.
+
+    Raises HeaprError if the second moment is not finite.
+    """
+    if not moment.sums.isfinite().all():
+        raise HeaprError("the activations are not finite; calibrate again with --dtype float32")
+    keep = keep.to(moment.sums.device)
+    kept = moment.sums[keep][:, keep]
+    power = kept.diagonal().mean()
+    if not moment.tokens or power == 0:
+        return None
+    kept.diagonal().add_(power * max(prior * len(kept) / moment.tokens, MIN_RIDGE))
+    return kept
 
 
 def compensation(moment: SecondMoment, keep: torch.Tensor, prior: float = PRIOR) -> torch.Tensor:
     """Computes B float64 [|R|, |K|] for `keep` bool [I]. Raises HeaprError if the second moment is not finite."""
+    kept = ridged(moment, keep, prior)
     keep = keep.to(moment.sums.device)
-    if not moment.sums.isfinite().all():
-        raise HeaprError("the activations are not finite; calibrate again with --dtype float32")
-    kept = moment.sums[keep][:, keep]
     crossed = moment.sums[keep][:, ~keep]
-    power = kept.diagonal().mean()
-    if not moment.tokens or power == 0:
+    if kept is None:
         return torch.zeros_like(crossed.T)
-    ridge = power * max(prior * len(kept) / moment.tokens, MIN_RIDGE)
-    kept.diagonal().add_(ridge)
     return torch.cholesky_solve(crossed, torch.linalg.cholesky(kept)).T
 
 
@@ -66,17 +77,11 @@ def compensate(weight: torch.Tensor, keep: torch.Tensor, compensation: torch.Ten
     return refitted.to(weight.dtype)
 
 
-def output_errors(
-    weight: torch.Tensor, moment: SecondMoment, keep: torch.Tensor, compensation: torch.Tensor
-) -> tuple[float, float]:
-    """Sums over tokens the squared error of the expert's weighted output, without and with the compensation."""
-    keep = keep.to(weight.device)
-    removed = weight[:, ~keep].double()
-    error = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
-    error[:, ~keep] = -removed
-    before = ((error @ moment.sums) * error).sum().item()
-    error[:, keep] = removed @ compensation
-    return before, ((error @ moment.sums) * error).sum().item()
+def output_error(weight: torch.Tensor, moment: SecondMoment, keep: torch.Tensor, columns: torch.Tensor) -> float:
+    """Sums over tokens the squared error of the expert's weighted output with `columns` [H, |K|] for its neurons."""
+    error = -weight.double()
+    error[:, keep.to(weight.device)] += columns.double()
+    return ((error @ moment.sums) * error).sum().item()
 
 
 def compensations(moments: SecondMoments, masks: NeuronMasks, prior: float = PRIOR) -> Compensations:

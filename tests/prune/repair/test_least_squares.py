@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.prune.repair.least_squares import MIN_RIDGE, compensate, compensation, output_errors
+from heapr_vllm.prune.repair.least_squares import MIN_RIDGE, compensate, compensation, output_error
 from heapr_vllm.prune.repair.second_moments import SecondMoment
 
 HIDDEN, WIDTH = 12, 20
@@ -74,15 +74,15 @@ def test_linear_combinations_of_kept_neurons_are_restored(generator: torch.Gener
     refitted = compensate(weight, KEEP, compensation(moment, KEEP, prior=0.0))
     error = ph[:, KEEP] @ refitted[:, KEEP].T - ph @ weight.T
     assert error.norm() < 1e-4 * (ph @ weight.T).norm()
-    before, after = output_errors(weight, moment, KEEP, compensation(moment, KEEP, prior=0.0))
-    assert after < 1e-7 * before
+    before = output_error(weight, moment, KEEP, weight[:, KEEP])
+    assert output_error(weight, moment, KEEP, refitted[:, KEEP]) < 1e-7 * before
 
 
 def test_reported_errors_are_those_of_the_tokens(generator: torch.Generator) -> None:
     ph, weight, moment = random_moment(300, generator)
-    matrix = compensation(moment, KEEP)
-    before, after = output_errors(weight, moment, KEEP, matrix)
-    refitted = compensate(weight, KEEP, matrix)
+    refitted = compensate(weight, KEEP, compensation(moment, KEEP))
+    before = output_error(weight, moment, KEEP, weight[:, KEEP])
+    after = output_error(weight, moment, KEEP, refitted[:, KEEP])
     assert before == pytest.approx(float((ph[:, ~KEEP] @ weight[:, ~KEEP].T).square().sum()))
     assert after == pytest.approx(float((ph @ weight.T - ph[:, KEEP] @ refitted[:, KEEP].T).square().sum()))
     assert after < before
