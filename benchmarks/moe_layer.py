@@ -6,7 +6,8 @@
 
 Arms, interleaved in one process: vLLM's Triton MoE as shipped, with its H200 file where this GPU has none, and tuned;
 the same on the pruned weights at full width, zeros in place of the pruned neurons ("zeroed"); FlashInfer's CUTLASS
-MoE; ours on unpruned and on ragged weights; and tuned vLLM on a model of uniformly narrower experts of the same size.
+MoE; ours on unpruned and on ragged weights, and with --quantize on their like in 8 or 4 bits; and tuned vLLM on a model
+of uniformly narrower experts of the same size.
 Stock on zeroed weights is what an engine without variable widths gets from pruning, ours unpruned is our engineering
 without pruning, and `vs_unpruned` is pruning without engineering. Both sides get the same tuning time per token count.
 Calls run as CUDA graphs over several weight copies and freshly routed batches (normal tokens, uniformly random
@@ -21,8 +22,9 @@ import argparse
 import importlib.util
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ from benchmarks import stock_moe
 from benchmarks.roofline import Peaks, measure_peaks, work
 from benchmarks.rows import append_csv
 from benchmarks.stock_moe import UniformLayer
+from heapr_vllm.formats.quantized import NAMES, ExpertScheme
 from heapr_vllm.model_executor.kernels.triton.launch import triton_ragged_moe
 from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
@@ -50,7 +53,7 @@ UNPRUNED = "heapr unpruned"
 class Arm:
     """One line of the table. `run(batch, copy)` gives the output; `widths` are what it stores.
 
-    `sparsity`: whose output it must give; None for a model of its own.
+    `sparsity`: whose output it must give; None for a model of its own. `scheme`: how it stores experts.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Arm:
     run: Callable[[Batch, int], torch.Tensor]
     sparsity: float | None
     config: stock_moe.Config | None = None
+    scheme: ExpertScheme | None = None
 
 
 def ours(layer: SyntheticLayer) -> Callable[[Batch, int], torch.Tensor]:
@@ -88,7 +92,13 @@ class Contest:
     """All arms of one model shape."""
 
     def __init__(
-        self, moe: MoEShape, sparsities: list[float], dtype: torch.dtype, device: torch.device, stock: bool
+        self,
+        moe: MoEShape,
+        sparsities: list[float],
+        dtype: torch.dtype,
+        device: torch.device,
+        stock: bool,
+        quantize: Sequence[str] = (),
     ) -> None:
         self.moe = moe
         full = moe.moe_intermediate_size
@@ -96,6 +106,11 @@ class Contest:
             sparsity: SyntheticLayer.build(moe, ragged_widths(moe.num_experts, full, sparsity), dtype, device, COPIES)
             for sparsity in (0.0, *sparsities)
         }
+        schemes = [ExpertScheme.for_hidden_size(name, moe.hidden_size) for name in quantize]
+        self.quantized = [
+            (sparsity, SyntheticLayer.build(moe, layer.widths, dtype, device, COPIES, scheme))
+            for scheme, (sparsity, layer) in product(schemes, self.ragged.items())
+        ]
         self.full: dict[float, UniformLayer] = {}
         self.narrow: dict[float, UniformLayer] = {}
         if stock:
@@ -117,9 +132,10 @@ class Contest:
 
         Raises RuntimeError if ours do not.
         """
-        ragged = [
-            Arm(f"heapr {sparsity:.0%} pruned" if sparsity else UNPRUNED, layer.widths, ours(layer), sparsity)
-            for sparsity, layer in self.ragged.items()
+        ragged = [Arm(_name(sparsity), layer.widths, ours(layer), sparsity) for sparsity, layer in self.ragged.items()]
+        quantized = [
+            (Arm(_name(sparsity, layer.scheme), layer.widths, ours(layer), None, scheme=layer.scheme), layer)
+            for sparsity, layer in self.quantized
         ]
         expected = {sparsity: layer.expected(batches[0]) for sparsity, layer in self.ragged.items()}
         found = [
@@ -127,7 +143,8 @@ class Contest:
             for arm in [*self.opponents(batches, configs, tune_seconds), *ragged]
             if arm.sparsity is None or _is_right(arm, batches[0], expected[arm.sparsity])
         ]
-        if missing := {arm.name for arm in ragged} - {arm.name for arm in found}:
+        found += [arm for arm, layer in quantized if _is_right(arm, batches[0], layer.expected(batches[0]))]
+        if missing := {arm.name for arm in [*ragged, *(arm for arm, _ in quantized)]} - {arm.name for arm in found}:
             raise RuntimeError(f"{', '.join(missing)} is wrong here; run make test-gpu")
         return found
 
@@ -167,6 +184,11 @@ class Contest:
         return found
 
 
+def _name(sparsity: float, scheme: ExpertScheme | None = None) -> str:
+    name = f"heapr {sparsity:.0%} pruned" if sparsity else UNPRUNED
+    return f"{name} {scheme.name}" if scheme else name
+
+
 def _is_right(arm: Arm, batch: Batch, expected: torch.Tensor) -> bool:
     """Whether `arm` runs here and agrees to 2 % of the largest output; says why not."""
     try:
@@ -200,7 +222,7 @@ def measure(arms: list[Arm], moe: MoEShape, batches: list[Batch], peaks: Peaks, 
     baseline = TUNED if TUNED in medians else UNPRUNED
     rows = []
     for arm in arms:
-        todo = work(moe, arm.widths, batches)
+        todo = work(moe, arm.widths, batches, arm.scheme)
         median, ordered = medians[arm.name], sorted(seconds[arm.name])
         spread = (ordered[9 * len(ordered) // 10] - ordered[len(ordered) // 10]) / median
         rows.append(
@@ -254,6 +276,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument("--quantize", nargs="*", default=[], choices=tuple(NAMES.values()), help="ours, quantized, too")
     parser.add_argument("--rounds", type=int, default=51)
     parser.add_argument("--tune-seconds", type=float, default=6, help="per arm and token count; 0: tune nothing")
     parser.add_argument("--configs", type=Path, default=Path("build/tile_configs"), help="tuned tiles of both sides")
@@ -276,9 +299,10 @@ def main() -> None:
     for shape in args.shape:
         moe = PAPER_SHAPES[shape]
         if args.tune_seconds:
-            jobs = jobs_of_shapes([shape], [0.0, *args.sparsity], dtype)
+            kinds = (None, *args.quantize)
+            jobs = [job for kind in kinds for job in jobs_of_shapes([shape], [0.0, *args.sparsity], dtype, 1, kind)]
             tune(jobs, args.tokens, args.configs, args.tune_seconds * len(jobs) * len(args.tokens))
-        contest = Contest(moe, args.sparsity, dtype, device, stock=reason is None)
+        contest = Contest(moe, args.sparsity, dtype, device, reason is None, args.quantize)
         if args.tune_seconds:
             stock_moe.compile_all([(layer, tokens) for layer in contest.stock_shapes for tokens in args.tokens])
         for tokens in args.tokens:

@@ -49,12 +49,15 @@ SWAPS: dict[type[ast.AST], type[ast.AST]] = {
 }
 LAUNCHED = ("ragged_up_kernel", "ragged_down_kernel", "combine_kernel")
 HELPERS = ("_place", "_tile", "_block", "_decode", "_scale_ptrs", "_step_scale", "_add_product", "_scale_sum")
-KERNELS = (*HELPERS, *LAUNCHED)
+HELPERS_IN_4_BITS = ("_plane", "_plane_scales", "_add_planes")
+KERNELS = (*HELPERS, *HELPERS_IN_4_BITS, *LAUNCHED)
 ROUTE_BLOCKS = ("align_routes", "max_blocks", "build")
 LAUNCHER = (
     "pack",
     "_interleave",
     "_make_slabs",
+    "_make_words",
+    "_words",
     "_moved_as",
     "index_tables",
     "up_projection",
@@ -149,7 +152,7 @@ def _check(mutant: Mutant) -> None:
         load(mutant, folder)
         if sys.modules[f"{PACKAGE}.route_blocks"].max_blocks(40, 8, 16) != 10:
             os._exit(1)  # more would only cost time
-        for case in (*moe_cases.CASES, *moe_cases.FEW_IN_8_BITS):
+        for case in (*moe_cases.CASES, *moe_cases.FEW_IN_8_BITS, *moe_cases.FEW_IN_4_BITS):
             layer = moe_cases.build(case, torch.float32)
             with moe_cases.fenced_scratch():
                 output = layer.run(case.config)

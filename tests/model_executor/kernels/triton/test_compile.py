@@ -65,7 +65,7 @@ def test_weights_come_by_wide_asynchronous_copies(rows: list[dict[str, str]]) ->
 
 
 def test_scales_of_weights_come_with_them(rows: list[dict[str, str]]) -> None:
-    """Asynchronously: four bytes per thread and stage; Triton 3.6 copies the same ones for every row of threads."""
+    """Asynchronously: four bytes per thread, stage and plane; Triton 3.6 copies them for every row of threads."""
     for row in filter(scales_its_weights, rows):
         stages = int(row["num_stages"])
         if row["triton"].startswith("3.6."):
@@ -75,12 +75,13 @@ def test_scales_of_weights_come_with_them(rows: list[dict[str, str]]) -> None:
 
 
 def test_every_kind_of_codes_is_compiled(rows: list[dict[str, str]]) -> None:
-    """In groups of 128 and by channel, which is a group of all 2048 inputs; casts of E4M3 need sm_89."""
+    """8 bits in groups of 128 and by channel, which is a group of all 2048 inputs; casts of E4M3 need sm_89."""
     kinds = {
         (row["arch"], row["weights"], row["GROUP"]) for row in rows if row["kernel"] in GEMMS and row["GROUP"] != "0"
     }
     expected = {("sm_80", "i8"), ("sm_80", "u8"), ("sm_90a", "i8"), ("sm_90a", "u8"), ("sm_90a", "fp8e4nv")}
-    assert kinds == {(*kind, group) for kind in expected for group in ("128", "2048")}
+    in_4_bits = {(arch, "u16", "64") for arch in compile_table.ARCHES}
+    assert kinds == {(*kind, group) for kind in expected for group in ("128", "2048")} | in_4_bits
 
 
 def scales_its_weights(row: dict[str, str]) -> bool:
@@ -97,8 +98,8 @@ def tile_bytes(row: dict[str, str]) -> int:
     """Of both operands, in all stages."""
     block_m, block_n, block_k, stages = (int(row[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages"))
     weight_rows = 2 * block_n if row["kernel"] == "ragged_up_kernel" else block_n
-    bytes_of_weights = 2 if row["weights"] == "bf16" else 1
-    return stages * block_k * (2 * block_m + bytes_of_weights * weight_rows)
+    bytes_of_weights = {"bf16": 2, "u16": 0.5}.get(row["weights"], 1)
+    return int(stages * block_k * (2 * block_m + bytes_of_weights * weight_rows))
 
 
 def test_instructions_are_counted() -> None:
