@@ -240,7 +240,8 @@ def candidates(kind: str, shape: LayerShape, block_m: int, num_tokens: int) -> l
         lengths = (shape.packed_step,)
     elif kind == "up" and _inputs_of_a_step(shape) % 64:
         lengths = (32,)
-    axes = ((16, 32, 64, 128, 256), lengths, (4, 8), (2, 3, 4, 5), group_sizes)
+    warps = (2, 4, 8) if shape.is_packed else (4, 8)
+    axes = ((16, 32, 64, 128, 256), lengths, warps, (2, 3, 4, 5), group_sizes)
     default = getattr(default_config(num_tokens, shape), kind).meta()
     ordinary = sorted(
         (Tile(*sizes) for sizes in itertools.product(*axes)),
@@ -266,7 +267,8 @@ def _fits(kind: str, tile: Tile, shape: LayerShape, block_m: int) -> bool:
     """Whether hidden size, registers and shared memory allow this tile."""
     is_up = kind == "up"
     halves = 2 if is_up else 1
-    sums = 2 if is_up and shape.has_groups else 1  # of all steps, and of one
+    scales_sums = is_up and shape.has_groups and not (shape.is_packed and block_m >= 64)
+    sums = 2 if scales_sums else 1  # of all steps, and of one
     accumulators = sums * halves * block_m * tile.block_n / (32 * tile.num_warps)
     bits_per_weight = shape.scheme.num_bits if shape.scheme else 8 * shape.dtype.itemsize
     step = block_m * shape.dtype.itemsize + halves * tile.block_n * bits_per_weight / 8

@@ -136,13 +136,37 @@ def _decode(codes, dtype: tl.constexpr):
 def _plane(words, PLACE: tl.constexpr, dtype: tl.constexpr):
     """The codes in one place of words, four bits with 8 added, as numbers of `dtype`.
 
-    They become the lowest bits of a mantissa, of 128 in bf16 and of 1024 in fp16, which is then taken away.
+    They become the lowest bits of a mantissa, of 128 in bf16 and of 1024 in fp16, which is then taken away: for bf16 in
+    three instructions for two numbers, which the compiler does not find.
     """
-    codes = words >> 4 * PLACE & 15
     if dtype == tl.bfloat16:
-        numbers = (codes | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
+        numbers = tl.inline_asm_elementwise(
+            f"""{{
+            .reg .b32 bits, one, base;
+            shr.b32 bits, $1, {4 * PLACE};
+            lop3.b32 bits, bits, 0x000f000f, 0x43004300, 0xea;  // bits & mask | exponents of 128
+            mov.b32 one, 0x3f803f80;
+            mov.b32 base, 0xc308c308;  // -136
+            fma.rn.bf16x2 $0, bits, one, base;
+            }}""",
+            "=r,r",
+            [words],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
     else:
-        numbers = (codes | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+        numbers = ((words >> 4 * PLACE & 15) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+    return numbers.to(dtype)
+
+
+@triton.jit
+def _scaled_plane(words, PLACE: tl.constexpr, scale, dtype: tl.constexpr):
+    """`_plane` times the scales of its rows or columns: in bf16, or in fp32 where `dtype` has fewer exponents."""
+    if dtype == tl.bfloat16:
+        numbers = _plane(words, PLACE, dtype) * scale.to(dtype)
+    else:
+        numbers = _plane(words, PLACE, tl.float32) * scale
     return numbers.to(dtype)
 
 
@@ -180,29 +204,6 @@ def _add_product(total, a, codes, scale, GROUP: tl.constexpr, H: tl.constexpr, P
 
 
 @triton.jit
-def _plane_scales(scale_ptrs, k, PLANE: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr):
-    """`_step_scale` of every plane of the step from input k on."""
-    return (
-        _step_scale(scale_ptrs, k, GROUP, H),
-        _step_scale(scale_ptrs, k + PLANE, GROUP, H),
-        _step_scale(scale_ptrs, k + 2 * PLANE, GROUP, H),
-        _step_scale(scale_ptrs, k + 3 * PLANE, GROUP, H),
-    )
-
-
-@triton.jit
-def _add_planes(
-    total, x_ptrs, valid, words, scales, PLANE: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """total + x . words of a step, the product of every plane times its scale."""
-    for place in tl.static_range(4):
-        a = tl.load(x_ptrs + place * PLANE, mask=valid[:, None], other=0.0)
-        total = _add_product(total, a, _plane(words, place, a.dtype), scales[place], GROUP, H, PRECISION)
-    return total
-
-
-@triton.jit
 def _scale_sum(total, scale_ptrs, GROUP: tl.constexpr, H: tl.constexpr):
     """The sum over all inputs, scaled where they share a scale."""
     if GROUP == H:
@@ -226,8 +227,9 @@ def ragged_up_kernel(
     Grid: (num_m_blocks * num_n_tiles,), num_n_tiles = ceil(widest / BLOCK_N). `x` [T, H]. `hidden`
     [blocks * BLOCK_M (or blocks with ONE_ROUTE), >= widest]. H must be a multiple of BLOCK_K. FUSED: one product with
     2 * BLOCK_N interleaved rows instead of two with BLOCK_N. GROUP: inputs that share a scale, a multiple of BLOCK_K; 0
-    for weights that are no codes. In 4 bits (FUSED) it is a multiple of BLOCK_K / 4. TMA (with FUSED, no codes): `w13`
-    is a descriptor of blocks [2 * BLOCK_N, BLOCK_K].
+    for weights that are no codes. In 4 bits (FUSED) it is a multiple of BLOCK_K / 4, and in blocks of 64 rows and more
+    weights are multiplied by it, not sums: that costs one instruction for two weights, not one per sum and plane. TMA
+    (with FUSED, no codes): `w13` is a descriptor of blocks [2 * BLOCK_N, BLOCK_K].
     """
     pid_m, pid_n = _tile(num_m_blocks, num_n_tiles, GROUP_M)
     if CHAINED:
@@ -258,13 +260,24 @@ def ragged_up_kernel(
             x_ptrs = x + (routes // TOP_K).to(tl.int64)[:, None] * stride_xm + offs_plane[None, :]
             w_ptrs = w13 + (slab * 128 + rows_2n)[None, :] * (H // 4) + offs_plane[:, None]
             scale_ptrs = _scale_ptrs(w13_scale, slab, rows_2n, GROUP, H)
-            scales = _plane_scales(scale_ptrs, 0, PLANE, GROUP, H)
-            for k in range(0, H, BLOCK_K):
-                next_scales = _plane_scales(scale_ptrs, k + BLOCK_K, PLANE, GROUP, H)
-                words = tl.load(w_ptrs + k // 4)
-                both = _add_planes(both, x_ptrs + k, valid, words, scales, PLANE, GROUP, H, PRECISION)
-                scales = next_scales
-            both = _scale_sum(both, scale_ptrs, GROUP, H)
+            if BLOCK_M < 64:
+                scale = _step_scale(scale_ptrs, 0, GROUP, H)
+                for k in range(0, H, BLOCK_K):
+                    words = tl.load(w_ptrs + k // 4)
+                    for place in tl.static_range(4):
+                        next_scale = _step_scale(scale_ptrs, k + (place + 1) * PLANE, GROUP, H)
+                        a = tl.load(x_ptrs + (k + place * PLANE), mask=valid[:, None], other=0.0)
+                        both = _add_product(both, a, _plane(words, place, a.dtype), scale, GROUP, H, PRECISION)
+                        scale = next_scale
+                both = _scale_sum(both, scale_ptrs, GROUP, H)
+            else:
+                for k in range(0, H, BLOCK_K):
+                    words = tl.load(w_ptrs + k // 4)
+                    for place in tl.static_range(4):
+                        a = tl.load(x_ptrs + (k + place * PLANE), mask=valid[:, None], other=0.0)
+                        scale = tl.load(scale_ptrs + (k + place * PLANE) // GROUP * 128)
+                        b = _scaled_plane(words, place, scale[None, :], a.dtype)
+                        both = tl.dot(a, b, both, input_precision=PRECISION)
         else:
             offs_2n = pid_n * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
             rows_2n = tl.where(offs_2n < 2 * width, offs_2n, 0)
@@ -357,7 +370,7 @@ def ragged_down_kernel(
             for place in tl.static_range(4):
                 a = tl.load(hidden_ptrs + (k + place * 16), mask=valid[:, None], other=0.0)
                 scale = tl.load(scale_ptrs + (k // 64 * (H // GROUP * 64) + place * 16))
-                b = (_plane(words, place, tl.float32) * scale[:, None]).to(a.dtype)
+                b = _scaled_plane(words, place, scale[:, None], a.dtype)
                 total = tl.dot(a, b, total, input_precision=PRECISION)
     else:
         offs_k = tl.arange(0, BLOCK_K)

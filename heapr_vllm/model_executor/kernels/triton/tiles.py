@@ -172,8 +172,8 @@ class LayerShape:
 
     @property
     def packed_step(self) -> int:
-        """Inputs of a step of the up kernel over codes of 4 bits."""
-        return CODES_PER_WORD * plane_size(self.hidden_size, self.group_size)
+        """Inputs of a step of the up kernel over codes of 4 bits; 0 for others."""
+        return CODES_PER_WORD * plane_size(self.hidden_size, self.group_size) if self.is_packed else 0
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -226,7 +226,9 @@ def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = Non
     """
     hopper = _has_hoppers_memory() if hopper is None else hopper
     routes = num_tokens * shape.top_k / max(shape.num_experts, 1)
-    if shape.dtype.itemsize > 2:
+    if shape.is_packed:
+        config = _default_in_4_bits(routes, shape, hopper)
+    elif shape.dtype.itemsize > 2:
         config = TileConfig(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2))
     elif routes <= 10:
         is_long = num_tokens <= 8 or shape.has_groups  # a step per group has the fewest sums
@@ -240,19 +242,30 @@ def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = Non
     else:
         config = TileConfig(128, Tile(64, 64, 8, 3, 8), Tile(128, 64, 8, 3, 8))
     unit = shape.group_size or shape.hidden_size
-    up, down = config.up, config.down
-    if shape.is_packed:
-        up = replace(up, block_k=shape.packed_step, num_stages=2 if up.num_warps == 8 else 3)
-        down = replace(down, block_k=TRITON_UNIT)
-    else:
-        up = replace(up, block_k=largest_divisor(unit, up.block_k))
+    block_k = shape.packed_step or largest_divisor(unit, config.up.block_k)
     return replace(
         config,
-        up=up,
-        down=replace(down, block_n=largest_divisor(unit, down.block_n)),
+        up=replace(config.up, block_k=block_k),
+        down=replace(config.down, block_n=largest_divisor(unit, config.down.block_n)),
         one_route=use_one_route_blocks(num_tokens, shape.top_k, shape.num_experts),
         decode="cast" if hopper and shape.weight_dtype == torch.float8_e4m3fn else "bits",
     )
+
+
+def _default_in_4_bits(routes: float, shape: LayerShape, hopper: bool) -> TileConfig:
+    """`default_config` of codes of 4 bits, in blocks of the same heights but for smaller GPUs.
+
+    Warps decode the less twice the fewer they are, and without wgmma each decodes all of a tile taller than wide.
+    """
+    step = shape.packed_step
+    more = 1 if step < CODES_PER_WORD * LONGEST_PLANE else 0
+    if shape.dtype.itemsize > 2:
+        return TileConfig(16, Tile(32, step, 4, 2), Tile(64, TRITON_UNIT, 4, 2))
+    if routes <= 20:
+        return TileConfig(16 if routes <= 10 else 32, Tile(32, step, 4, 3 + more), Tile(64, TRITON_UNIT, 2, 4))
+    if routes <= 40 or not hopper:
+        return TileConfig(64, Tile(64, step, 4, 2 + more), Tile(64, TRITON_UNIT, 4, 4))
+    return TileConfig(128, Tile(64, step, 8, 2 + more, 8), Tile(64, TRITON_UNIT, 4, 4, 8))
 
 
 def use_one_route_blocks(num_tokens: int, top_k: int, num_experts: int) -> bool:
