@@ -65,13 +65,28 @@ def test_weights_come_by_wide_asynchronous_copies(rows: list[dict[str, str]]) ->
 
 
 def test_scales_of_weights_come_with_them(rows: list[dict[str, str]]) -> None:
-    """Asynchronously: four bytes per thread, stage and plane; Triton 3.6 copies them for every row of threads."""
-    for row in filter(scales_its_weights, rows):
+    """Asynchronously: four bytes per thread and stage; Triton 3.6 copies the same ones for every row of threads."""
+    for row in (row for row in rows if scales_its_weights(row) and row["weights"] != "u16"):
         stages = int(row["num_stages"])
         if row["triton"].startswith("3.6."):
             assert tile_bytes(row) < copied_bytes(row) <= 2 * tile_bytes(row) and row["async_other"] == "16", row
         else:
             assert tile_bytes(row) == copied_bytes(row) and int(row["async_other"]) == stages, row
+
+
+def test_words_and_scales_of_4_bits_come_together(rows: list[dict[str, str]]) -> None:
+    """Words by 16 bytes, scales of every plane by four, and inputs by eight where two warps copy 16 rows of a plane."""
+    scaled = [row for row in rows if scales_its_weights(row) and row["weights"] == "u16"]
+    assert {row["kernel"] for row in scaled} == set(GEMMS)
+    for row in scaled:
+        stages, block_m, block_k = (int(row[name]) for name in ("num_stages", "BLOCK_M", "BLOCK_K"))
+        by_eight = block_m * 2 * 16 < 16 * 32 * int(row["num_warps"]) and row["kernel"] == "ragged_down_kernel"
+        by_sixteen = tile_bytes(row) - (stages * block_k * 2 * block_m if by_eight else 0)
+        if row["triton"].startswith("3.6."):
+            assert copied_bytes(row) >= by_sixteen, row
+        else:
+            assert copied_bytes(row) == by_sixteen, row
+            assert int(row["async_other"]) == 4 * stages * (2 if by_eight else 1), row
 
 
 def test_every_kind_of_codes_is_compiled(rows: list[dict[str, str]]) -> None:
@@ -85,8 +100,9 @@ def test_every_kind_of_codes_is_compiled(rows: list[dict[str, str]]) -> None:
 
 
 def scales_its_weights(row: dict[str, str]) -> bool:
-    """Whether it is a down GEMM of neurons with scales per group of outputs."""
-    return row["kernel"] == "ragged_down_kernel" and row["GROUP"] != "0" and row["BY_CHANNEL"] == "False"
+    """Whether it is a down GEMM of neurons with scales per group of outputs, or a tall up GEMM in 4 bits."""
+    is_tall = row["weights"] == "u16" and int(row["BLOCK_M"] or 0) >= 64
+    return row["GROUP"] not in ("", "0") and (is_tall or row["BY_CHANNEL"] == "False")
 
 
 def copied_bytes(row: dict[str, str]) -> int:

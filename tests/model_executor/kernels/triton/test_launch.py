@@ -130,6 +130,16 @@ def test_bits_of_e4m3_in_bf16() -> None:
     assert numbers.dtype == torch.bfloat16 and torch.equal(numbers[is_number], expected[is_number])
 
 
+def test_bits_of_4_bits_in_bf16() -> None:
+    """What `_plane` does for bf16 in instructions of the GPU: two words of a register at once, each place in turn."""
+    words = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
+    for place in range(4):
+        bits = words.view(torch.int32).long() % 2**32 >> 4 * place & 0x000F000F | 0x43004300
+        numbers = bits.to(torch.int32).view(torch.bfloat16) * 1.0 + -136.0
+        assert numbers.dtype == torch.bfloat16
+        assert torch.equal(numbers.float(), (words.int() >> 4 * place & 15).float() - 8)
+
+
 def test_decodes_are_as_chosen() -> None:
     codes = torch.zeros(2, dtype=torch.float8_e4m3fn)
     by_bits, by_cast = (launch._weights(codes, replace(SMALL, decode=decode)).dtype for decode in ("bits", "cast"))
