@@ -243,7 +243,9 @@ def ragged_up_kernel(
         return
     valid = routes < num_routes
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
+    PLACES: tl.constexpr = 1 if GROUP == 0 else 4 if w13.dtype.element_ty == tl.uint16 else 1
+    PLANE: tl.constexpr = BLOCK_K // PLACES
+    offs_k = tl.arange(0, PLANE)
     x_ptrs = x + (routes // TOP_K).to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
     if FUSED:
         both = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
@@ -252,44 +254,37 @@ def ragged_up_kernel(
             for k in range(0, H, BLOCK_K):
                 a = tl.load(x_ptrs + k, mask=valid[:, None], other=0.0)
                 both = tl.dot(a, w13.load([first, k]).T, both, input_precision=PRECISION)
-        elif w13.dtype.element_ty == tl.uint16:
-            PLANE: tl.constexpr = BLOCK_K // 4
-            offs_plane = tl.arange(0, PLANE)
+        else:
             offs_2n = pid_n * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
             rows_2n = tl.where(offs_2n < 2 * width, offs_2n, 0)
-            x_ptrs = x + (routes // TOP_K).to(tl.int64)[:, None] * stride_xm + offs_plane[None, :]
-            w_ptrs = w13 + (slab * 128 + rows_2n)[None, :] * (H // 4) + offs_plane[:, None]
+            w_ptrs = w13 + (slab * 128 + rows_2n)[None, :] * (H // PLACES) + offs_k[:, None]
             scale_ptrs = _scale_ptrs(w13_scale, slab, rows_2n, GROUP, H)
-            if BLOCK_M < 64:
+            if PLACES == 4 and BLOCK_M >= 64:
+                for k in range(0, H, BLOCK_K):
+                    words = tl.load(w_ptrs + k // PLACES)
+                    for place in tl.static_range(PLACES):
+                        a = tl.load(x_ptrs + (k + place * PLANE), mask=valid[:, None], other=0.0)
+                        scale = tl.load(scale_ptrs + (k + place * PLANE) // GROUP * 128)
+                        b = _scaled_plane(words, place, scale[None, :], a.dtype)
+                        both = tl.dot(a, b, both, input_precision=PRECISION)
+            elif PLACES == 4:
                 scale = _step_scale(scale_ptrs, 0, GROUP, H)
                 for k in range(0, H, BLOCK_K):
-                    words = tl.load(w_ptrs + k // 4)
-                    for place in tl.static_range(4):
+                    words = tl.load(w_ptrs + k // PLACES)
+                    for place in tl.static_range(PLACES):
                         next_scale = _step_scale(scale_ptrs, k + (place + 1) * PLANE, GROUP, H)
                         a = tl.load(x_ptrs + (k + place * PLANE), mask=valid[:, None], other=0.0)
                         both = _add_product(both, a, _plane(words, place, a.dtype), scale, GROUP, H, PRECISION)
                         scale = next_scale
                 both = _scale_sum(both, scale_ptrs, GROUP, H)
             else:
+                scale = _step_scale(scale_ptrs, 0, GROUP, H)
                 for k in range(0, H, BLOCK_K):
-                    words = tl.load(w_ptrs + k // 4)
-                    for place in tl.static_range(4):
-                        a = tl.load(x_ptrs + (k + place * PLANE), mask=valid[:, None], other=0.0)
-                        scale = tl.load(scale_ptrs + (k + place * PLANE) // GROUP * 128)
-                        b = _scaled_plane(words, place, scale[None, :], a.dtype)
-                        both = tl.dot(a, b, both, input_precision=PRECISION)
-        else:
-            offs_2n = pid_n * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
-            rows_2n = tl.where(offs_2n < 2 * width, offs_2n, 0)
-            w_ptrs = w13 + (slab * 128 + rows_2n)[None, :] * H + offs_k[:, None]
-            scale_ptrs = _scale_ptrs(w13_scale, slab, rows_2n, GROUP, H)
-            scale = _step_scale(scale_ptrs, 0, GROUP, H)
-            for k in range(0, H, BLOCK_K):
-                next_scale = _step_scale(scale_ptrs, k + BLOCK_K, GROUP, H)
-                a = tl.load(x_ptrs + k, mask=valid[:, None], other=0.0)
-                both = _add_product(both, a, tl.load(w_ptrs + k), scale, GROUP, H, PRECISION)
-                scale = next_scale
-            both = _scale_sum(both, scale_ptrs, GROUP, H)
+                    next_scale = _step_scale(scale_ptrs, k + BLOCK_K, GROUP, H)
+                    a = tl.load(x_ptrs + k, mask=valid[:, None], other=0.0)
+                    both = _add_product(both, a, tl.load(w_ptrs + k), scale, GROUP, H, PRECISION)
+                    scale = next_scale
+                both = _scale_sum(both, scale_ptrs, GROUP, H)
         gate, up = tl.split(both.reshape(BLOCK_M, BLOCK_N, 2))
     else:
         neurons = tl.where(offs_n < width, offs_n, 0)
