@@ -6,8 +6,9 @@
 
 Arms, interleaved in one process: vLLM's Triton MoE as shipped, with its H200 file where this GPU has none, and tuned;
 the same on the pruned weights at full width, zeros in place of the pruned neurons ("zeroed"); FlashInfer's CUTLASS
-MoE; ours on unpruned and on ragged weights, and with --quantize on their like in 8 or 4 bits; and tuned vLLM on a model
-of uniformly narrower experts of the same size.
+MoE; ours on unpruned and on ragged weights, and with --quantize on their like in 8 or 4 bits, beside what vLLM runs for
+unpruned experts in FP8 blocks and, by Marlin, in 4 bits; and tuned vLLM on a model of uniformly narrower experts of the
+same size.
 Stock on zeroed weights is what an engine without variable widths gets from pruning, ours unpruned is our engineering
 without pruning, and `vs_unpruned` is pruning without engineering. Both sides get the same tuning time per token count.
 Calls run as CUDA graphs over several weight copies and freshly routed batches (normal tokens, uniformly random
@@ -33,6 +34,7 @@ from benchmarks import stock_moe
 from benchmarks.roofline import Peaks, measure_peaks, work
 from benchmarks.rows import append_csv
 from benchmarks.stock_moe import UniformLayer
+from benchmarks.stock_quantized_moe import OPPONENTS as QUANTIZED_OPPONENTS
 from heapr_vllm.formats.quantized import NAMES, ExpertScheme
 from heapr_vllm.model_executor.kernels.triton.launch import triton_ragged_moe
 from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT
@@ -47,13 +49,15 @@ QUICK_TOKENS = (1, 64, 1024, 8192)
 COPIES = 2
 TUNED = "vllm tuned"
 UNPRUNED = "heapr unpruned"
+ROUNDING = {"fp8": 0.1, "int4": 0.25}  # of the largest output, against experts and activations that are not rounded
 
 
 @dataclass(frozen=True)
 class Arm:
     """One line of the table. `run(batch, copy)` gives the output; `widths` are what it stores.
 
-    `sparsity`: whose output it must give; None for a model of its own. `scheme`: how it stores experts.
+    `sparsity`: whose output it must give, to `tolerance` of the largest; None for a model of its own. `scheme`: how it
+    stores experts.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Arm:
     sparsity: float | None
     config: stock_moe.Config | None = None
     scheme: ExpertScheme | None = None
+    tolerance: float = 0.02
 
 
 def ours(layer: SyntheticLayer) -> Callable[[Batch, int], torch.Tensor]:
@@ -119,6 +124,7 @@ class Contest:
                 sparsity: UniformLayer.build(moe, round(full * (1 - sparsity) / 32) * 32, dtype, device, COPIES)
                 for sparsity in sparsities
             }
+        self.quantize = quantize
         has_flashinfer = stock and importlib.util.find_spec("flashinfer") is not None
         self.swapped = self.full[0.0].swapped() if has_flashinfer else None
 
@@ -165,6 +171,7 @@ class Contest:
             found.append(Arm("flashinfer_cutlass", full, self.swapped.flashinfer, 0.0))
         if best:
             found.append(Arm(TUNED, full, dense.vllm, 0.0, best))
+        found += self.quantized_opponents(full)
         found += [
             Arm(f"vllm zeroed {sparsity:.0%}", full, layer.vllm, sparsity, best or from_file)
             for sparsity, layer in self.full.items()
@@ -183,6 +190,20 @@ class Contest:
             ]
         return found
 
+    def quantized_opponents(self, widths: list[int]) -> list[Arm]:
+        """Stock arms on the unpruned experts, rounded to FP8 or to 4 bits if ours are too."""
+        found = []
+        for name in [each for each in self.quantize if each in QUANTIZED_OPPONENTS]:
+            title, kind = QUANTIZED_OPPONENTS[name]
+            scheme = ExpertScheme.for_hidden_size(name, self.moe.hidden_size)
+            try:
+                layer = kind.of(self.full[0.0])
+            except Exception as error:  # as in `_is_right`
+                print(f"{title} is left out: {type(error).__name__}: {error}")
+                continue
+            found.append(Arm(title, widths, layer.vllm, 0.0, scheme=scheme, tolerance=ROUNDING[name]))
+        return found
+
 
 def _name(sparsity: float, scheme: ExpertScheme | None = None) -> str:
     name = f"heapr {sparsity:.0%} pruned" if sparsity else UNPRUNED
@@ -190,7 +211,7 @@ def _name(sparsity: float, scheme: ExpertScheme | None = None) -> str:
 
 
 def _is_right(arm: Arm, batch: Batch, expected: torch.Tensor) -> bool:
-    """Whether `arm` runs here and agrees to 2 % of the largest output; says why not."""
+    """Whether `arm` runs here and agrees with the expected output; says why not."""
     try:
         with stock_moe.using(arm.config):
             output = arm.run(batch, 0)
@@ -198,9 +219,9 @@ def _is_right(arm: Arm, batch: Batch, expected: torch.Tensor) -> bool:
         print(f"{arm.name} is left out: {type(error).__name__}: {error}")
         return False
     error = float((output.double() - expected.double()).abs().max() / expected.double().abs().max())
-    if not error < 0.02:
+    if not error < arm.tolerance:
         print(f"{arm.name} is left out: its output is off by {error:.1%}")
-    return error < 0.02
+    return error < arm.tolerance
 
 
 def measure(arms: list[Arm], moe: MoEShape, batches: list[Batch], peaks: Peaks, rounds: int) -> list[dict]:
