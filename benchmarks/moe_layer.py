@@ -6,7 +6,9 @@
 
 Arms, interleaved in one process: vLLM's Triton MoE as shipped, with its H200 file where this GPU has none, and tuned;
 the same on the pruned weights at full width, zeros in place of the pruned neurons ("zeroed"); FlashInfer's CUTLASS
-MoE; ours on unpruned and on ragged weights; and tuned vLLM on a model of uniformly narrower experts of the same size.
+MoE; ours on unpruned and on ragged weights, and with --quantize on their like in 8 or 4 bits, beside what vLLM runs for
+unpruned experts in FP8 blocks and, by Marlin, in 4 bits; and tuned vLLM on a model of uniformly narrower experts of the
+same size.
 Stock on zeroed weights is what an engine without variable widths gets from pruning, ours unpruned is our engineering
 without pruning, and `vs_unpruned` is pruning without engineering. Both sides get the same tuning time per token count.
 Calls run as CUDA graphs over several weight copies and freshly routed batches (normal tokens, uniformly random
@@ -21,8 +23,9 @@ import argparse
 import importlib.util
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -31,6 +34,8 @@ from benchmarks import stock_moe
 from benchmarks.roofline import Peaks, measure_peaks, work
 from benchmarks.rows import append_csv
 from benchmarks.stock_moe import UniformLayer
+from benchmarks.stock_quantized_moe import OPPONENTS as QUANTIZED_OPPONENTS
+from heapr_vllm.formats.quantized import NAMES, ExpertScheme
 from heapr_vllm.model_executor.kernels.triton.launch import triton_ragged_moe
 from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
@@ -44,13 +49,15 @@ QUICK_TOKENS = (1, 64, 1024, 8192)
 COPIES = 2
 TUNED = "vllm tuned"
 UNPRUNED = "heapr unpruned"
+ROUNDING = {"fp8": 0.1, "int4": 0.25}  # of the largest output, against experts and activations that are not rounded
 
 
 @dataclass(frozen=True)
 class Arm:
     """One line of the table. `run(batch, copy)` gives the output; `widths` are what it stores.
 
-    `sparsity`: whose output it must give; None for a model of its own.
+    `sparsity`: whose output it must give, to `tolerance` of the largest; None for a model of its own. `scheme`: how it
+    stores experts.
     """
 
     name: str
@@ -58,6 +65,8 @@ class Arm:
     run: Callable[[Batch, int], torch.Tensor]
     sparsity: float | None
     config: stock_moe.Config | None = None
+    scheme: ExpertScheme | None = None
+    tolerance: float = 0.02
 
 
 def ours(layer: SyntheticLayer) -> Callable[[Batch, int], torch.Tensor]:
@@ -88,7 +97,13 @@ class Contest:
     """All arms of one model shape."""
 
     def __init__(
-        self, moe: MoEShape, sparsities: list[float], dtype: torch.dtype, device: torch.device, stock: bool
+        self,
+        moe: MoEShape,
+        sparsities: list[float],
+        dtype: torch.dtype,
+        device: torch.device,
+        stock: bool,
+        quantize: Sequence[str] = (),
     ) -> None:
         self.moe = moe
         full = moe.moe_intermediate_size
@@ -96,6 +111,11 @@ class Contest:
             sparsity: SyntheticLayer.build(moe, ragged_widths(moe.num_experts, full, sparsity), dtype, device, COPIES)
             for sparsity in (0.0, *sparsities)
         }
+        schemes = [ExpertScheme.for_hidden_size(name, moe.hidden_size) for name in quantize]
+        self.quantized = [
+            (sparsity, SyntheticLayer.build(moe, layer.widths, dtype, device, COPIES, scheme))
+            for scheme, (sparsity, layer) in product(schemes, self.ragged.items())
+        ]
         self.full: dict[float, UniformLayer] = {}
         self.narrow: dict[float, UniformLayer] = {}
         if stock:
@@ -104,6 +124,7 @@ class Contest:
                 sparsity: UniformLayer.build(moe, round(full * (1 - sparsity) / 32) * 32, dtype, device, COPIES)
                 for sparsity in sparsities
             }
+        self.quantize = quantize
         has_flashinfer = stock and importlib.util.find_spec("flashinfer") is not None
         self.swapped = self.full[0.0].swapped() if has_flashinfer else None
 
@@ -117,9 +138,10 @@ class Contest:
 
         Raises RuntimeError if ours do not.
         """
-        ragged = [
-            Arm(f"heapr {sparsity:.0%} pruned" if sparsity else UNPRUNED, layer.widths, ours(layer), sparsity)
-            for sparsity, layer in self.ragged.items()
+        ragged = [Arm(_name(sparsity), layer.widths, ours(layer), sparsity) for sparsity, layer in self.ragged.items()]
+        quantized = [
+            (Arm(_name(sparsity, layer.scheme), layer.widths, ours(layer), None, scheme=layer.scheme), layer)
+            for sparsity, layer in self.quantized
         ]
         expected = {sparsity: layer.expected(batches[0]) for sparsity, layer in self.ragged.items()}
         found = [
@@ -127,7 +149,8 @@ class Contest:
             for arm in [*self.opponents(batches, configs, tune_seconds), *ragged]
             if arm.sparsity is None or _is_right(arm, batches[0], expected[arm.sparsity])
         ]
-        if missing := {arm.name for arm in ragged} - {arm.name for arm in found}:
+        found += [arm for arm, layer in quantized if _is_right(arm, batches[0], layer.expected(batches[0]))]
+        if missing := {arm.name for arm in [*ragged, *(arm for arm, _ in quantized)]} - {arm.name for arm in found}:
             raise RuntimeError(f"{', '.join(missing)} is wrong here; run make test-gpu")
         return found
 
@@ -148,6 +171,7 @@ class Contest:
             found.append(Arm("flashinfer_cutlass", full, self.swapped.flashinfer, 0.0))
         if best:
             found.append(Arm(TUNED, full, dense.vllm, 0.0, best))
+        found += self.quantized_opponents(full)
         found += [
             Arm(f"vllm zeroed {sparsity:.0%}", full, layer.vllm, sparsity, best or from_file)
             for sparsity, layer in self.full.items()
@@ -166,9 +190,28 @@ class Contest:
             ]
         return found
 
+    def quantized_opponents(self, widths: list[int]) -> list[Arm]:
+        """Stock arms on the unpruned experts, rounded to FP8 or to 4 bits if ours are too."""
+        found = []
+        for name in [each for each in self.quantize if each in QUANTIZED_OPPONENTS]:
+            title, kind = QUANTIZED_OPPONENTS[name]
+            scheme = ExpertScheme.for_hidden_size(name, self.moe.hidden_size)
+            try:
+                layer = kind.of(self.full[0.0])
+            except Exception as error:  # as in `_is_right`
+                print(f"{title} is left out: {type(error).__name__}: {error}")
+                continue
+            found.append(Arm(title, widths, layer.vllm, 0.0, scheme=scheme, tolerance=ROUNDING[name]))
+        return found
+
+
+def _name(sparsity: float, scheme: ExpertScheme | None = None) -> str:
+    name = f"heapr {sparsity:.0%} pruned" if sparsity else UNPRUNED
+    return f"{name} {scheme.name}" if scheme else name
+
 
 def _is_right(arm: Arm, batch: Batch, expected: torch.Tensor) -> bool:
-    """Whether `arm` runs here and agrees to 2 % of the largest output; says why not."""
+    """Whether `arm` runs here and agrees with the expected output; says why not."""
     try:
         with stock_moe.using(arm.config):
             output = arm.run(batch, 0)
@@ -176,9 +219,9 @@ def _is_right(arm: Arm, batch: Batch, expected: torch.Tensor) -> bool:
         print(f"{arm.name} is left out: {type(error).__name__}: {error}")
         return False
     error = float((output.double() - expected.double()).abs().max() / expected.double().abs().max())
-    if not error < 0.02:
+    if not error < arm.tolerance:
         print(f"{arm.name} is left out: its output is off by {error:.1%}")
-    return error < 0.02
+    return error < arm.tolerance
 
 
 def measure(arms: list[Arm], moe: MoEShape, batches: list[Batch], peaks: Peaks, rounds: int) -> list[dict]:
@@ -200,7 +243,7 @@ def measure(arms: list[Arm], moe: MoEShape, batches: list[Batch], peaks: Peaks, 
     baseline = TUNED if TUNED in medians else UNPRUNED
     rows = []
     for arm in arms:
-        todo = work(moe, arm.widths, batches)
+        todo = work(moe, arm.widths, batches, arm.scheme)
         median, ordered = medians[arm.name], sorted(seconds[arm.name])
         spread = (ordered[9 * len(ordered) // 10] - ordered[len(ordered) // 10]) / median
         rows.append(
@@ -254,6 +297,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument("--quantize", nargs="*", default=[], choices=tuple(NAMES.values()), help="ours, quantized, too")
     parser.add_argument("--rounds", type=int, default=51)
     parser.add_argument("--tune-seconds", type=float, default=6, help="per arm and token count; 0: tune nothing")
     parser.add_argument("--configs", type=Path, default=Path("build/tile_configs"), help="tuned tiles of both sides")
@@ -276,9 +320,10 @@ def main() -> None:
     for shape in args.shape:
         moe = PAPER_SHAPES[shape]
         if args.tune_seconds:
-            jobs = jobs_of_shapes([shape], [0.0, *args.sparsity], dtype)
+            kinds = (None, *args.quantize)
+            jobs = [job for kind in kinds for job in jobs_of_shapes([shape], [0.0, *args.sparsity], dtype, 1, kind)]
             tune(jobs, args.tokens, args.configs, args.tune_seconds * len(jobs) * len(args.tokens))
-        contest = Contest(moe, args.sparsity, dtype, device, stock=reason is None)
+        contest = Contest(moe, args.sparsity, dtype, device, reason is None, args.quantize)
         if args.tune_seconds:
             stock_moe.compile_all([(layer, tokens) for layer in contest.stock_shapes for tokens in args.tokens])
         for tokens in args.tokens:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.tuning.stopwatch import stopwatch
 from heapr_vllm.model_executor.tuning.synthetic import Batch, MoEShape
 
@@ -41,14 +42,18 @@ def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
     return Peaks(2 * source.numel() / best_copy, 2 * side**3 / best_product)
 
 
-def work(moe: MoEShape, widths: list[int], batches: list[Batch]) -> Work:
-    """Mean over `batches`: every expert hit is read once, x is read once and the output written once."""
+def work(moe: MoEShape, widths: list[int], batches: list[Batch], scheme: ExpertScheme | None = None) -> Work:
+    """Mean over `batches`: every expert hit is read once, x is read once and the output written once.
+
+    `scheme`: how experts are stored; None in the tokens' dtype.
+    """
     width = torch.tensor(widths, dtype=torch.double)
     totals = torch.zeros(4, dtype=torch.double)
     for batch in batches:
         ids = batch.topk_ids.cpu().long().flatten()
         hit = ids.unique()
-        weight_bytes = 3 * moe.hidden_size * width[hit].sum() * batch.x.element_size()
+        bits = scheme.bits_per_weight() if scheme else 8 * batch.x.element_size()
+        weight_bytes = 3 * moe.hidden_size * width[hit].sum() * bits / 8
         flops = 6 * moe.hidden_size * width[ids].sum()
         totals += torch.stack(
             [

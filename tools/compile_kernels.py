@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from heapr_vllm.formats.quantized import CODE_DTYPES, GROUP_SIZE, ExpertScheme
+from heapr_vllm.formats.quantized import CODE_DTYPES, GROUP_SIZE, GROUP_SIZE_4_BITS, ExpertScheme
 from heapr_vllm.model_executor.kernels.triton.jit import combine_kernel, ragged_down_kernel, ragged_up_kernel
 from heapr_vllm.model_executor.kernels.triton.launch import PREFETCHED_SLABS
 from heapr_vllm.model_executor.kernels.triton.tiles import (
@@ -39,7 +39,7 @@ from tools import ptx
 
 ARCHES = {"sm_90a": 90, "sm_80": 80}
 TOKENS = (1, 8, 32, 64, 256, 1024, 4096, 8192)
-TOKENS_IN_8_BITS = (1, 8, 32, 256, 512, 1024)  # one for every default tile of Qwen3-30B-A3B
+TOKENS_OF_CODES = (1, 8, 32, 256, 512, 1024)  # one for every default tile of Qwen3-30B-A3B
 POINTERS = {
     "x": "*bf16",
     "w13": "*bf16",
@@ -60,7 +60,7 @@ SCHEMES = [
     ExpertScheme(kind, strategy=strategy, group_size=GROUP_SIZE if strategy == "group" else None)
     for kind in CODE_DTYPES
     for strategy in ("group", "channel")
-]
+] + [ExpertScheme(num_bits=4, group_size=GROUP_SIZE_4_BITS)]
 ARGUMENTS = chain(ragged_up_kernel.arg_names, ragged_down_kernel.arg_names, combine_kernel.arg_names)
 CONSTEXPRS = tuple(dict.fromkeys(name for name in ARGUMENTS if name.isupper()))
 
@@ -107,7 +107,7 @@ def pointer_type(scheme: ExpertScheme | None, config: TileConfig) -> str:
     if scheme is None:
         return "bf16"
     if scheme.type == "int":
-        return "i8"
+        return "u16" if scheme.num_bits == 4 else "i8"
     return {"bits": "u8", "cast": "fp8e4nv"}[config.decode]
 
 
@@ -131,7 +131,7 @@ def launches(arch: str) -> Iterator[Launch]:
             for config in (default, *switched):
                 yield Launch(shape.hidden_size, shape.top_k, config)
         if name == next(iter(PAPER_SHAPES)):
-            yield from launches_in_8_bits(shape, is_hopper)
+            yield from launches_of_codes(shape, is_hopper)
     for path in PACKAGED_FOLDER.glob("*.json") if is_hopper else ():
         hidden_size, top_k = map(int, re.findall(r"(?:hidden_size|top_k)=(\d+),", path.name))
         for profile in json.loads(path.read_text())["profiles"]:
@@ -139,9 +139,9 @@ def launches(arch: str) -> Iterator[Launch]:
                 yield Launch(hidden_size, top_k, TileConfig.from_dict(entry))
 
 
-def launches_in_8_bits(shape: LayerShape, is_hopper: bool) -> Iterator[Launch]:
-    """Those of a model with every kind of 8-bit experts: default tiles, and every decode that this GPU has."""
-    for scheme, tokens in product(SCHEMES, TOKENS_IN_8_BITS):
+def launches_of_codes(shape: LayerShape, is_hopper: bool) -> Iterator[Launch]:
+    """Those of a model with every kind of codes: default tiles, and every decode that this GPU has."""
+    for scheme, tokens in product(SCHEMES, TOKENS_OF_CODES):
         config = default_config(tokens, replace(shape, scheme=scheme), hopper=is_hopper)
         decodes = DECODES if is_hopper and scheme.type == "float" else ("bits",)
         for decode in decodes:

@@ -49,12 +49,15 @@ SWAPS: dict[type[ast.AST], type[ast.AST]] = {
 }
 LAUNCHED = ("ragged_up_kernel", "ragged_down_kernel", "combine_kernel")
 HELPERS = ("_place", "_tile", "_block", "_decode", "_scale_ptrs", "_step_scale", "_add_product", "_scale_sum")
-KERNELS = (*HELPERS, *LAUNCHED)
+HELPERS_IN_4_BITS = ("_plane",)
+KERNELS = (*HELPERS, *HELPERS_IN_4_BITS, *LAUNCHED)
 ROUTE_BLOCKS = ("align_routes", "max_blocks", "build")
 LAUNCHER = (
     "pack",
     "_interleave",
     "_make_slabs",
+    "_make_words",
+    "_words",
     "_moved_as",
     "index_tables",
     "up_projection",
@@ -75,6 +78,7 @@ EQUIVALENT = {
     "_decode: (bits << 4 & -30736).to(tl.bfloat16, bitcast=True) * BF16_OVER_E4M3  ->  "
     "(bits << 4 & -30736).to(tl.bfloat16, bitcast=True) + BF16_OVER_E4M3": "the interpreter has no right bf16",
     "_decode: bits << 4  ->  bits >> 4": "as above: test_bits_of_e4m3_in_bf16",
+    "_plane: 4 * PLACE  ->  4 + PLACE": "the interpreter has no such instructions: test_bits_of_4_bits_in_bf16",
     "_step_scale: H - GROUP  ->  H + GROUP": "what is loaded for a step after the last one is not used",
     "_weights: config.decode == 'bits'  ->  config.decode != 'bits'": "both are exact: test_decodes_are_as_chosen",
 }  # each stands for one place: where the same expression occurs twice, later places are numbered
@@ -149,7 +153,7 @@ def _check(mutant: Mutant) -> None:
         load(mutant, folder)
         if sys.modules[f"{PACKAGE}.route_blocks"].max_blocks(40, 8, 16) != 10:
             os._exit(1)  # more would only cost time
-        for case in (*moe_cases.CASES, *moe_cases.FEW_IN_8_BITS):
+        for case in (*moe_cases.CASES, *moe_cases.FEW_IN_8_BITS, *moe_cases.FEW_IN_4_BITS):
             layer = moe_cases.build(case, torch.float32)
             with moe_cases.fenced_scratch():
                 output = layer.run(case.config)

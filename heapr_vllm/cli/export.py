@@ -36,8 +36,8 @@ def add_export(commands: options.Commands) -> None:
         "--quantize",
         choices=("none", "keep", "int8", "fp8", "int4"),
         help="what experts are stored as: keep the codes of a quantized base model (default there), 8-bit integers or "
-        "floats with one scale per neuron and 128 of the hidden size, 4-bit integers with one per 64 (CPUs only), or "
-        "none, the model's dtype",
+        "floats with one scale per neuron and 128 of the hidden size, 4-bit integers with one per 64, or none, the "
+        "model's dtype",
     )
     command.add_argument("--no-verify", action="store_true", help="skip the fingerprint check, for fine-tunes")
     command.add_argument(

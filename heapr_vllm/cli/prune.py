@@ -55,7 +55,7 @@ def add_prune(commands: options.Commands) -> None:
     command.add_argument(
         "--quantize",
         choices=("int8", "fp8", "int4"),
-        help="store experts in 8 bits, or for CPUs in 4: while loading where masks are served, and by `heapr export`",
+        help="store experts in 8 or 4 bits: while loading where masks are served, and by `heapr export`",
     )
     weighed = options.mix(command)
     weighed.add_argument(

@@ -41,7 +41,9 @@ def add_tune(commands: options.Commands) -> None:
     )
     command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the model's")
     command.add_argument(
-        "--quantize", choices=("int8", "fp8"), help="experts in 8 bits; default: as the model has them"
+        "--quantize",
+        choices=("int8", "fp8", "int4"),
+        help="experts in 8 or 4 bits; default: as the model has them",
     )
     command.add_argument("--tensor-parallel-size", type=options.positive, default=1, metavar="N")
     command.add_argument(

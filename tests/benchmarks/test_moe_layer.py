@@ -92,6 +92,15 @@ def test_rows_and_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
     assert [tokens for tokens, _ in arms["vllm"]] == [1, 5] and arms["vllm"][0][1] == float(rows[-4]["vs_baseline"])
 
 
+def test_quantized_arms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(stock_moe, "why_missing", lambda: "no GPU")
+    table = tmp_path / "rows.csv"
+    run(monkeypatch, "--tokens", "5", "--sparsity", "0.5", "--quantize", "int4", "--csv", str(table))
+    floors = {row["arm"]: float(row["floor_us"]) for row in csv.DictReader(table.open())}
+    assert list(floors) == ["heapr unpruned", "heapr 50% pruned", "heapr unpruned int4", "heapr 50% pruned int4"]
+    assert floors["heapr unpruned int4"] <= floors["heapr unpruned"], "fewer bytes, as many products"
+
+
 def test_zeroed_weights_are_those_of_the_ragged_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Width 0 included; one pruned neuron that is not zero, or one kept neuron that is, and the arm is left out."""
     monkeypatch.setattr(stock_moe.UniformLayer, "vllm", torch_moe)

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.masks import NeuronMasks
+from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.prune import export_checkpoint
+from tests import quantized_models
 from tests.conftest import BUNDLED, prune
 from tests.model_executor import engine
 from tools import families
@@ -25,10 +28,14 @@ TRITON = {"HEAPR_KERNEL": "triton", "TRITON_INTERPRET": "1", **INSPECT}
 
 @pytest.fixture(scope="module")
 def bundled(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`masks`, `compact` and `zeroed` of the bundled model, a quarter pruned."""
+    """`masks`, `compact` and `zeroed` of the bundled model, a quarter pruned, and both again with experts in 4 bits."""
     folder = tmp_path_factory.mktemp("bundled")
     prune(BUNDLED, corpus, folder, sparsity=0.25)
     export_checkpoint(folder / "masks", folder / "zeroed", layout="zeroed")
+    export_checkpoint(folder / "masks", folder / "int4", quantize="int4")
+    scheme = ExpertScheme.for_hidden_size("int4", Checkpoint(BUNDLED).hidden_size)
+    values = quantized_models.rounded(BUNDLED, folder / "values", scheme)
+    export_checkpoint(folder / "masks", folder / "zeroed values", layout="zeroed", model=str(values))
     return folder
 
 
@@ -58,7 +65,11 @@ def stock(bundled: Path, awkward: Path) -> dict:
     return answers(
         "generate_little",
         {"VLLM_PLUGINS": "", **INSPECT},
-        {"bundled": {"model": str(bundled / "zeroed")}, "awkward": {"model": str(awkward / "zeroed")}},
+        {
+            "bundled": {"model": str(bundled / "zeroed")},
+            "awkward": {"model": str(awkward / "zeroed")},
+            "int4": {"model": str(bundled / "zeroed values")},
+        },
     )
 
 
@@ -72,6 +83,7 @@ def one_rank(bundled: Path, awkward: Path) -> dict:
             "compact": {"model": str(bundled / "compact")},
             "masks over base": {"model": str(BUNDLED), "hf_overrides": override},
             "awkward widths": {"model": str(awkward / "compact")},
+            "int4": {"model": str(bundled / "int4")},
         },
     )
 
@@ -104,6 +116,10 @@ def test_output_equals_stock(mode: str, one_rank: dict, stock: dict) -> None:
 
 def test_output_equals_stock_with_awkward_widths(one_rank: dict, stock: dict) -> None:
     assert_same(one_rank["awkward widths"], stock["awkward"])
+
+
+def test_output_equals_stock_in_4_bits(one_rank: dict, stock: dict) -> None:
+    assert_same(one_rank["int4"], stock["int4"])
 
 
 @pytest.mark.slow

@@ -10,12 +10,10 @@ from typing import ClassVar
 
 import torch
 
-from heapr_vllm.formats.quantized import ExpertScheme
+from heapr_vllm.formats.quantized import PACKED_DTYPE, ExpertScheme
 from heapr_vllm.model_executor.storage.layout import RaggedLayout, round_up
 from heapr_vllm.model_executor.storage.scales import Scales
 from heapr_vllm.model_executor.storage.traffic_sums import TrafficSums
-
-CPUS_ONLY = "int4 experts are served on CPUs only so far; prune or export with --quantize int8"
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,8 @@ class Routes:
 class ExpertRows:
     """The experts of a layer that are stored here, as `RaggedKernel.pack` left them.
 
-    w13: [2 * rows, H], gate and up; of the model's dtype, or int8 or float8_e4m3fn codes.
+    w13: [2 * rows, H], gate and up; of the model's dtype, or int8 or float8_e4m3fn codes, or uint8 [2 * rows, H / 2]
+        of two codes of 4 bits each.
     w2: [rows, H], down, likewise.
     table: where an expert's rows lie, from `RaggedKernel.index_tables`.
     max_width: widest stored width.
@@ -52,6 +51,15 @@ class ExpertRows:
     uniform_experts: int = 0
     scales: Scales | None = None
     traffic: TrafficSums | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether codes are of 4 bits, two to a byte."""
+        return self.w2.dtype == PACKED_DTYPE
+
+    @property
+    def hidden_size(self) -> int:
+        return self.w2.shape[1] * (2 if self.is_packed else 1)
 
 
 class RaggedKernel(ABC):

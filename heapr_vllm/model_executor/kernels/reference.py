@@ -4,8 +4,8 @@
 import torch
 import torch.nn.functional as F
 
-from heapr_vllm.formats.quantized import PACKED_DTYPE, ExpertScheme, dequantize, unpack_nibbles
-from heapr_vllm.model_executor.kernels.base import CPUS_ONLY, ExpertRows, RaggedKernel, Routes
+from heapr_vllm.formats.quantized import ExpertScheme, dequantize, unpack_nibbles
+from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes
 
 
 class ReferenceKernel(RaggedKernel):
@@ -17,8 +17,6 @@ class ReferenceKernel(RaggedKernel):
     def layer_obstacle(self, dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None) -> str | None:
         if _captures_graphs():
             return "plain torch cannot be captured in CUDA graphs; add --enforce-eager"
-        if scheme is not None and scheme.num_bits == 4 and _is_on_gpu():
-            return CPUS_ONLY
         return None
 
     def run(self, output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows) -> None:
@@ -56,9 +54,9 @@ def expert_weights(experts: ExpertRows, slot: int, start: int, width: int) -> tu
     w13, w2 = experts.w13[both], experts.w2[neurons]
     if experts.scales is None:
         return w13, w2
-    if w2.dtype == PACKED_DTYPE:
+    if experts.is_packed:
         w13, w2 = unpack_nibbles(w13), unpack_nibbles(w2)
-    hidden_size = w2.shape[1]
+    hidden_size = experts.hidden_size
     w13_scale = experts.scales.w13[both]
     w13 = dequantize(w13, w13_scale, (1, hidden_size // w13_scale.shape[1]))
     if experts.scales.is_by_channel(hidden_size):
@@ -67,16 +65,11 @@ def expert_weights(experts: ExpertRows, slot: int, start: int, width: int) -> tu
     return w13, dequantize(w2, w2_scale, (1, hidden_size // w2_scale.shape[1]))
 
 
-def _is_on_gpu() -> bool:
-    from vllm.platforms import current_platform
-
-    return current_platform.is_cuda_alike()
-
-
 def _captures_graphs() -> bool:
     from vllm.config import CUDAGraphMode, get_current_vllm_config_or_none  # the oracle itself needs no vLLM
+    from vllm.platforms import current_platform
 
-    if not _is_on_gpu():
+    if not current_platform.is_cuda_alike():
         return False
     config = get_current_vllm_config_or_none()
     return config is not None and config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the codes of 8-bit experts are multiplied by."""
+"""What codes of experts are multiplied by."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Scales:
-    """Factors float32 of 8-bit experts (`formats/quantized.py`), as `RaggedKernel.pack` left them.
+    """Factors float32 of experts in 8 or 4 bits (`formats/quantized.py`), as `RaggedKernel.pack` left them.
 
     w13: [2 * rows, H / group_size], or [2 * rows, 1] by channel.
     w2: [rows, H / group_size], or [num_slots, H], one per expert and output, by channel.

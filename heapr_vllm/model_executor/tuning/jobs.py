@@ -14,8 +14,7 @@ from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.names import natural_order
 from heapr_vllm.formats.pruned import read_masks
 from heapr_vllm.formats.quantized import ExpertScheme
-from heapr_vllm.model_executor.kernels.base import CPUS_ONLY
-from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, LayerShape
+from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, LayerShape, scheme_obstacle
 from heapr_vllm.model_executor.storage.layout import round_up
 from heapr_vllm.model_executor.storage.shares import tensor_parallel_shares
 from heapr_vllm.model_executor.tuning.synthetic import PAPER_SHAPES, MoEShape, ragged_widths
@@ -27,7 +26,7 @@ SIMILAR = 1.25  # layers whose mean widths differ by less share one job
 class Job:
     """Stored widths of one layer to tune for.
 
-    `dtype`: the model's. `scheme`: of 8-bit experts; None in `dtype`.
+    `dtype`: the model's. `scheme`: of experts in 8 or 4 bits; None in `dtype`.
     """
 
     moe: MoEShape
@@ -47,7 +46,7 @@ def jobs_of_shapes(
     tp_size: int = 1,
     quantize: str | None = None,
 ) -> list[Job]:
-    """One job per named shape of the paper and sparsity, for experts in `dtype`, or "int8" or "fp8".
+    """One job per named shape of the paper and sparsity, for experts in `dtype`, or "int8", "fp8" or "int4".
 
     Raises HeaprError for an unknown name.
     """
@@ -68,8 +67,8 @@ def jobs_of_model(
 ) -> list[Job]:
     """Jobs for a masks repository or compact checkpoint: layers of similar mean width share one.
 
-    `dtype` None and `quantize` None ("int8", "fp8") take the model's. Raises HeaprError if `directory` holds no masks,
-    or its config names no top-k or experts that no kernel decodes.
+    `dtype` None and `quantize` None ("int8", "fp8", "int4") take the model's. Raises HeaprError if `directory` holds no
+    masks, or its config names no top-k or experts that the kernel does not decode.
     """
     masks = read_masks(directory)
     config_file = directory / "config.json"
@@ -87,8 +86,8 @@ def jobs_of_model(
         scheme = checkpoint.base_quantization.scheme(hidden_size)  # of the base model
     if quantize:
         scheme = ExpertScheme.for_hidden_size(quantize, hidden_size)
-    if scheme and scheme.num_bits == 4:
-        raise HeaprError(CPUS_ONLY)
+    if obstacle := scheme_obstacle(scheme, hidden_size):
+        raise HeaprError(obstacle)
     jobs: list[Job] = []
     for prefix in sorted(masks.keep, key=lambda prefix: (int(masks.widths[prefix].sum()), natural_order(prefix))):
         widths = _stored(masks.widths[prefix].tolist(), tp_size)

@@ -171,7 +171,7 @@ def fastest(layer: SyntheticLayer, num_tokens: int, deadline: float) -> tuple[Ti
 
 
 def _is_possible(config: TileConfig, shape: LayerShape) -> bool:
-    return config.is_possible(shape.hidden_size, shape.group_size)
+    return config.is_possible(shape.hidden_size, shape.group_size, is_packed=shape.is_packed)
 
 
 def changes(shape: LayerShape, num_tokens: int) -> list[Callable[[TileConfig], TileConfig]]:
@@ -236,9 +236,12 @@ def candidates(kind: str, shape: LayerShape, block_m: int, num_tokens: int) -> l
     routes = num_tokens * shape.top_k / shape.num_experts
     group_sizes = (1, 8) if routes > block_m else (1,)
     lengths = (64, 128, 256) if kind == "up" else (64,)
-    if kind == "up" and _inputs_of_a_step(shape) % 64:
+    if kind == "up" and shape.is_packed:
+        lengths = (shape.packed_step,)
+    elif kind == "up" and _inputs_of_a_step(shape) % 64:
         lengths = (32,)
-    axes = ((16, 32, 64, 128, 256), lengths, (4, 8), (2, 3, 4, 5), group_sizes)
+    warps = (2, 4, 8) if shape.is_packed else (4, 8)
+    axes = ((16, 32, 64, 128, 256), lengths, warps, (2, 3, 4, 5), group_sizes)
     default = getattr(default_config(num_tokens, shape), kind).meta()
     ordinary = sorted(
         (Tile(*sizes) for sizes in itertools.product(*axes)),
@@ -262,12 +265,18 @@ def stock_tiles(kind: str, block_m: int) -> list[Tile]:
 
 def _fits(kind: str, tile: Tile, shape: LayerShape, block_m: int) -> bool:
     """Whether hidden size, registers and shared memory allow this tile."""
-    halves, hidden_tile = (2, tile.block_k) if kind == "up" else (1, tile.block_n)
-    sums = 2 if kind == "up" and shape.has_groups else 1  # of all steps, and of one
+    is_up = kind == "up"
+    halves = 2 if is_up else 1
+    scales_sums = is_up and shape.has_groups and not (shape.is_packed and block_m >= 64)
+    sums = 2 if scales_sums else 1  # of all steps, and of one
     accumulators = sums * halves * block_m * tile.block_n / (32 * tile.num_warps)
-    step = block_m * shape.dtype.itemsize + halves * tile.block_n * shape.weight_dtype.itemsize
+    bits_per_weight = shape.scheme.num_bits if shape.scheme else 8 * shape.dtype.itemsize
+    step = block_m * shape.dtype.itemsize + halves * tile.block_n * bits_per_weight / 8
     shared = tile.num_stages * tile.block_k * step
-    fits_hidden_size = _inputs_of_a_step(shape) % hidden_tile == 0
+    if is_up and shape.is_packed:
+        fits_hidden_size = tile.block_k == shape.packed_step
+    else:
+        fits_hidden_size = _inputs_of_a_step(shape) % (tile.block_k if is_up else tile.block_n) == 0
     return fits_hidden_size and accumulators <= MAX_ACCUMULATORS and shared <= SHARED_MEMORY
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from heapr_vllm.formats.quantized import BITWISE, LARGEST_CODE, NAN_CODE, ExpertScheme
+from heapr_vllm.formats.quantized import BITWISE, LARGEST_CODE, NAN_CODE, ZERO_4_BITS, ExpertScheme
 from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes, Scales, slots_table
 from heapr_vllm.model_executor.kernels.reference import ragged_moe_reference
 from heapr_vllm.model_executor.kernels.triton import launch
@@ -145,9 +145,11 @@ def _random_codes(layout: RaggedLayout, hidden_size: int, scheme: ExpertScheme, 
     """All codes but NaN, each as likely, and scales that differ."""
     rows, groups = layout.num_rows, hidden_size // (scheme.group_size or hidden_size)
     scales = [(2 * rows, groups), (rows, groups) if scheme.group_size else (layout.num_slots, hidden_size)]
-    largest = 2 * hidden_size**-0.5 / LARGEST_CODE[scheme.type]
+    largest_code = ZERO_4_BITS if scheme.num_bits == 4 else LARGEST_CODE[scheme.type]
+    largest = 2 * hidden_size**-0.5 / largest_code
     w13_scale, w2_scale = (torch.empty(shape, device=device).uniform_(0.5, 1).mul_(largest) for shape in scales)
-    w13, w2 = (torch.randint(0, 2 * NAN_CODE, (n, hidden_size), dtype=BITWISE, device=device) for n in (2 * rows, rows))
+    columns = hidden_size // scheme.codes_per_byte
+    w13, w2 = (torch.randint(0, 2 * NAN_CODE, (n, columns), dtype=BITWISE, device=device) for n in (2 * rows, rows))
     for bits in (w13, w2):
         bits += bits >= NAN_CODE  # leaves it out, and its negative by the upper end
     w13, w2 = w13.view(scheme.code_dtype), w2.view(scheme.code_dtype)

@@ -9,11 +9,18 @@ from unittest.mock import patch
 
 import torch
 
-from heapr_vllm.formats.quantized import BITWISE, NAN_CODE, ExpertScheme, quantize_rows
+from heapr_vllm.formats.quantized import (
+    BITWISE,
+    NAN_CODE,
+    ExpertScheme,
+    pack_nibbles,
+    quantize_rows,
+    unpack_nibbles,
+)
 from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes, Scales, slots_table
 from heapr_vllm.model_executor.kernels.reference import ragged_moe_reference
 from heapr_vllm.model_executor.kernels.triton.launch import index_tables, pack, scheme_of, triton_ragged_moe
-from heapr_vllm.model_executor.kernels.triton.tiles import LayerShape, Tile, TileConfig
+from heapr_vllm.model_executor.kernels.triton.tiles import LayerShape, Tile, TileConfig, plane_size
 from heapr_vllm.model_executor.storage.layout import RaggedLayout, round_up
 
 FENCE = 1024  # elements
@@ -38,10 +45,10 @@ class Case(NamedTuple):
     config: TileConfig | None = SMALL
     remote: tuple[int, ...] = ()  # experts on another rank
     routing: str = "random"
-    scheme: ExpertScheme | None = None  # of experts in 8 bits
+    scheme: ExpertScheme | None = None  # of experts in 8 or 4 bits
 
     def __str__(self) -> str:
-        kind = f"-{self.scheme.name}-{self.scheme.strategy}" if self.scheme else ""
+        kind = f"-{self.scheme.name}-{self.scheme.strategy}{self.scheme.group_size or ''}" if self.scheme else ""
         decode = f"-{self.config.decode}" if self.scheme and self.config else ""
         return f"T{self.tokens}-{'_'.join(map(str, self.widths[:6]))}-{self.routing}{kind}{decode}"
 
@@ -54,6 +61,16 @@ class Case(NamedTuple):
             group_size = max(group_size, up.block_k, down.block_n)
         scheme = ExpertScheme(kind, strategy=strategy, group_size=group_size if strategy == "group" else None)
         return self._replace(config=config, scheme=scheme)
+
+    def in_4_bits(self, group_size: int) -> "Case":
+        """The case with experts as codes of 4 bits: its tiles as such experts need them."""
+        config = self.config
+        if config:
+            step = 4 * plane_size(self.hidden_size, group_size)
+            up = replace(config.up, block_k=step, tma=False)
+            down = replace(config.down, block_n=min(config.down.block_n, group_size), block_k=64, tma=False)
+            config = replace(config, up=up, down=down, fused=True)
+        return self._replace(config=config, scheme=ExpertScheme(num_bits=4, group_size=group_size))
 
 
 STRATEGIES = ("group", "channel")
@@ -82,6 +99,15 @@ CASES_IN_8_BITS = [
     *(case.in_8_bits(kind, strategy) for case in CASES for kind in ("int", "float") for strategy in STRATEGIES),
     *(case.in_8_bits("float", strategy, "cast") for case in CASES[3:6] for strategy in STRATEGIES if HAS_CAST),
 ]
+CASES_IN_4_BITS = [
+    *(case.in_4_bits(group_size) for case in CASES if case.hidden_size % 64 == 0 for group_size in (32, 64)),
+    Case(40, [64, 192, 128, 64], 2, 512, WIDE).in_4_bits(64),  # a group is a plane of the longest, in two steps
+    Case(33, [64, 128], 1, 384, TALL, routing="nobody").in_4_bits(64),  # it is two planes
+    Case(9, [64, 128], 2, 192, DECODE).in_4_bits(64),  # it is a step of the shortest planes, of three
+    Case(20, [64, 128], 1, 256, None).in_4_bits(128),  # it is larger than ours
+    Case(70, [64, 192], 1, 512, replace(WIDE, block_m=64), (0,)).in_4_bits(64),  # weights are scaled, not sums
+    Case(70, [64, 192], 1, 64, replace(SMALL, block_m=64)).in_4_bits(32),
+]
 FEW_IN_8_BITS = [
     Case(40, [64, 192, 128, 64], 2, 64).in_8_bits("int", "group"),
     Case(20, [64, 0, 192, 128], 2, 64, UNFUSED).in_8_bits("float", "group"),
@@ -90,6 +116,7 @@ FEW_IN_8_BITS = [
     Case(20, [64, 0, 192, 128], 2, 64, UNFUSED).in_8_bits("int", "channel"),
     Case(2, [64, 128] * 8, 2, 64, DECODE, (3, 5, 7), "nobody").in_8_bits("float", "channel", "cast"),
 ]  # what `tools/mutants.py` has time for
+FEW_IN_4_BITS = [*CASES_IN_4_BITS[-6:-4], *CASES_IN_4_BITS[-2:], Case(9, [64, 128], 2, 64, DECODE).in_4_bits(32)]
 
 
 class Layer(NamedTuple):
@@ -117,7 +144,10 @@ class Layer(NamedTuple):
 
     def expected(self) -> torch.Tensor:
         """The reference's output in float64."""
-        experts = replace(self.plain, w13=self.plain.w13.double(), w2=self.plain.w2.double())
+        w13, w2 = self.plain.w13, self.plain.w2
+        if self.plain.is_packed:
+            w13, w2 = unpack_nibbles(w13), unpack_nibbles(w2)
+        experts = replace(self.plain, w13=w13.double(), w2=w2.double())
         return ragged_moe_reference(self.x.double(), replace(self.routes, slots=self.plain_slots), experts)
 
     def first_token(self) -> tuple[torch.Tensor, Routes, ExpertRows]:
@@ -160,7 +190,7 @@ def build(case: Case, dtype: torch.dtype, seed: int = 0) -> Layer:
     places = torch.tensor(layout.expert_table(), dtype=torch.int32, device=DEVICE).view(-1, 2)
     plain = ExpertRows(w13, w2, places, layout.max_width)
     if case.scheme:
-        plain = in_8_bits(plain, case.scheme)
+        plain = as_codes(plain, case.scheme)
     experts = copied(plain, torch.clone)
     pack(experts.w13, experts.w2, layout, experts.scales)
     slot_map, table = (tensor.to(DEVICE) for tensor in index_tables(layout.slots, layout))
@@ -169,12 +199,14 @@ def build(case: Case, dtype: torch.dtype, seed: int = 0) -> Layer:
     return Layer(fenced(x), routes, experts, plain, slots_table(layout.slots, layout).to(DEVICE))
 
 
-def in_8_bits(plain: ExpertRows, scheme: ExpertScheme) -> ExpertRows:
+def as_codes(plain: ExpertRows, scheme: ExpertScheme) -> ExpertRows:
     """Unpacked experts as codes and scales."""
     hidden_size = plain.w2.shape[1]
-    w13, w13_scale = quantize_rows(plain.w13, scheme.group_size or hidden_size, scheme.type)
+    w13, w13_scale = quantize_rows(plain.w13, scheme.group_size or hidden_size, scheme.type, scheme.num_bits)
     if scheme.group_size:
-        w2, w2_scale = quantize_rows(plain.w2, scheme.group_size, scheme.type)
+        w2, w2_scale = quantize_rows(plain.w2, scheme.group_size, scheme.type, scheme.num_bits)
+        if scheme.num_bits == 4:
+            w13, w2 = pack_nibbles(w13), pack_nibbles(w2)
         return replace(plain, w13=w13, w2=w2, scales=Scales(w13_scale, w2_scale))
     w2 = torch.empty_like(plain.w2, dtype=BITWISE)
     w2_scale = torch.empty(len(plain.table), hidden_size, device=w2.device)

@@ -111,14 +111,20 @@ def test_candidates_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names() == ["triton"]
 
 
-@pytest.mark.parametrize("kernel", ["", "triton", "reference"])
-def test_four_bits_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+@pytest.mark.parametrize("kernel", ["triton", "reference"])
+def test_four_bits_on_a_gpu(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     on(monkeypatch, GPU)
     capture_graphs(monkeypatch, CUDAGraphMode.NONE)
     monkeypatch.setenv("HEAPR_KERNEL", kernel)
-    message = "int4 experts are served on CPUs only so far; prune or export with --quantize int8"
+    assert names(torch.bfloat16, 64, ExpertScheme(num_bits=4, group_size=64)) == [kernel]
+
+
+def test_four_bits_of_a_hidden_size_without_planes(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, GPU)
+    monkeypatch.setenv("HEAPR_KERNEL", "triton")
+    message = "int4 experts on GPUs need a hidden size in multiples of 64, not 96; use --quantize int8"
     with pytest.raises(HeaprError, match=message):
-        names(torch.bfloat16, scheme=ExpertScheme("int", num_bits=4, group_size=64))
+        names(torch.bfloat16, 96, ExpertScheme(num_bits=4, group_size=32))
 
 
 @pytest.mark.skipif(not extension.load(), reason="no C++ compiler")

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,8 +67,8 @@ def test_the_plugin_uses_what_was_tuned(folder: Path) -> None:
         assert (config.up, config.down) == (default.up, default.down) or {config.up, config.down} <= set(TILES)
 
 
-@pytest.mark.parametrize("quantize", ["int8", "fp8"])
-def test_tuning_for_experts_in_8_bits(quantize: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("quantize", ["int8", "fp8", "int4"])
+def test_tuning_for_experts_as_codes(quantize: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the command line, with real candidates, to what a layer of such experts is run with."""
     monkeypatch.undo()
     monkeypatch.setenv("HEAPR_CONFIG_FOLDER", str(folder))
@@ -75,9 +76,9 @@ def test_tuning_for_experts_in_8_bits(quantize: str, folder: Path, monkeypatch: 
     assert main([*command, "--quantize", quantize, "--dtype", "float16"]) == 0
     (job,) = jobs_of_shapes(["tiny"], [0], torch.float16, quantize=quantize)
     (path,) = folder.glob("*.json")
-    assert path.name == job.shape.file_name(tiles.device_name()) and f"experts={quantize}_group128" in path.name
+    assert path.name == job.shape.file_name(tiles.device_name()) and f"experts={quantize}_group" in path.name
     config = choose_config(job.shape, 3)
-    config.check(128, 128)
+    config.check(128, job.shape.group_size, is_packed=quantize == "int4")
     entry = results(folder)["3"]
     assert (entry["up"]["block_n"], entry["decode"]) == (config.up.block_n, config.decode)
 
@@ -91,15 +92,19 @@ def test_both_decodes_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not search.changes(fp8, 200)
 
 
-@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+@pytest.mark.parametrize("quantize", ["int8", "fp8", "int4"])
 @pytest.mark.parametrize("tokens", [1, 1024])
-def test_candidates_in_8_bits(quantize: str, tokens: int) -> None:
-    """Within groups; twice the accumulators where every step has sums of its own."""
+def test_candidates_of_codes(quantize: str, tokens: int) -> None:
+    """Within groups; twice the accumulators where every step has sums of its own, since scales are not the weights'."""
     shape = jobs_of_shapes(["Qwen3-30B-A3B"], [0.25], torch.bfloat16, quantize=quantize)[0].shape
     for block_m in search.block_sizes(shape, tokens):
-        for kind, halves in (("up", 4), ("down", 1)):
-            for tile in search.candidates(kind, shape, block_m, tokens):
-                assert 128 % (tile.block_k if kind == "up" else tile.block_n) == 0
+        scales_weights = quantize == "int4" and block_m >= 64
+        for kind, halves in (("up", 2 if scales_weights else 4), ("down", 1)):
+            tiles = search.candidates(kind, shape, block_m, tokens)
+            assert len(tiles) > 3
+            for tile in tiles:
+                config = replace(default_config(tokens, shape), **{kind: tile})
+                config.check(2048, shape.group_size, is_packed=shape.is_packed)
                 assert halves * block_m * tile.block_n <= search.MAX_ACCUMULATORS * 32 * tile.num_warps
 
 
@@ -110,10 +115,18 @@ def test_candidates_in_groups_of_32() -> None:
     assert {tile.block_n for tile in search.candidates("down", shape, 16, 8)} == {16, 32}
 
 
-@pytest.mark.parametrize("strategy", ["group", "channel"])
-@pytest.mark.parametrize("kind", ["int", "float"])
-def test_a_synthetic_layer_in_8_bits(kind: str, strategy: str) -> None:
-    scheme = ExpertScheme(kind, strategy=strategy, group_size=32 if strategy == "group" else None)
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        ExpertScheme("int", group_size=32),
+        ExpertScheme("float", group_size=32),
+        ExpertScheme("int", strategy="channel", group_size=None),
+        ExpertScheme("float", strategy="channel", group_size=None),
+        ExpertScheme(num_bits=4, group_size=32),
+    ],
+    ids=lambda scheme: f"{scheme.name}-{scheme.strategy}",
+)
+def test_a_synthetic_layer_of_codes(scheme: ExpertScheme) -> None:
     moe = MoEShape(3, 2, 64, 128)
     layer = SyntheticLayer.build(moe, [64, 128, 0], torch.float16, torch.device("cpu"), scheme=scheme)
     batch = random_batch(5, moe, torch.float16, torch.device("cpu"))
@@ -247,6 +260,8 @@ def test_jobs_of_a_model(masks_repository: Path, tmp_path: Path) -> None:
     stored = shutil.copytree(masks_repository, tmp_path / "stored")
     (stored / "config.json").write_text(json.dumps(config))
     assert jobs_of_model(stored)[0].scheme == ExpertScheme(), "as the model's experts are stored"
+    (nibbles,) = jobs_of_model(masks_repository, quantize="int4")
+    assert nibbles.scheme == ExpertScheme(num_bits=4, group_size=64)
     inner = {"quant_method": "fp8", "weight_block_size": [32, 32]}
     config["quantization_config"] |= {"experts": None, "inner": inner}
     (stored / "config.json").write_text(json.dumps(config))

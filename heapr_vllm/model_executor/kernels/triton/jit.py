@@ -22,6 +22,11 @@ Experts in 8 bits are codes int8, float8e4nv, or uint8 for float8e4nv to be deco
 float32 scales per neuron and GROUP of H lie beside them in slabs, so that a tile's are contiguous as well: `w13_scale`
 [rows / 64, H / GROUP, 128] and `w2_scale` [rows / 64, H / GROUP, 64]. By channel, a neuron's gate and up row have one
 each (GROUP is H), and `w2_scale` [num_slots, H] is one per expert and output.
+
+Experts in 4 bits are words uint16 of four codes, which stand for inputs far apart: a tile of words is four tiles of
+weights, its planes, and nothing moves between threads. Word j of a step of `w13` [2 * rows, H / 4] holds inputs j,
+j + PLANE, j + 2 * PLANE and j + 3 * PLANE of the step's BLOCK_K = 4 * PLANE, the first in its lowest bits; word j of
+`w2` [rows / 64, H, 16] neurons j, j + 16, j + 32 and j + 48 of a slab. Scales are those of 8 bits in groups.
 """
 
 import triton
@@ -92,10 +97,11 @@ def _block(
 def _prefetch(w2, slab, slabs, pid_n, H: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr):
     """Asks L2 for this tile's part of an expert's first AHEAD slabs, in lines of 128 bytes."""
     LENGTH: tl.constexpr = 1024 // w2.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = BLOCK_N * 64 // LENGTH
+    DEPTH: tl.constexpr = 16 if w2.dtype.element_ty == tl.uint16 else 64
+    LINES: tl.constexpr = BLOCK_N * DEPTH // LENGTH
     line = tl.arange(0, AHEAD * LINES)
     ahead = tl.minimum(line // LINES, tl.maximum(slabs - 1, 0))
-    lines = w2 + (slab + ahead) * (64 * H) + (pid_n * LINES + line % LINES) * LENGTH
+    lines = w2 + (slab + ahead) * (DEPTH * H) + (pid_n * LINES + line % LINES) * LENGTH
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
         "=r,l",
@@ -123,6 +129,44 @@ def _decode(codes, dtype: tl.constexpr):
     else:
         bits = codes.to(tl.int8, bitcast=True).to(tl.int16)
         numbers = (bits << 7 & -0x4080).to(tl.float16, bitcast=True) * FP16_OVER_E4M3
+    return numbers.to(dtype)
+
+
+@triton.jit
+def _plane(words, PLACE: tl.constexpr, dtype: tl.constexpr):
+    """The codes in one place of words, four bits with 8 added, as numbers of `dtype`.
+
+    They become the lowest bits of a mantissa, of 128 in bf16 and of 1024 in fp16, which is then taken away: for bf16 in
+    three instructions for two numbers, which the compiler does not find.
+    """
+    if dtype == tl.bfloat16:
+        numbers = tl.inline_asm_elementwise(
+            f"""{{
+            .reg .b32 bits, one, base;
+            shr.b32 bits, $1, {4 * PLACE};
+            lop3.b32 bits, bits, 0x000f000f, 0x43004300, 0xea;  // bits & mask | exponents of 128
+            mov.b32 one, 0x3f803f80;
+            mov.b32 base, 0xc308c308;  // -136
+            fma.rn.bf16x2 $0, bits, one, base;
+            }}""",
+            "=r,r",
+            [words],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        numbers = ((words >> 4 * PLACE & 15) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+    return numbers.to(dtype)
+
+
+@triton.jit
+def _scaled_plane(words, PLACE: tl.constexpr, scale, dtype: tl.constexpr):
+    """`_plane` times the scales of its rows or columns: in bf16, or in fp32 where `dtype` has fewer exponents."""
+    if dtype == tl.bfloat16:
+        numbers = _plane(words, PLACE, dtype) * scale.to(dtype)
+    else:
+        numbers = _plane(words, PLACE, tl.float32) * scale
     return numbers.to(dtype)
 
 
@@ -183,7 +227,9 @@ def ragged_up_kernel(
     Grid: (num_m_blocks * num_n_tiles,), num_n_tiles = ceil(widest / BLOCK_N). `x` [T, H]. `hidden`
     [blocks * BLOCK_M (or blocks with ONE_ROUTE), >= widest]. H must be a multiple of BLOCK_K. FUSED: one product with
     2 * BLOCK_N interleaved rows instead of two with BLOCK_N. GROUP: inputs that share a scale, a multiple of BLOCK_K; 0
-    for weights that are no codes. TMA (with FUSED, no codes): `w13` is a descriptor of blocks [2 * BLOCK_N, BLOCK_K].
+    for weights that are no codes. In 4 bits (FUSED) it is a multiple of BLOCK_K / 4, and in blocks of 64 rows and more
+    weights are multiplied by it, not sums: that costs one instruction for two weights, not one per sum and plane. TMA
+    (with FUSED, no codes): `w13` is a descriptor of blocks [2 * BLOCK_N, BLOCK_K].
     """
     pid_m, pid_n = _tile(num_m_blocks, num_n_tiles, GROUP_M)
     if CHAINED:
@@ -197,7 +243,9 @@ def ragged_up_kernel(
         return
     valid = routes < num_routes
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
+    PLACES: tl.constexpr = 1 if GROUP == 0 else 4 if w13.dtype.element_ty == tl.uint16 else 1
+    PLANE: tl.constexpr = BLOCK_K // PLACES
+    offs_k = tl.arange(0, PLANE)
     x_ptrs = x + (routes // TOP_K).to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
     if FUSED:
         both = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
@@ -209,15 +257,34 @@ def ragged_up_kernel(
         else:
             offs_2n = pid_n * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
             rows_2n = tl.where(offs_2n < 2 * width, offs_2n, 0)
-            w_ptrs = w13 + (slab * 128 + rows_2n)[None, :] * H + offs_k[:, None]
+            w_ptrs = w13 + (slab * 128 + rows_2n)[None, :] * (H // PLACES) + offs_k[:, None]
             scale_ptrs = _scale_ptrs(w13_scale, slab, rows_2n, GROUP, H)
-            scale = _step_scale(scale_ptrs, 0, GROUP, H)
-            for k in range(0, H, BLOCK_K):
-                next_scale = _step_scale(scale_ptrs, k + BLOCK_K, GROUP, H)
-                a = tl.load(x_ptrs + k, mask=valid[:, None], other=0.0)
-                both = _add_product(both, a, tl.load(w_ptrs + k), scale, GROUP, H, PRECISION)
-                scale = next_scale
-            both = _scale_sum(both, scale_ptrs, GROUP, H)
+            if PLACES == 4 and BLOCK_M >= 64:
+                for k in range(0, H, BLOCK_K):
+                    words = tl.load(w_ptrs + k // PLACES)
+                    for place in tl.static_range(PLACES):
+                        a = tl.load(x_ptrs + (k + place * PLANE), mask=valid[:, None], other=0.0)
+                        scale = tl.load(scale_ptrs + (k + place * PLANE) // GROUP * 128)
+                        b = _scaled_plane(words, place, scale[None, :], a.dtype)
+                        both = tl.dot(a, b, both, input_precision=PRECISION)
+            elif PLACES == 4:
+                scale = _step_scale(scale_ptrs, 0, GROUP, H)
+                for k in range(0, H, BLOCK_K):
+                    words = tl.load(w_ptrs + k // PLACES)
+                    for place in tl.static_range(PLACES):
+                        next_scale = _step_scale(scale_ptrs, k + (place + 1) * PLANE, GROUP, H)
+                        a = tl.load(x_ptrs + (k + place * PLANE), mask=valid[:, None], other=0.0)
+                        both = _add_product(both, a, _plane(words, place, a.dtype), scale, GROUP, H, PRECISION)
+                        scale = next_scale
+                both = _scale_sum(both, scale_ptrs, GROUP, H)
+            else:
+                scale = _step_scale(scale_ptrs, 0, GROUP, H)
+                for k in range(0, H, BLOCK_K):
+                    next_scale = _step_scale(scale_ptrs, k + BLOCK_K, GROUP, H)
+                    a = tl.load(x_ptrs + k, mask=valid[:, None], other=0.0)
+                    both = _add_product(both, a, tl.load(w_ptrs + k), scale, GROUP, H, PRECISION)
+                    scale = next_scale
+                both = _scale_sum(both, scale_ptrs, GROUP, H)
         gate, up = tl.split(both.reshape(BLOCK_M, BLOCK_N, 2))
     else:
         neurons = tl.where(offs_n < width, offs_n, 0)
@@ -263,8 +330,9 @@ def ragged_down_kernel(
     Grid: (num_m_blocks * num_n_tiles,), num_n_tiles = H / BLOCK_N. `hidden` as written by `ragged_up_kernel`. H must be
     a multiple of BLOCK_N, and 64 of BLOCK_K, so that the loop ends exactly at the expert's width. GROUP:
     outputs that share a neuron's scale, a multiple of BLOCK_N, with which weights are multiplied; BY_CHANNEL: outputs
-    have a scale, with which sums are; 0 and False for weights that are no codes. TMA (BLOCK_K 64, no codes):
-    `hidden` and `w2` are descriptors of blocks [BLOCK_M, 64] and, of slabs' rows [rows / 64 * H, 64], [BLOCK_N, 64].
+    have a scale, with which sums are; 0 and False for weights that are no codes. In 4 bits BLOCK_K is 64. TMA (BLOCK_K
+    64, no codes): `hidden` and `w2` are descriptors of blocks [BLOCK_M, 64] and, of slabs' rows [rows / 64 * H, 64],
+    [BLOCK_N, 64].
     PREFETCH (with CHAINED, without TMA): slabs of `w2` to bring into L2 while `ragged_up_kernel` drains.
     """
     pid_m, pid_n = _tile(num_m_blocks, num_n_tiles, GROUP_M)
@@ -287,6 +355,18 @@ def ragged_down_kernel(
         for k in range(0, width, BLOCK_K):
             b = w2.load([first + (k // 64) * H, 0])
             total = tl.dot(hidden.load([first_row, k]), b.T, total, input_precision=PRECISION)
+    elif w2.dtype.element_ty == tl.uint16:
+        offs_plane = tl.arange(0, 16)
+        hidden_ptrs = hidden + rows[:, None] * stride_hm + offs_plane[None, :]
+        w2_ptrs = w2 + slab * (16 * H) + offs_n[None, :] * 16 + offs_plane[:, None]
+        scale_ptrs = w2_scale + (slab * (H // GROUP) + pid_n * BLOCK_N // GROUP) * 64 + offs_plane
+        for k in range(0, width, 64):
+            words = tl.load(w2_ptrs + k // 64 * (16 * H))
+            for place in tl.static_range(4):
+                a = tl.load(hidden_ptrs + (k + place * 16), mask=valid[:, None], other=0.0)
+                scale = tl.load(scale_ptrs + (k // 64 * (H // GROUP * 64) + place * 16))
+                b = _scaled_plane(words, place, scale[:, None], a.dtype)
+                total = tl.dot(a, b, total, input_precision=PRECISION)
     else:
         offs_k = tl.arange(0, BLOCK_K)
         hidden_ptrs = hidden + rows[:, None] * stride_hm + offs_k[None, :]

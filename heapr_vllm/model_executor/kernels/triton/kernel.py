@@ -11,8 +11,8 @@ import torch
 from vllm.platforms import current_platform
 
 from heapr_vllm.formats.quantized import ExpertScheme
-from heapr_vllm.model_executor.kernels.base import CPUS_ONLY, ExpertRows, RaggedKernel, Routes, Scales
-from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT
+from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, Scales
+from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, scheme_obstacle
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
 
@@ -37,11 +37,9 @@ class TritonKernel(RaggedKernel):
     def layer_obstacle(self, dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None) -> str | None:
         if hidden_size % 16:
             return f"the hidden size {hidden_size} is no multiple of 16; choose reference"
-        if scheme is not None and scheme.num_bits == 4:
-            return CPUS_ONLY
         if dtype == torch.bfloat16 and _is_interpreted():
             return "Triton's interpreter gets bfloat16 wrong; add --dtype float32"
-        return None
+        return scheme_obstacle(scheme, hidden_size)
 
     def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scales | None = None) -> None:
         from heapr_vllm.model_executor.kernels.triton import launch

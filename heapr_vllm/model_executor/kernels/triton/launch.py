@@ -13,16 +13,18 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from heapr_vllm.formats.quantized import BITWISE, ExpertScheme
+from heapr_vllm.formats.quantized import BITWISE, PACKED_DTYPE, ExpertScheme, pack_nibbles, unpack_nibbles
 from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes, Scales
 from heapr_vllm.model_executor.kernels.triton.jit import combine_kernel, ragged_down_kernel, ragged_up_kernel
 from heapr_vllm.model_executor.kernels.triton.route_blocks import RouteBlocks
 from heapr_vllm.model_executor.kernels.triton.tiles import (
+    CODES_PER_WORD,
     TRITON_UNIT,
     LayerShape,
     TileConfig,
     choose_config,
     configs_up_to,
+    plane_size,
 )
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 from heapr_vllm.model_executor.storage.traffic_sums import TrafficSums
@@ -35,18 +37,23 @@ def pack(w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scal
 
     `w13` [2 * rows, H]: from a gate and an up block per expert to gate row and up row of every neuron side by side.
     `w2` [rows, H]: from neurons as rows to slabs [rows / 64, H, 64]. Their scales in groups of g likewise, and both to
-    slabs, [rows / 64, H / g, 128] and [rows / 64, H / g, 64].
+    slabs, [rows / 64, H / g, 128] and [rows / 64, H / g, 64]. Codes of 4 bits [2 * rows, H / 2] and [rows, H / 2] go to
+    the same places and there to the words that `jit.py` describes.
     """
+    is_packed = w2.dtype == PACKED_DTYPE
     w13, w2 = w13.view(_moved_as(w13)), w2.view(_moved_as(w2))
     for row, width in layout.expert_table():
         both, neurons = slice(2 * row, 2 * (row + width)), slice(row, row + width)
         _interleave(w13[both])
-        _make_slabs(w2[neurons], TRITON_UNIT)
+        if is_packed and scales is not None:
+            _make_words(w13[both], w2[neurons], len(scales.w13[0]))
+        else:
+            _make_slabs(w2[neurons], TRITON_UNIT)
         if scales is None:
             continue
         _interleave(scales.w13[both])
         _make_slabs(scales.w13[both], 2 * TRITON_UNIT)
-        if not scales.is_by_channel(w2.shape[1]):
+        if is_packed or not scales.is_by_channel(w2.shape[1]):
             _make_slabs(scales.w2[neurons], TRITON_UNIT)
 
 
@@ -58,6 +65,19 @@ def _interleave(rows: torch.Tensor) -> None:
 def _make_slabs(rows: torch.Tensor, height: int) -> None:
     """[n * height, C]: from rows to n slabs [C, height]."""
     rows.copy_(rows.view(-1, height, rows.shape[1]).transpose(1, 2).contiguous().view(rows.shape))
+
+
+def _make_words(gate_up: torch.Tensor, down: torch.Tensor, num_groups: int) -> None:
+    """uint8 [2 * n, H / 2] and [n, H / 2]: from pairs of neighbours to words of codes that lie a plane apart."""
+    hidden_size = 2 * gate_up.shape[1]
+    gate_up.copy_(_words(unpack_nibbles(gate_up), plane_size(hidden_size, hidden_size // num_groups)))
+    slabs = unpack_nibbles(down).view(-1, TRITON_UNIT, hidden_size).transpose(1, 2)
+    down.copy_(_words(slabs.reshape(-1, TRITON_UNIT), TRITON_UNIT // CODES_PER_WORD).view(down.shape))
+
+
+def _words(codes: torch.Tensor, plane: int) -> torch.Tensor:
+    """int8 [n, C] of -8 to 7 as the bytes uint8 [n, C / 2] of words."""
+    return pack_nibbles(codes.unflatten(1, (-1, CODES_PER_WORD, plane)).transpose(2, 3).flatten(1))
 
 
 def _moved_as(weights: torch.Tensor) -> torch.dtype:
@@ -195,7 +215,7 @@ def triton_ragged_moe(
     weights, ids = routes.weights.contiguous(), routes.ids.contiguous()
     if config is None:
         config = choose_config(layer_shape(routes.slots, experts, top_k, x.dtype), num_tokens)
-    config.check(hidden_size, group_size(experts))
+    config.check(hidden_size, group_size(experts), is_packed=experts.is_packed)
     blocks = RouteBlocks.build(ids, routes.slots, experts.table, config)
     hidden = x.new_empty(blocks.hidden_rows, experts.max_width)
     routed = x.new_empty(num_tokens * top_k, hidden_size)
@@ -231,14 +251,17 @@ def num_stored(slot_map: torch.Tensor, experts: ExpertRows) -> int:
 def layer_shape(slot_map: torch.Tensor, experts: ExpertRows, top_k: int, dtype: torch.dtype) -> LayerShape:
     """Returns the shape of a layer with stored experts; `dtype`: of its tokens."""
     num_slots = num_stored(slot_map, experts)
-    rows, hidden_size = experts.w2.shape
-    return LayerShape(hidden_size, top_k, num_slots, rows // num_slots, experts.max_width, dtype, scheme_of(experts))
+    mean_width = len(experts.w2) // num_slots
+    scheme = scheme_of(experts)
+    return LayerShape(experts.hidden_size, top_k, num_slots, mean_width, experts.max_width, dtype, scheme)
 
 
 def scheme_of(experts: ExpertRows) -> ExpertScheme | None:
     """Returns how experts are stored, as far as tiles depend on it; None in the model's dtype."""
     if experts.scales is None:
         return None
+    if experts.is_packed:
+        return ExpertScheme(num_bits=4, group_size=group_size(experts))
     kind = "int" if experts.w2.dtype == torch.int8 else "float"
     if _is_by_channel(experts):
         return ExpertScheme(kind, strategy="channel", group_size=None)
@@ -247,7 +270,7 @@ def scheme_of(experts: ExpertRows) -> ExpertScheme | None:
 
 def group_size(experts: ExpertRows) -> int:
     """Returns how many of the inputs of gate and up share a scale; 0 in the model's dtype."""
-    return experts.w13.shape[1] // experts.scales.w13.shape[1] if experts.scales else 0
+    return experts.hidden_size // experts.scales.w13.shape[1] if experts.scales else 0
 
 
 def warm_up(
@@ -259,18 +282,20 @@ def warm_up(
     """
     if num_stored(slot_map, experts) == 0:
         return
-    x = experts.table.new_zeros(1, experts.w2.shape[1], dtype=dtype or experts.w2.dtype)
+    x = experts.table.new_zeros(1, experts.hidden_size, dtype=dtype or experts.w2.dtype)
     routes = Routes(x.new_ones(1, top_k, dtype=torch.float32), slot_map.new_zeros(1, top_k), slot_map)
     for config in configs_up_to(layer_shape(slot_map, experts, top_k, x.dtype), max_tokens):
         triton_ragged_moe(torch.empty_like(x), x, routes, experts, config=config)
 
 
 def _is_by_channel(experts: ExpertRows) -> bool:
-    return experts.scales is not None and experts.scales.is_by_channel(experts.w2.shape[1])
+    return experts.scales is not None and experts.scales.is_by_channel(experts.hidden_size)
 
 
 def _weights(weights: torch.Tensor, config: TileConfig) -> torch.Tensor:
-    """Weights as the kernels take them: E4M3 that is decoded by bits as those."""
+    """Weights as the kernels take them: E4M3 that is decoded by bits as those, codes of 4 bits as words."""
+    if weights.dtype == PACKED_DTYPE:
+        return weights.view(torch.uint16)
     is_by_bits = weights.dtype == torch.float8_e4m3fn and config.decode == "bits"
     return weights.view(BITWISE) if is_by_bits else weights
 

@@ -25,6 +25,9 @@ from heapr_vllm.formats.quantized import ExpertScheme
 
 TRITON_UNIT = 64  # the Triton kernels store widths in steps of it; also the slab of their w2
 
+CODES_PER_WORD = 4  # of 4 bits
+SHORTEST_PLANE, LONGEST_PLANE = 16, 64  # inputs: of a tensor core's step; 128 bytes of words, and of a token
+
 FORMAT_VERSION = 2
 PACKAGED_FOLDER = Path(__file__).parent / "tile_configs"
 DECODES = ("bits", "cast")
@@ -81,19 +84,24 @@ class TileConfig:
         """Launch arguments that all kernels share."""
         return {"CHAINED": True, "launch_pdl": True} if self.chained else {"CHAINED": False}
 
-    def check(self, hidden_size: int, group_size: int = 0) -> None:
+    def check(self, hidden_size: int, group_size: int = 0, *, is_packed: bool = False) -> None:
         """Raises ValueError if the tiles do not fit the layout or each other.
 
-        `group_size`: of the scales of 8-bit experts along the hidden size, which it is by channel; 0 without.
+        `group_size`: of the scales of codes along the hidden size, which it is by channel; 0 without. `is_packed`:
+        whether codes are of 4 bits.
         """
         if hidden_size % self.up.block_k or hidden_size % self.down.block_n:
             raise ValueError(f"hidden size {hidden_size} is no multiple of the tile {self}")
         if TRITON_UNIT % self.down.block_k:
             raise ValueError(f"down.block_k {self.down.block_k} does not divide {TRITON_UNIT}")
-        if group_size and (group_size % self.up.block_k or group_size % self.down.block_n):
+        plane = plane_size(hidden_size, group_size) if is_packed else self.up.block_k
+        steps = (CODES_PER_WORD * plane, TRITON_UNIT)
+        if is_packed and (not self.fused or (self.up.block_k, self.down.block_k) != steps):
+            raise ValueError(f"4-bit experts need fused, and block_k {steps[0]} and {steps[1]}, not {self}")
+        if group_size and (group_size % plane or group_size % self.down.block_n):
             raise ValueError(f"groups of {group_size} that share a scale are no multiple of the tile {self}")
         if group_size and (self.up.tma or self.down.tma):
-            raise ValueError("tma reads no 8-bit experts")
+            raise ValueError("tma reads no codes")
         if self.decode not in DECODES:
             raise ValueError(f"decode is {self.decode!r}, not one of {', '.join(DECODES)}")
         if self.up.tma and not self.fused:
@@ -103,10 +111,10 @@ class TileConfig:
         if self.prefetch and (self.down.tma or not self.chained):
             raise ValueError("prefetch needs chained, and down without tma")
 
-    def is_possible(self, hidden_size: int, group_size: int = 0) -> bool:
+    def is_possible(self, hidden_size: int, group_size: int = 0, *, is_packed: bool = False) -> bool:
         """Whether `check` finds nothing."""
         with suppress(ValueError):
-            self.check(hidden_size, group_size)
+            self.check(hidden_size, group_size, is_packed=is_packed)
             return True
         return False
 
@@ -122,7 +130,7 @@ class TileConfig:
 class LayerShape:
     """What the choice of tiles depends on, besides the token count. Widths are stored widths.
 
-    `dtype`: the model's. `scheme`: how 8-bit experts are stored; None in `dtype`.
+    `dtype`: the model's. `scheme`: how experts of 8 or 4 bits are stored; None in `dtype`.
     """
 
     hidden_size: int
@@ -158,11 +166,21 @@ class LayerShape:
         return 0 < self.group_size < self.hidden_size
 
     @property
+    def is_packed(self) -> bool:
+        """Whether codes are of 4 bits."""
+        return self.scheme is not None and self.scheme.num_bits == 4
+
+    @property
+    def packed_step(self) -> int:
+        """Inputs of a step of the up kernel over codes of 4 bits; 0 for others."""
+        return CODES_PER_WORD * plane_size(self.hidden_size, self.group_size) if self.is_packed else 0
+
+    @property
     def weight_dtype(self) -> torch.dtype:
         return self.scheme.code_dtype if self.scheme else self.dtype
 
     def file_name(self, device: str) -> str:
-        """Tiles are for one type of activations and, in 8 bits, one kind of experts, such as int8_group128."""
+        """Tiles are for one type of activations and, of codes, one kind of experts, such as int8_group128."""
         kinds = [f"dtype={str(self.dtype).removeprefix('torch.')}"]
         if self.scheme:
             kinds.append(f"experts={self.scheme.name}_{self.scheme.strategy}{self.scheme.group_size or ''}")
@@ -208,7 +226,9 @@ def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = Non
     """
     hopper = _has_hoppers_memory() if hopper is None else hopper
     routes = num_tokens * shape.top_k / max(shape.num_experts, 1)
-    if shape.dtype.itemsize > 2:
+    if shape.is_packed:
+        config = _default_in_4_bits(routes, shape, hopper)
+    elif shape.dtype.itemsize > 2:
         config = TileConfig(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2))
     elif routes <= 10:
         is_long = num_tokens <= 8 or shape.has_groups  # a step per group has the fewest sums
@@ -222,13 +242,30 @@ def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = Non
     else:
         config = TileConfig(128, Tile(64, 64, 8, 3, 8), Tile(128, 64, 8, 3, 8))
     unit = shape.group_size or shape.hidden_size
+    block_k = shape.packed_step or largest_divisor(unit, config.up.block_k)
     return replace(
         config,
-        up=replace(config.up, block_k=largest_divisor(unit, config.up.block_k)),
+        up=replace(config.up, block_k=block_k),
         down=replace(config.down, block_n=largest_divisor(unit, config.down.block_n)),
         one_route=use_one_route_blocks(num_tokens, shape.top_k, shape.num_experts),
         decode="cast" if hopper and shape.weight_dtype == torch.float8_e4m3fn else "bits",
     )
+
+
+def _default_in_4_bits(routes: float, shape: LayerShape, hopper: bool) -> TileConfig:
+    """`default_config` of codes of 4 bits, in blocks of the same heights but for smaller GPUs.
+
+    Warps decode the less twice the fewer they are, and without wgmma each decodes all of a tile taller than wide.
+    """
+    step = shape.packed_step
+    more = 1 if step < CODES_PER_WORD * LONGEST_PLANE else 0
+    if shape.dtype.itemsize > 2:
+        return TileConfig(16, Tile(32, step, 4, 2), Tile(64, TRITON_UNIT, 4, 2))
+    if routes <= 20:
+        return TileConfig(16 if routes <= 10 else 32, Tile(32, step, 4, 3 + more), Tile(64, TRITON_UNIT, 2, 4))
+    if routes <= 40 or not hopper:
+        return TileConfig(64, Tile(64, step, 4, 2 + more), Tile(64, TRITON_UNIT, 4, 4))
+    return TileConfig(128, Tile(64, step, 8, 2 + more, 8), Tile(64, TRITON_UNIT, 4, 4, 8))
 
 
 def use_one_route_blocks(num_tokens: int, top_k: int, num_experts: int) -> bool:
@@ -239,6 +276,23 @@ def use_one_route_blocks(num_tokens: int, top_k: int, num_experts: int) -> bool:
 def largest_divisor(size: int, limit: int) -> int:
     """The largest power of two up to `limit` that divides `size`."""
     return min(limit, size & -size)
+
+
+def plane_size(hidden_size: int, group_size: int) -> int:
+    """Distance, a power of two, of the inputs of gate and up that share a word of codes of 4 bits; 0 if too short.
+
+    A plane of as many inputs has one scale, and four are a step of the kernel.
+    """
+    plane = largest_divisor(math.gcd(hidden_size // CODES_PER_WORD, group_size), LONGEST_PLANE)
+    return plane if plane >= SHORTEST_PLANE else 0
+
+
+def scheme_obstacle(scheme: ExpertScheme | None, hidden_size: int) -> str | None:
+    """Why there are no tiles for experts stored this way, with the remedy; None if there are."""
+    if scheme is None or scheme.num_bits != 4 or plane_size(hidden_size, scheme.group_size or hidden_size):
+        return None
+    unit = CODES_PER_WORD * SHORTEST_PLANE
+    return f"int4 experts on GPUs need a hidden size in multiples of {unit}, not {hidden_size}; use --quantize int8"
 
 
 def user_folder() -> Path:
@@ -274,7 +328,7 @@ def _tuned(shape: LayerShape, device: str) -> dict[int, TileConfig]:
     try:
         configs = {int(tokens): TileConfig.from_dict(entry) for tokens, entry in profile["tokens"].items()}
         for config in configs.values():
-            config.check(shape.hidden_size, shape.group_size)
+            config.check(shape.hidden_size, shape.group_size, is_packed=shape.is_packed)
     except (KeyError, TypeError, ValueError) as error:
         _announce(f"default tiles, {path} is damaged ({type(error).__name__}: {error}); run `heapr tune` again")
         return {}

@@ -66,7 +66,7 @@ def test_weights_come_by_wide_asynchronous_copies(rows: list[dict[str, str]]) ->
 
 def test_scales_of_weights_come_with_them(rows: list[dict[str, str]]) -> None:
     """Asynchronously: four bytes per thread and stage; Triton 3.6 copies the same ones for every row of threads."""
-    for row in filter(scales_its_weights, rows):
+    for row in (row for row in rows if scales_its_weights(row) and row["weights"] != "u16"):
         stages = int(row["num_stages"])
         if row["triton"].startswith("3.6."):
             assert tile_bytes(row) < copied_bytes(row) <= 2 * tile_bytes(row) and row["async_other"] == "16", row
@@ -74,18 +74,35 @@ def test_scales_of_weights_come_with_them(rows: list[dict[str, str]]) -> None:
             assert tile_bytes(row) == copied_bytes(row) and int(row["async_other"]) == stages, row
 
 
+def test_words_and_scales_of_4_bits_come_together(rows: list[dict[str, str]]) -> None:
+    """Words by 16 bytes, scales of every plane by four, and inputs by eight where two warps copy 16 rows of a plane."""
+    scaled = [row for row in rows if scales_its_weights(row) and row["weights"] == "u16"]
+    assert {row["kernel"] for row in scaled} == set(GEMMS)
+    for row in scaled:
+        stages, block_m, block_k = (int(row[name]) for name in ("num_stages", "BLOCK_M", "BLOCK_K"))
+        by_eight = block_m * 2 * 16 < 16 * 32 * int(row["num_warps"]) and row["kernel"] == "ragged_down_kernel"
+        by_sixteen = tile_bytes(row) - (stages * block_k * 2 * block_m if by_eight else 0)
+        if row["triton"].startswith("3.6."):
+            assert copied_bytes(row) >= by_sixteen, row
+        else:
+            assert copied_bytes(row) == by_sixteen, row
+            assert int(row["async_other"]) == 4 * stages * (2 if by_eight else 1), row
+
+
 def test_every_kind_of_codes_is_compiled(rows: list[dict[str, str]]) -> None:
-    """In groups of 128 and by channel, which is a group of all 2048 inputs; casts of E4M3 need sm_89."""
+    """8 bits in groups of 128 and by channel, which is a group of all 2048 inputs; casts of E4M3 need sm_89."""
     kinds = {
         (row["arch"], row["weights"], row["GROUP"]) for row in rows if row["kernel"] in GEMMS and row["GROUP"] != "0"
     }
     expected = {("sm_80", "i8"), ("sm_80", "u8"), ("sm_90a", "i8"), ("sm_90a", "u8"), ("sm_90a", "fp8e4nv")}
-    assert kinds == {(*kind, group) for kind in expected for group in ("128", "2048")}
+    in_4_bits = {(arch, "u16", "64") for arch in compile_table.ARCHES}
+    assert kinds == {(*kind, group) for kind in expected for group in ("128", "2048")} | in_4_bits
 
 
 def scales_its_weights(row: dict[str, str]) -> bool:
-    """Whether it is a down GEMM of neurons with scales per group of outputs."""
-    return row["kernel"] == "ragged_down_kernel" and row["GROUP"] != "0" and row["BY_CHANNEL"] == "False"
+    """Whether it is a down GEMM of neurons with scales per group of outputs, or a tall up GEMM in 4 bits."""
+    is_tall = row["weights"] == "u16" and int(row["BLOCK_M"] or 0) >= 64
+    return row["GROUP"] not in ("", "0") and (is_tall or row["BY_CHANNEL"] == "False")
 
 
 def copied_bytes(row: dict[str, str]) -> int:
@@ -97,8 +114,8 @@ def tile_bytes(row: dict[str, str]) -> int:
     """Of both operands, in all stages."""
     block_m, block_n, block_k, stages = (int(row[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages"))
     weight_rows = 2 * block_n if row["kernel"] == "ragged_up_kernel" else block_n
-    bytes_of_weights = 2 if row["weights"] == "bf16" else 1
-    return stages * block_k * (2 * block_m + bytes_of_weights * weight_rows)
+    bytes_of_weights = {"bf16": 2, "u16": 0.5}.get(row["weights"], 1)
+    return int(stages * block_k * (2 * block_m + bytes_of_weights * weight_rows))
 
 
 def test_instructions_are_counted() -> None:

@@ -17,18 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from heapr_vllm.formats.quantized import ExpertScheme
+from heapr_vllm.formats.quantized import pack_nibbles
 from heapr_vllm.model_executor.kernels.base import ExpertRows, Scales
 from heapr_vllm.model_executor.kernels.triton import launch, route_blocks
-from heapr_vllm.model_executor.kernels.triton.jit import BF16_OVER_E4M3, _decode
+from heapr_vllm.model_executor.kernels.triton.jit import BF16_OVER_E4M3, _decode, _plane
 from heapr_vllm.model_executor.kernels.triton.launch import index_tables, pack
 from heapr_vllm.model_executor.kernels.triton.route_blocks import align_routes, max_blocks
-from heapr_vllm.model_executor.kernels.triton.tiles import configs_up_to, use_one_route_blocks
+from heapr_vllm.model_executor.kernels.triton.tiles import LayerShape, configs_up_to, use_one_route_blocks
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 from heapr_vllm.model_executor.storage.traffic_sums import TrafficSums
 from tests.model_executor.engine import ROOT
 from tests.model_executor.kernels.moe_cases import (
     CASES,
+    CASES_IN_4_BITS,
     CASES_IN_8_BITS,
     DEVICE,
     HAS_CAST,
@@ -42,11 +43,14 @@ from tests.model_executor.kernels.moe_cases import (
     is_fenced,
 )
 
+SEVERAL = Case(9, [64, 128], 1, 64)
+THREE = Case(9, [64, 128, 64], 2, 64)
+IN_4_BITS = SEVERAL.in_4_bits(32)
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES + CASES_IN_8_BITS, ids=str)
+@pytest.mark.parametrize("case", CASES + CASES_IN_8_BITS + CASES_IN_4_BITS, ids=str)
 def test_against_reference(case: Case, dtype: torch.dtype) -> None:
     """Scratch starts as NaN, and no memory outside of it and of the output is touched."""
     layer = build(case, dtype)
@@ -100,6 +104,23 @@ def test_every_code_is_decoded_exactly(stored: torch.dtype, dtype: torch.dtype) 
     assert torch.equal(numbers.signbit()[is_number], expected.signbit()[is_number]), "-0 is kept"
 
 
+@triton.jit
+def plane_kernel(words, numbers, BLOCK: tl.constexpr):
+    """Grid (1,). `words` [BLOCK] and `numbers` [4, BLOCK]."""
+    places = tl.arange(0, BLOCK)
+    for place in tl.static_range(4):
+        tl.store(numbers + place * BLOCK + places, _plane(tl.load(words + places), place, numbers.dtype.element_ty))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_word_is_decoded_exactly(dtype: torch.dtype) -> None:
+    words = torch.arange(2**16, dtype=torch.int32, device=DEVICE)
+    numbers = torch.empty(4, 2**16, dtype=dtype, device=DEVICE)
+    plane_kernel[(1,)](words.to(torch.uint16), numbers, 2**16)
+    for place, found in enumerate(numbers):
+        assert torch.equal(found, ((words >> 4 * place & 15) - 8).to(dtype))
+
+
 def test_bits_of_e4m3_in_bf16() -> None:
     """What `_decode` does for bf16, which the interpreter gets wrong: exact in torch, subnormal numbers too."""
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -109,22 +130,33 @@ def test_bits_of_e4m3_in_bf16() -> None:
     assert numbers.dtype == torch.bfloat16 and torch.equal(numbers[is_number], expected[is_number])
 
 
+def test_bits_of_4_bits_in_bf16() -> None:
+    """What `_plane` does for bf16 in instructions of the GPU: two words of a register at once, each place in turn."""
+    words = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
+    for place in range(4):
+        bits = words.view(torch.int32).long() % 2**32 >> 4 * place & 0x000F000F | 0x43004300
+        numbers = bits.to(torch.int32).view(torch.bfloat16) * 1.0 + -136.0
+        assert numbers.dtype == torch.bfloat16
+        assert torch.equal(numbers.float(), (words.int() >> 4 * place & 15).float() - 8)
+
+
 def test_decodes_are_as_chosen() -> None:
     codes = torch.zeros(2, dtype=torch.float8_e4m3fn)
     by_bits, by_cast = (launch._weights(codes, replace(SMALL, decode=decode)).dtype for decode in ("bits", "cast"))
     assert (by_bits, by_cast) == (torch.uint8, torch.float8_e4m3fn)
     assert launch._weights(codes.view(torch.int8), SMALL).dtype == torch.int8
+    assert launch._weights(codes.view(torch.uint8), SMALL).dtype == torch.uint16
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_scales_beyond_fp16_do_not_underflow(strategy: str) -> None:
+@pytest.mark.parametrize("case", [*(SEVERAL.in_8_bits("int", strategy) for strategy in STRATEGIES), IN_4_BITS], ids=str)
+def test_scales_beyond_fp16_do_not_underflow(case: Case) -> None:
     """Products of small scales and of intermediates are less than fp16 has numbers for."""
-    layer = build(Case(9, [64, 128], 1, 64).in_8_bits("int", strategy), torch.float16)
+    layer = build(case, torch.float16)
     layer.experts.scales.w2.mul_(1e-4)
     layer.plain.scales.w2.mul_(1e-4)
     layer.experts.scales.w13.mul_(3)
     layer.plain.scales.w13.mul_(3)
-    assert layer.error(layer.run(SMALL)) < 10 * TOLERANCE[torch.float16]
+    assert layer.error(layer.run(case.config)) < 10 * TOLERANCE[torch.float16]
 
 
 @settings(deadline=None, max_examples=40)
@@ -285,18 +317,40 @@ def test_packing_of_codes_and_scales(dtype: torch.dtype) -> None:
             assert scales.w2.view(3, 2, 64)[slab, group, place] == w2_scale[row + neuron, group]
     by_output = Scales(torch.rand(384, 1), torch.rand(2, 64))
     kept = by_output.w2.clone()
-    pack(w13, w2, layout, by_output)
+    pack(w13.view(dtype), w2.view(dtype), layout, by_output)
     assert torch.equal(by_output.w2, kept)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_kernel_takes_codes_and_scales(strategy: str) -> None:
+@pytest.mark.parametrize(("hidden", "plane"), [(256, 64), (384, 32), (64, 16)])
+def test_packing_in_4_bits(hidden: int, plane: int) -> None:
+    """Four inputs, a plane apart, share a word of gate and up, and four neurons of a slab one of down."""
+    layout = RaggedLayout.build([128, 0, 64], [128, 0, 64])
+    w13, w2 = (torch.randint(-8, 8, (rows, hidden), dtype=torch.int8) for rows in (384, 192))
+    scales = Scales(torch.ones(384, hidden // 64), torch.ones(192, hidden // 64))
+    packed = pack_nibbles(w13), pack_nibbles(w2)
+    pack(*packed, layout, scales)
+    both, slabs = packed[0].view(torch.uint16).int(), packed[1].view(torch.uint16).int().view(3, hidden, 16)
+    for row, width, neuron in ((0, 128, 0), (0, 128, 127), (128, 64, 0), (128, 64, 5)):
+        for index in (0, 1, plane - 1, plane, 2 * plane + 3, hidden - 1):
+            step, inside = divmod(index, 4 * plane)
+            place, word = divmod(inside, plane)
+            for is_up in (0, 1):
+                code = (both[2 * (row + neuron) + is_up, step * plane + word] >> 4 * place & 15) - 8
+                assert code == w13[2 * row + is_up * width + neuron, index]
+    for neuron, output in ((0, 0), (63, 5), (64, 0), (127, 3), (128, hidden - 1), (191, 5)):
+        place, word = divmod(neuron % 64, 16)
+        assert (slabs[neuron // 64, output, word] >> 4 * place & 15) - 8 == w2[neuron, output]
+
+
+@pytest.mark.parametrize(
+    "case", [*(THREE.in_8_bits("float", strategy) for strategy in STRATEGIES), THREE.in_4_bits(64)]
+)
+def test_the_kernel_takes_codes_and_scales(case: Case) -> None:
     """`TritonKernel` by the interface of all kernels: from parameters as they were loaded to an output."""
     pytest.importorskip("vllm")
     from heapr_vllm.model_executor.kernels.triton.kernel import TritonKernel
 
     kernel, dtype = TritonKernel(), torch.float16
-    case = Case(9, [64, 128, 64], 2, 64).in_8_bits("float", strategy)
     assert kernel.layer_obstacle(dtype, 64, case.scheme) is None
     layer, layout = build(case, dtype), RaggedLayout.build(case.widths, case.widths)
     experts = copied(layer.plain, torch.clone)
@@ -314,14 +368,14 @@ def test_warm_up_in_8_bits_needs_the_models_dtype() -> None:
     launch.warm_up(layer.routes.slots, layer.experts, 2, 1, torch.float16)
 
 
-def test_tiles_are_chosen_for_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", [THREE.in_8_bits("float", "group"), THREE.in_4_bits(32)], ids=str)
+def test_tiles_are_chosen_for_codes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the type of tokens, and for how experts are stored."""
-    layer = build(Case(40, [64, 128] * 8, 2, 64).in_8_bits("float", "group"), torch.float16)
+    layer = build(case, torch.float16)
     shapes = []
-    monkeypatch.setattr(launch, "choose_config", lambda shape, tokens: shapes.append(shape) or SMALL)
+    monkeypatch.setattr(launch, "choose_config", lambda shape, tokens: shapes.append(shape) or case.config)
     launch.triton_ragged_moe(torch.empty_like(layer.x), *layer.inputs)
-    assert shapes == [layer.shape] and layer.shape.dtype == torch.float16
-    assert layer.shape.scheme == ExpertScheme("float", group_size=32)
+    assert shapes == [LayerShape.of(case.widths, 64, 2, torch.float16, case.scheme)]
 
 
 def test_index_tables() -> None:

@@ -28,7 +28,7 @@ SCHEMES = [
     ExpertScheme(kind, strategy=strategy, group_size=(128 if ON_GPU else 64) if strategy == "group" else None)
     for kind in ("int", "float")
     for strategy in STRATEGIES
-]
+] + [ExpertScheme(num_bits=4, group_size=64)]
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 needs_hopper = pytest.mark.skipif(not ON_GPU or torch.cuda.get_device_capability()[0] < 9, reason="needs a Hopper GPU")
 
@@ -55,7 +55,7 @@ def random_config(layer: Layer, tokens: int, seed: int) -> TileConfig:
 
 
 def is_possible(config: TileConfig, layer: Layer) -> bool:
-    return config.is_possible(layer.shape.hidden_size, layer.shape.group_size)
+    return config.is_possible(layer.shape.hidden_size, layer.shape.group_size, is_packed=layer.shape.is_packed)
 
 
 def make(
@@ -83,7 +83,7 @@ def test_against_fp64(name: str, tokens: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.name}-{scheme.strategy}")
 @pytest.mark.parametrize("tokens", [1, 64, 2048] if ON_GPU else [1, 17])
 @pytest.mark.parametrize("name", SHAPES)
-def test_experts_in_8_bits(name: str, tokens: int, scheme: ExpertScheme, dtype: torch.dtype) -> None:
+def test_experts_as_codes(name: str, tokens: int, scheme: ExpertScheme, dtype: torch.dtype) -> None:
     """Against the experts that codes and scales stand for."""
     layer = make(name, tokens, dtype, scheme=scheme)
     assert layer.error(layer.run(None)) < TOLERANCE[dtype]
@@ -99,7 +99,9 @@ def test_degenerate_routing(name: str, tokens: int, routing: str) -> None:
 
 @pytest.mark.parametrize("seed", range(12 if ON_GPU else 3))
 @pytest.mark.parametrize("tokens", [1, 32, 1024] if ON_GPU else [2, 30])
-@pytest.mark.parametrize("scheme", [None, *SCHEMES[::3]], ids=lambda scheme: scheme.name if scheme else "dense")
+@pytest.mark.parametrize(
+    "scheme", [None, *SCHEMES[::3], SCHEMES[-1]], ids=lambda scheme: scheme.name if scheme else "dense"
+)
 def test_tiles_that_tuning_would_try(scheme: ExpertScheme | None, tokens: int, seed: int) -> None:
     layer = make(next(iter(SHAPES)), tokens, DTYPES[0], seed=seed, scheme=scheme)
     assert layer.error(layer.run(random_config(layer, tokens, seed))) < TOLERANCE[DTYPES[0]]

@@ -19,6 +19,7 @@ from heapr_vllm.model_executor.kernels.triton.tiles import (
     choose_config,
     configs_up_to,
     default_config,
+    plane_size,
     profile_entry,
     token_entry,
 )
@@ -130,14 +131,31 @@ def test_default_tiles_in_8_bits(kind: str, hidden: int, tokens: int) -> None:
             )
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 32, 64, 256, 1024, 4096, 8192])
+@pytest.mark.parametrize(("hidden", "step"), [(2048, 256), (2880, 64), (3584, 256), (896, 128)])
+def test_default_tiles_in_4_bits(hidden: int, step: int, tokens: int) -> None:
+    """A step of the up kernel is four planes, of 64 inputs where the hidden size allows that."""
+    shape = LayerShape(hidden, 8, 128, 576, 768, torch.bfloat16, ExpertScheme.for_hidden_size("int4", hidden))
+    for hopper in (True, False):
+        for dtype in (torch.bfloat16, torch.float32):
+            config = default_config(tokens, replace(shape, dtype=dtype), hopper)
+            config.check(hidden, 64, is_packed=True)
+            assert config.up.block_k == step and config.decode == "bits"
+
+
 def test_names_of_tuned_files() -> None:
-    """Dense ones as they have been; 8-bit ones say how experts are stored, beside the type of tokens."""
+    """Dense ones as they have been; those of codes say how experts are stored, beside the type of tokens."""
     by_channel = ExpertScheme("int", strategy="channel", group_size=None)
-    names = [replace(SHAPE, scheme=scheme).file_name("H 200") for scheme in (None, ExpertScheme("float"), by_channel)]
+    in_4_bits = ExpertScheme(num_bits=4, group_size=64)
+    names = [
+        replace(SHAPE, scheme=scheme).file_name("H 200")
+        for scheme in (None, ExpertScheme("float"), by_channel, in_4_bits)
+    ]
     assert names == [
         "hidden_size=2048,top_k=8,dtype=bfloat16,device=H_200.json",
         "hidden_size=2048,top_k=8,dtype=bfloat16,experts=fp8_group128,device=H_200.json",
         "hidden_size=2048,top_k=8,dtype=bfloat16,experts=int8_channel,device=H_200.json",
+        "hidden_size=2048,top_k=8,dtype=bfloat16,experts=int4_group64,device=H_200.json",
     ]
 
 
@@ -152,8 +170,8 @@ def test_entries_of_older_files_are_read() -> None:
     [
         (TileConfig(16, Tile(32, 64), Tile(32, 32)), "groups of 32 that share a scale are no multiple"),
         (TileConfig(16, Tile(32, 32), Tile(64, 32)), "groups of 32 that share a scale are no multiple"),
-        (TileConfig(16, Tile(32, 32, tma=True), Tile(32, 64)), "tma reads no 8-bit experts"),
-        (TileConfig(16, Tile(32, 32), Tile(32, 64, tma=True)), "tma reads no 8-bit experts"),
+        (TileConfig(16, Tile(32, 32, tma=True), Tile(32, 64)), "tma reads no codes"),
+        (TileConfig(16, Tile(32, 32), Tile(32, 64, tma=True)), "tma reads no codes"),
         (TileConfig(16, Tile(32, 32), Tile(32, 64), decode="guess"), "decode is 'guess', not one of bits, cast"),
     ],
 )
@@ -161,6 +179,30 @@ def test_tiles_that_do_not_fit_codes(config: TileConfig, message: str) -> None:
     assert not config.is_possible(64, 32)
     with pytest.raises(ValueError, match=message):
         config.check(64, 32)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (TileConfig(16, Tile(32, 64), Tile(32, 64)), "need fused, and block_k 128 and 64"),
+        (TileConfig(16, Tile(32, 128), Tile(32, 32)), "need fused, and block_k 128 and 64"),
+        (TileConfig(16, Tile(32, 128), Tile(32, 64), fused=False), "need fused, and block_k 128 and 64"),
+        (TileConfig(16, Tile(32, 128), Tile(64, 64)), "groups of 32 that share a scale are no multiple"),
+        (TileConfig(16, Tile(32, 128, tma=True), Tile(32, 64)), "tma reads no codes"),
+    ],
+)
+def test_tiles_that_do_not_fit_codes_of_4_bits(config: TileConfig, message: str) -> None:
+    assert not config.is_possible(128, 32, is_packed=True)
+    with pytest.raises(ValueError, match=message):
+        config.check(128, 32, is_packed=True)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "group", "plane"),
+    [(2048, 64, 64), (2048, 128, 64), (2048, 32, 32), (384, 64, 32), (2880, 64, 16), (64, 64, 16), (96, 32, 0)],
+)
+def test_planes(hidden: int, group: int, plane: int) -> None:
+    assert plane_size(hidden, group) == plane
 
 
 def test_default_blocks_are_as_tall_as_stock_vllms() -> None:
