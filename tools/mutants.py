@@ -49,7 +49,7 @@ SWAPS: dict[type[ast.AST], type[ast.AST]] = {
 }
 LAUNCHED = ("ragged_up_kernel", "ragged_down_kernel", "combine_kernel")
 HELPERS = ("_place", "_tile", "_block", "_decode", "_scale_ptrs", "_step_scale", "_add_product", "_scale_sum")
-HELPERS_IN_4_BITS = ("_plane",)
+HELPERS_IN_4_BITS = ("_places", "_plane", "_scaled_plane")
 KERNELS = (*HELPERS, *HELPERS_IN_4_BITS, *LAUNCHED)
 ROUTE_BLOCKS = ("align_routes", "max_blocks", "build")
 LAUNCHER = (
