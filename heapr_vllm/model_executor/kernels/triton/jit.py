@@ -265,15 +265,15 @@ def ragged_up_kernel(
             rows_2n = tl.where(offs_2n < 2 * width, offs_2n, 0)
             w_ptrs = w13 + (slab * 128 + rows_2n)[None, :] * (H // PLACES) + offs_k[:, None]
             scale_ptrs = _scale_ptrs(w13_scale, slab, rows_2n, GROUP, H)
-            if PLACES == 4 and BLOCK_M >= 64:
+            if PLACES == 1:
+                scale = _step_scale(scale_ptrs, 0, GROUP, H)
                 for k in range(0, H, BLOCK_K):
-                    words = tl.load(w_ptrs + k // PLACES)
-                    for place in tl.static_range(PLACES):
-                        a = tl.load(x_ptrs + (k + place * PLANE), mask=valid[:, None], other=0.0)
-                        scale = tl.load(scale_ptrs + (k + place * PLANE) // GROUP * 128)
-                        b = _scaled_plane(words, place, scale[None, :], a.dtype)
-                        both = tl.dot(a, b, both, input_precision=PRECISION)
-            elif PLACES == 4:
+                    next_scale = _step_scale(scale_ptrs, k + BLOCK_K, GROUP, H)
+                    a = tl.load(x_ptrs + k, mask=valid[:, None], other=0.0)
+                    both = _add_product(both, a, tl.load(w_ptrs + k), scale, GROUP, H, PRECISION)
+                    scale = next_scale
+                both = _scale_sum(both, scale_ptrs, GROUP, H)
+            elif BLOCK_M < 64:
                 scale = _step_scale(scale_ptrs, 0, GROUP, H)
                 for k in range(0, H, BLOCK_K):
                     words = tl.load(w_ptrs + k // PLACES)
@@ -284,13 +284,13 @@ def ragged_up_kernel(
                         scale = next_scale
                 both = _scale_sum(both, scale_ptrs, GROUP, H)
             else:
-                scale = _step_scale(scale_ptrs, 0, GROUP, H)
                 for k in range(0, H, BLOCK_K):
-                    next_scale = _step_scale(scale_ptrs, k + BLOCK_K, GROUP, H)
-                    a = tl.load(x_ptrs + k, mask=valid[:, None], other=0.0)
-                    both = _add_product(both, a, tl.load(w_ptrs + k), scale, GROUP, H, PRECISION)
-                    scale = next_scale
-                both = _scale_sum(both, scale_ptrs, GROUP, H)
+                    words = tl.load(w_ptrs + k // PLACES)
+                    for place in tl.static_range(PLACES):
+                        a = tl.load(x_ptrs + (k + place * PLANE), mask=valid[:, None], other=0.0)
+                        scale = tl.load(scale_ptrs + (k + place * PLANE) // GROUP * 128)
+                        b = _scaled_plane(words, place, scale[None, :], a.dtype)
+                        both = tl.dot(a, b, both, input_precision=PRECISION)
         gate, up = tl.split(both.reshape(BLOCK_M, BLOCK_N, 2))
     else:
         neurons = tl.where(offs_n < width, offs_n, 0)
