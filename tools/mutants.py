@@ -49,7 +49,7 @@ SWAPS: dict[type[ast.AST], type[ast.AST]] = {
 }
 LAUNCHED = ("ragged_up_kernel", "ragged_down_kernel", "combine_kernel")
 HELPERS = ("_place", "_tile", "_block", "_decode", "_scale_ptrs", "_step_scale", "_add_product", "_scale_sum")
-HELPERS_IN_4_BITS = ("_plane",)
+HELPERS_IN_4_BITS = ("_places", "_plane", "_scaled_plane")
 KERNELS = (*HELPERS, *HELPERS_IN_4_BITS, *LAUNCHED)
 ROUTE_BLOCKS = ("align_routes", "max_blocks", "build")
 LAUNCHER = (
@@ -78,7 +78,12 @@ EQUIVALENT = {
     "_decode: (bits << 4 & -30736).to(tl.bfloat16, bitcast=True) * BF16_OVER_E4M3  ->  "
     "(bits << 4 & -30736).to(tl.bfloat16, bitcast=True) + BF16_OVER_E4M3": "the interpreter has no right bf16",
     "_decode: bits << 4  ->  bits >> 4": "as above: test_bits_of_e4m3_in_bf16",
+    "ragged_up_kernel: BLOCK_M < 64  ->  BLOCK_M <= 64": "both ways are right: what registers allow",
     "_plane: 4 * PLACE  ->  4 + PLACE": "the interpreter has no such instructions: test_bits_of_4_bits_in_bf16",
+    "_scaled_plane: dtype == tl.bfloat16  ->  dtype != tl.bfloat16": "the same in fp32",
+    "_scaled_plane: _plane(words, PLACE, dtype) * scale.to(dtype)  ->  _plane(words, PLACE, dtype) + scale.to(dtype)": (
+        "the interpreter has no right bf16"
+    ),
     "_step_scale: H - GROUP  ->  H + GROUP": "what is loaded for a step after the last one is not used",
     "_weights: config.decode == 'bits'  ->  config.decode != 'bits'": "both are exact: test_decodes_are_as_chosen",
 }  # each stands for one place: where the same expression occurs twice, later places are numbered

@@ -105,6 +105,7 @@ CASES_IN_4_BITS = [
     Case(33, [64, 128], 1, 384, TALL, routing="nobody").in_4_bits(64),  # it is two planes
     Case(9, [64, 128], 2, 192, DECODE).in_4_bits(64),  # it is a step of the shortest planes, of three
     Case(20, [64, 128], 1, 256, None).in_4_bits(128),  # it is larger than ours
+    Case(5, [128, 64], 1, 256, WIDE).in_4_bits(32),  # it is a plane, shorter than the hidden size allows
     Case(70, [64, 192], 1, 512, replace(WIDE, block_m=64), (0,)).in_4_bits(64),  # weights are scaled, not sums
     Case(70, [64, 192], 1, 64, replace(SMALL, block_m=64)).in_4_bits(32),
 ]
@@ -116,7 +117,7 @@ FEW_IN_8_BITS = [
     Case(20, [64, 0, 192, 128], 2, 64, UNFUSED).in_8_bits("int", "channel"),
     Case(2, [64, 128] * 8, 2, 64, DECODE, (3, 5, 7), "nobody").in_8_bits("float", "channel", "cast"),
 ]  # what `tools/mutants.py` has time for
-FEW_IN_4_BITS = [*CASES_IN_4_BITS[-6:-4], *CASES_IN_4_BITS[-2:], Case(9, [64, 128], 2, 64, DECODE).in_4_bits(32)]
+FEW_IN_4_BITS = [*CASES_IN_4_BITS[-7:-5], *CASES_IN_4_BITS[-3:], Case(9, [64, 128], 2, 64, DECODE).in_4_bits(32)]
 
 
 class Layer(NamedTuple):

@@ -266,6 +266,9 @@ def test_jobs_of_a_model(masks_repository: Path, tmp_path: Path) -> None:
     config["quantization_config"] |= {"experts": None, "inner": inner}
     (stored / "config.json").write_text(json.dumps(config))
     assert jobs_of_model(stored)[0].scheme == ExpertScheme("float", group_size=32), "as the base model stores them"
+    (stored / "config.json").write_text(json.dumps({**config, "hidden_size": 96}))
+    with pytest.raises(HeaprError, match="int4 experts on GPUs need a hidden size in multiples of 64, not 96"):
+        jobs_of_model(stored, quantize="int4")
     with pytest.raises(HeaprError, match="unknown shape 'nope'; choose from Qwen3-30B-A3B"):
         jobs_of_shapes(["nope"], [0.25], torch.bfloat16)
     with pytest.raises(HeaprError, match="heapr prune"):

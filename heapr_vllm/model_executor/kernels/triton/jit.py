@@ -40,6 +40,12 @@ FP16_OVER_E4M3 = tl.constexpr(2.0**8)
 BF16_OVER_E4M3 = tl.constexpr(2.0**120)
 
 
+@triton.constexpr_function
+def _places(dtype):
+    """How many weights an element has at the end of pointers of `dtype`."""
+    return 4 if dtype == tl.pointer_type(tl.uint16) else 1
+
+
 @triton.jit
 def _place(table, index):
     """(first slab int64, number of slabs int32) of the expert at `index` of the table."""
@@ -97,7 +103,7 @@ def _block(
 def _prefetch(w2, slab, slabs, pid_n, H: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr):
     """Asks L2 for this tile's part of an expert's first AHEAD slabs, in lines of 128 bytes."""
     LENGTH: tl.constexpr = 1024 // w2.dtype.element_ty.primitive_bitwidth
-    DEPTH: tl.constexpr = 16 if w2.dtype.element_ty == tl.uint16 else 64
+    DEPTH: tl.constexpr = 64 // _places(w2.dtype)
     LINES: tl.constexpr = BLOCK_N * DEPTH // LENGTH
     line = tl.arange(0, AHEAD * LINES)
     ahead = tl.minimum(line // LINES, tl.maximum(slabs - 1, 0))
@@ -243,7 +249,7 @@ def ragged_up_kernel(
         return
     valid = routes < num_routes
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    PLACES: tl.constexpr = 1 if GROUP == 0 else 4 if w13.dtype.element_ty == tl.uint16 else 1
+    PLACES: tl.constexpr = _places(w13.dtype)
     PLANE: tl.constexpr = BLOCK_K // PLACES
     offs_k = tl.arange(0, PLANE)
     x_ptrs = x + (routes // TOP_K).to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
@@ -259,15 +265,15 @@ def ragged_up_kernel(
             rows_2n = tl.where(offs_2n < 2 * width, offs_2n, 0)
             w_ptrs = w13 + (slab * 128 + rows_2n)[None, :] * (H // PLACES) + offs_k[:, None]
             scale_ptrs = _scale_ptrs(w13_scale, slab, rows_2n, GROUP, H)
-            if PLACES == 4 and BLOCK_M >= 64:
+            if PLACES == 1:
+                scale = _step_scale(scale_ptrs, 0, GROUP, H)
                 for k in range(0, H, BLOCK_K):
-                    words = tl.load(w_ptrs + k // PLACES)
-                    for place in tl.static_range(PLACES):
-                        a = tl.load(x_ptrs + (k + place * PLANE), mask=valid[:, None], other=0.0)
-                        scale = tl.load(scale_ptrs + (k + place * PLANE) // GROUP * 128)
-                        b = _scaled_plane(words, place, scale[None, :], a.dtype)
-                        both = tl.dot(a, b, both, input_precision=PRECISION)
-            elif PLACES == 4:
+                    next_scale = _step_scale(scale_ptrs, k + BLOCK_K, GROUP, H)
+                    a = tl.load(x_ptrs + k, mask=valid[:, None], other=0.0)
+                    both = _add_product(both, a, tl.load(w_ptrs + k), scale, GROUP, H, PRECISION)
+                    scale = next_scale
+                both = _scale_sum(both, scale_ptrs, GROUP, H)
+            elif BLOCK_M < 64:
                 scale = _step_scale(scale_ptrs, 0, GROUP, H)
                 for k in range(0, H, BLOCK_K):
                     words = tl.load(w_ptrs + k // PLACES)
@@ -278,13 +284,13 @@ def ragged_up_kernel(
                         scale = next_scale
                 both = _scale_sum(both, scale_ptrs, GROUP, H)
             else:
-                scale = _step_scale(scale_ptrs, 0, GROUP, H)
                 for k in range(0, H, BLOCK_K):
-                    next_scale = _step_scale(scale_ptrs, k + BLOCK_K, GROUP, H)
-                    a = tl.load(x_ptrs + k, mask=valid[:, None], other=0.0)
-                    both = _add_product(both, a, tl.load(w_ptrs + k), scale, GROUP, H, PRECISION)
-                    scale = next_scale
-                both = _scale_sum(both, scale_ptrs, GROUP, H)
+                    words = tl.load(w_ptrs + k // PLACES)
+                    for place in tl.static_range(PLACES):
+                        a = tl.load(x_ptrs + (k + place * PLANE), mask=valid[:, None], other=0.0)
+                        scale = tl.load(scale_ptrs + (k + place * PLANE) // GROUP * 128)
+                        b = _scaled_plane(words, place, scale[None, :], a.dtype)
+                        both = tl.dot(a, b, both, input_precision=PRECISION)
         gate, up = tl.split(both.reshape(BLOCK_M, BLOCK_N, 2))
     else:
         neurons = tl.where(offs_n < width, offs_n, 0)
@@ -355,7 +361,7 @@ def ragged_down_kernel(
         for k in range(0, width, BLOCK_K):
             b = w2.load([first + (k // 64) * H, 0])
             total = tl.dot(hidden.load([first_row, k]), b.T, total, input_precision=PRECISION)
-    elif w2.dtype.element_ty == tl.uint16:
+    elif _places(w2.dtype) == 4:
         offs_plane = tl.arange(0, 16)
         hidden_ptrs = hidden + rows[:, None] * stride_hm + offs_plane[None, :]
         w2_ptrs = w2 + slab * (16 * H) + offs_n[None, :] * 16 + offs_plane[:, None]

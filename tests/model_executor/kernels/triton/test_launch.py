@@ -106,17 +106,18 @@ def test_every_code_is_decoded_exactly(stored: torch.dtype, dtype: torch.dtype) 
 
 @triton.jit
 def plane_kernel(words, numbers, BLOCK: tl.constexpr):
-    """Grid (1,). `words` [BLOCK] and `numbers` [4, BLOCK]."""
-    places = tl.arange(0, BLOCK)
+    """Grid (n,). `words` [n * BLOCK] and `numbers` [4, n * BLOCK]."""
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     for place in tl.static_range(4):
-        tl.store(numbers + place * BLOCK + places, _plane(tl.load(words + places), place, numbers.dtype.element_ty))
+        decoded = _plane(tl.load(words + places), place, numbers.dtype.element_ty)
+        tl.store(numbers + place * tl.num_programs(0) * BLOCK + places, decoded)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_word_is_decoded_exactly(dtype: torch.dtype) -> None:
     words = torch.arange(2**16, dtype=torch.int32, device=DEVICE)
     numbers = torch.empty(4, 2**16, dtype=dtype, device=DEVICE)
-    plane_kernel[(1,)](words.to(torch.uint16), numbers, 2**16)
+    plane_kernel[(64,)](words.to(torch.uint16), numbers, 2**10)
     for place, found in enumerate(numbers):
         assert torch.equal(found, ((words >> 4 * place & 15) - 8).to(dtype))
 
