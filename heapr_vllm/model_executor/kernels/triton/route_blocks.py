@@ -37,7 +37,7 @@ def align_routes(
     position = (first_row[slot] + rank).clamp_(max=num_blocks * block_m)
     route_ids = torch.full((num_blocks * block_m + 1,), num_routes, dtype=torch.int32, device=device)
     route_ids.scatter_(0, position, order.int())
-    route_ids[-1] = num_routes
+    route_ids[-1:].fill_(num_routes)  # not by assignment, which copies the number from the host
     block_starts = torch.arange(num_blocks, device=device) * block_m
     block_slots = torch.searchsorted(ends, block_starts, right=True)
     return route_ids, block_slots.where(block_starts < ends[-1], -1).int(), ends[-1:].int()
