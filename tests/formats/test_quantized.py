@@ -29,6 +29,8 @@ SCHEMES = [
     ExpertScheme(type="int", strategy="channel", group_size=None),
 ]
 WIDTHS = (0, 1, 7, 48)
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
 
@@ -135,14 +137,32 @@ def compressed(weights: dict, inputs: dict | None = None) -> dict:
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
 
 
+def packed(weights: dict, inputs: dict | None = None) -> dict:
+    weights = {"num_bits": 4, "strategy": "group", "group_size": 128} | weights
+    return compressed(weights, inputs) | {"format": "pack-quantized"}
+
+
 @pytest.mark.parametrize(
     ("block", "what"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        (GPTQ | {"bits": 3}, "GPTQ with 3 bits"),
+        (GPTQ | {"bits": 8}, "GPTQ with 8 bits"),
+        (GPTQ | {"sym": False}, "asymmetric GPTQ"),
+        (GPTQ | {"desc_act": True}, "desc_act"),
+        (GPTQ | {"group_size": -1}, "GPTQ without groups"),
+        (GPTQ | {"dynamic": {r"+:.*\.[0-3]\..*": {"bits": 8}}}, "other settings for some modules"),
+        (AWQ | {"bits": 8}, "AWQ with 8 bits"),
+        (AWQ | {"version": "gemv"}, "version gemv"),
+        (AWQ | {"zero_point": False}, "AWQ without zero points"),
+        (AWQ | {"group_size": -1}, "AWQ without groups"),
         ({"quant_method": "modelopt"}, "modelopt"),
         (FP8 | {"activation_scheme": "static"}, "static activation scales"),
         (FP8 | {"weight_block_size": None}, "one scale per tensor"),
         (compressed({"num_bits": 4}), "int with 4 bits"),
+        (packed({"num_bits": 8}), "int with 8 bits packed"),
+        (packed({"strategy": "channel", "group_size": None}), "packed by channel"),
+        (packed({"actorder": "group"}), "order of activations"),
+        (packed({}, {"dynamic": True}), "quantized activations"),
         (compressed({"type": "float", "num_bits": 4}), "float with 4 bits"),
         (compressed({"symmetric": False}), "int with 8 bits"),
         (compressed({"strategy": "group"}), "strategy group"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts in 8 bits, served: what comes out is what stock vLLM computes with the values of the codes, in fp32."""
+"""Experts in 8 bits, and base models in 4, served: what comes out is what stock vLLM computes with the values of the codes, in fp32."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from tools import families
 
 pytestmark = pytest.mark.vllm
 FP8, INT8 = "deepseek_v3+fp8-block", "qwen3_moe+int8"
-FAST = (FP8, INT8, "qwen3_moe+int8-channel")
+FAST = (FP8, INT8, "qwen3_moe+int8-channel", "qwen3_moe+gptq", "deepseek_v3+awq")
 RANKS = ("qwen3_moe+fp8-block", *FAST[1:])
 SLOW = [
     *(pytest.param(mode, RANKS, id=mode) for mode in ("TP=2", "EP=2", "compile")),

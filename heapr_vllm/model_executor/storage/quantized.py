@@ -26,7 +26,8 @@ class QuantizedStorage(DenseStorage):
     """This rank's experts of a layer as codes, with `scales` beside them.
 
     scheme: how they are stored. base: format of the full-size codes that masks slice; None for those of a compact
-    checkpoint, and for weights in the model's dtype, which are rounded row by row as they come.
+    checkpoint, and for weights in the model's dtype, which are rounded row by row as they come. Codes of a base model
+    of 4 bits come as the scheme has them (`unpacking.py`).
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class QuantizedStorage(DenseStorage):
     ) -> None:
         super().__init__(masks, local_ids, shares, layout)
         self.scheme = scheme
-        self.base = base
+        self.base = base if base is None or base.packing is None else None
         self.rounds = base is None and not masks.is_compact
         self.codes_per_element = scheme.codes_per_byte
         self.zero = scheme.zero_byte
