@@ -179,9 +179,7 @@ def _round(weight: torch.Tensor, scheme: BaseQuantization) -> tuple[torch.Tensor
     return codes.mul(127.5 / 127).round().clamp(-128, 127).to(torch.int8), scale * (127 / 127.5)
 
 
-def _round_to_4_bits(
-    weight: torch.Tensor, is_symmetric: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _round_to_4_bits(weight: torch.Tensor, is_symmetric: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes 0 to 15 [O, I], zero points and float16 scales [O, ceil(I / BLOCK)] of a weight."""
     groups = -(-weight.shape[1] // BLOCK)
     padded = torch.nn.functional.pad(weight, (0, groups * BLOCK - weight.shape[1])).unflatten(1, (groups, BLOCK))

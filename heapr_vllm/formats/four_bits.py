@@ -110,7 +110,7 @@ class Packing(ABC):
 
 @dataclass(frozen=True)
 class Gptq(Packing):
-    """GPTQ, symmetric: qweight [I / 8, O] along inputs, lowest bits first; scales [I / g, O] and qzeros [I / g, O / 8]."""
+    """GPTQ, symmetric: qweight [I / 8, O] along inputs, lowest bits first; scales [I / g, O], qzeros [I / g, O / 8]."""
 
     codes: str = "qweight"
     scale: str = "scales"
@@ -136,7 +136,7 @@ class Gptq(Packing):
 
 @dataclass(frozen=True)
 class Awq(Gptq):
-    """AWQ, version GEMM: qweight [I, O / 8] and qzeros [I / g, O / 8], along outputs, interleaved; scales [I / g, O]."""
+    """AWQ, version GEMM: qweight [I, O / 8], qzeros [I / g, O / 8], both along outputs, interleaved; scales [I / g, O]."""
 
     def _shape(self, rows: int, columns: int) -> tuple[int, int]:
         return columns * PER_WORD, rows

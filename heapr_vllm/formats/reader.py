@@ -56,7 +56,8 @@ class TensorReader:
     def verbatim(self, name: str) -> dict[str, torch.Tensor]:
         """Reads the tensor as it is stored, by name; of 4 bits all that hold it, but experts as int8 with their scales.
 
-        The latter are what `BaseQuantization.neuron_codes` makes of them. Raises HeaprError if it is codes and they or their scales are damaged.
+        The latter are what `BaseQuantization.neuron_codes` makes of them. Raises HeaprError if it is codes and they or
+        their scales are damaged.
         """
         if name in self.checkpoint.packed:
             if not self.checkpoint.is_pruned_expert(name):

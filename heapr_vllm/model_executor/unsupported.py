@@ -71,6 +71,6 @@ def refuse_other_loaders(base: BaseQuantization | None) -> None:
     load_format = get_current_vllm_config().load_config.load_format
     if base is not None and base.packing is not None and load_format in OTHER_LOADERS:
         raise HeaprError(
-            f"--load-format {load_format} does not unpack a base model of 4 bits; use heapr, or write a checkpoint with "
-            "`heapr export`"
+            f"--load-format {load_format} does not unpack a base model of 4 bits; use heapr, or write a checkpoint "
+            "with `heapr export`"
         )
