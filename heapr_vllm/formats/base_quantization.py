@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.formats.four_bits import Awq, Gptq, Packing, PackQuantized
-from heapr_vllm.formats.quantized import SCALE_SUFFIX, ExpertScheme, dequantize
+from heapr_vllm.formats.four_bits import ZERO_POINT, Awq, Gptq, Packing, PackQuantized
+from heapr_vllm.formats.quantized import SCALE_SUFFIX, ExpertScheme, dequantize, pack_nibbles
 from heapr_vllm.formats.schema import Positive, convert
 
 FP8_SCALE_SUFFIX = "_scale_inv"
@@ -180,15 +180,21 @@ class BaseQuantization:
             raise _unsupported(model, f"{what} packed, groups in the order of activations")
         packing = PackQuantized(weights.group_size)
         if not weights.symmetric:
-            packing = PackQuantized(weights.group_size, others=(*packing.others, "weight_zero_point"))
+            packing = PackQuantized(weights.group_size, others=(*packing.others, ZERO_POINT))
         return cls._packed(packing, what, model)
 
     def scheme(self, hidden_size: int) -> ExpertScheme:
-        """Returns how the experts are stored once pruned: no code changes but those of 4-bit down projections."""
+        """Returns how the experts are stored once pruned, without changing a code.
+
+        But down projections of 4 bits, whose groups cross neurons, become codes of 8, and so do gate and up if they
+        have zero points.
+        """
         if self.blocks is None:
             return ExpertScheme(type=self.type, strategy="channel", group_size=None)
         if self.packing is not None:
-            scheme = ExpertScheme(group_size=gcd(hidden_size, self.packing.group_size))
+            group_size = gcd(hidden_size, self.packing.group_size)
+            scheme = ExpertScheme(num_bits=4, down_bits=8, group_size=group_size)
+            scheme = scheme if self.packing.is_symmetric else scheme.widened()
             scheme.check(hidden_size)
             return scheme
         scheme = ExpertScheme(type=self.type, group_size=gcd(hidden_size, *self.blocks))
@@ -207,7 +213,7 @@ class BaseQuantization:
     def neuron_codes(
         self, parts: Mapping[str, torch.Tensor], shard: str, name: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns an expert's weight of 4 bits as `scheme` says: int8 codes [O, I] and scales.
+        """Returns an expert's weight of 4 bits as `scheme` says: codes and scales.
 
         gate and up keep their codes and scales. down_proj, whose groups cross neurons, is rounded to 8 bits. `parts`:
         as in `Packing.unpack`, which says what is raised.
@@ -219,6 +225,7 @@ class BaseQuantization:
             return self.scheme(shape[0]).quantize(dequantize(codes, scale, self.block(shape)), shard)
         scheme = self.scheme(shape[1])
         repeats = self.packing.group_size // scheme.block(shard, shape)[1]
+        codes = pack_nibbles(codes) if scheme.num_bits == 4 else codes
         return codes, scale.repeat_interleave(repeats, 1)[:, : scheme.scale_shape(shard, shape)[1]].contiguous()
 
     def neuron_scale(self, scale: torch.Tensor, shard: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -20,6 +20,7 @@ STORED_DTYPE = "I4"  # what a weight's header says; no file says it
 PER_WORD = 8  # codes in an int32
 WEIGHT = "weight"
 GPTQ_ZEROS = (7, 8)  # symmetric: stored less one, or by GPTQModel's second version as it is
+ZERO_POINT = "weight_zero_point"
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # where in an int32 the next of eight outputs lies
 
 
@@ -36,6 +37,11 @@ class Packing(ABC):
     scale: str
     others: tuple[str, ...]
     order: str
+
+    @property
+    @abstractmethod
+    def is_symmetric(self) -> bool:
+        """Whether codes less their zero point are -8 to 7."""
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -117,6 +123,10 @@ class Gptq(Packing):
     others: tuple[str, ...] = ("qzeros",)
     order: str = "g_idx"
 
+    @property
+    def is_symmetric(self) -> bool:
+        return True
+
     def _shape(self, rows: int, columns: int) -> tuple[int, int]:
         return columns, rows * PER_WORD
 
@@ -136,7 +146,11 @@ class Gptq(Packing):
 
 @dataclass(frozen=True)
 class Awq(Gptq):
-    """AWQ, version GEMM: qweight [I, O / 8], qzeros [I / g, O / 8], both along outputs, interleaved; scales [I / g, O]."""
+    """AWQ, version GEMM: qweight [I, O / 8], qzeros [I / g, O / 8] along outputs, interleaved; scales [I / g, O]."""
+
+    @property
+    def is_symmetric(self) -> bool:
+        return False
 
     def _shape(self, rows: int, columns: int) -> tuple[int, int]:
         return columns * PER_WORD, rows
@@ -163,6 +177,10 @@ class PackQuantized(Packing):
     others: tuple[str, ...] = ("weight_shape",)
     order: str = "weight_g_idx"
 
+    @property
+    def is_symmetric(self) -> bool:
+        return ZERO_POINT not in self.others
+
     def _shape(self, rows: int, columns: int) -> tuple[int, int]:
         return rows, columns * PER_WORD
 
@@ -171,7 +189,7 @@ class PackQuantized(Packing):
         shapes = {
             "weight_scale": (outputs, groups),
             "weight_shape": (2,),
-            "weight_zero_point": (-(-outputs // PER_WORD), groups),
+            ZERO_POINT: (-(-outputs // PER_WORD), groups),
         }
         return {part: shapes[part] for part in (self.scale, *self.others)}
 
@@ -179,9 +197,9 @@ class PackQuantized(Packing):
         codes = _nibbles(parts["weight_packed"])
         if parts["weight_shape"].tolist() != list(codes.shape):
             raise _damaged(name, f"has weight_shape {parts['weight_shape'].tolist()} and codes {list(codes.shape)}")
-        if "weight_zero_point" not in self.others:
+        if self.is_symmetric:
             return codes
-        zeros = _nibbles(parts["weight_zero_point"].T).T[: len(codes)]
+        zeros = _nibbles(parts[ZERO_POINT].T).T[: len(codes)]
         return _less_zeros(codes, zeros, self.group_size)
 
     def _scale(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -54,7 +54,7 @@ class TensorReader:
         return dequantize(value, scale, self._base.block(tuple(value.shape))).to(self.dtype)
 
     def verbatim(self, name: str) -> dict[str, torch.Tensor]:
-        """Reads the tensor as it is stored, by name; of 4 bits all that hold it, but experts as int8 with their scales.
+        """Reads the tensor as it is stored, by name; of 4 bits all that hold it, but experts as codes and scales.
 
         The latter are what `BaseQuantization.neuron_codes` makes of them. Raises HeaprError if it is codes and they or
         their scales are damaged.

@@ -82,13 +82,15 @@ def _exported_bytes(checkpoint: Checkpoint, name: str, owner: str) -> int:
 
 
 def _repacked_bytes(checkpoint: Checkpoint, name: str, shard: str) -> int:
-    """Size of an expert's weight of 4 bits as int8, down projections with float32 scales, the others with their own."""
+    """Size of an expert's weight of 4 bits once exported, down_proj with float32 scales, the others with their own."""
     base = checkpoint.base_quantization
     assert base is not None and base.packing is not None
     shape = checkpoint.headers[name][1]
-    scales = math.prod(base.scheme(checkpoint.hidden_size).scale_shape(shard, shape))
+    scheme = base.scheme(checkpoint.hidden_size)
+    scales = math.prod(scheme.scale_shape(shard, shape))
     own = checkpoint.stored_headers[checkpoint.packed[name][base.packing.scale]][0]
-    return math.prod(shape) + scales * _item_size(checkpoint, "F32" if shard == "w2" else own)
+    codes = math.prod(shape) // scheme.of(shard).codes_per_byte
+    return codes + scales * _item_size(checkpoint, "F32" if shard == "w2" else own)
 
 
 def routed_weights(checkpoint: Checkpoint) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts of a base model of 4 bits while they are loaded: int8 codes and scales, as `heapr export` writes them."""
+"""Experts of a base model of 4 bits while they are loaded: codes and scales as `heapr export` writes them."""
 
 from __future__ import annotations
 

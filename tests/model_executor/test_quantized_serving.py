@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts in 8 bits, of base models in 4 too, served: what stock vLLM computes with the values of the codes, in fp32."""
+"""Experts in 8 and 4 bits, served: what stock vLLM computes with the values of the codes, in fp32."""
 
 import json
 import shutil

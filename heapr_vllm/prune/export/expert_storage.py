@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`heapr export --quantize`: as what the exported checkpoint stores weights, and the stages that make it so.
 
-none: in the model's dtype, codes of the base model dequantised. keep: the very codes of the base model, of which those
-of 4 bits become int8, where down_proj is rounded anew because its groups cross neurons. int8, fp8 and int4: pruned
-experts in 8 or 4 bits, the rest as in the base model.
+none: in the model's dtype, codes of the base model dequantised. keep: the very codes of the base model, but of those
+of 4 bits down_proj is rounded to 8, because its groups cross neurons, and gate and up take 8 if they have zero points.
+int8, fp8 and int4: pruned experts in 8 or 4 bits, the rest as in the base model.
 """
 
 from __future__ import annotations

@@ -121,6 +121,13 @@ def test_four_bits_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch, kernel:
         names(torch.bfloat16, scheme=ExpertScheme("int", num_bits=4, group_size=64))
 
 
+def test_kernels_of_one_width_get_all_experts_in_that_of_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, GPU)
+    assert names(torch.bfloat16, scheme=ExpertScheme("int", num_bits=4, down_bits=8)) == ["triton"]
+    widths = {name: kernel.takes_two_widths for name, kernel in choice.kernels().items()}
+    assert {name for name, takes in widths.items() if takes} == {"compiled_a8", "compiled", "reference"}
+
+
 @pytest.mark.skipif(not extension.load(), reason="no C++ compiler")
 def test_own_op_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEAPR_KERNEL", "ragged")

@@ -20,7 +20,7 @@ from tests.model_executor.kernels.thread_counts import outputs_by_threads
 
 KERNEL = CompiledA8Kernel()
 GROUP = 128  # activations, at most, that share a scale
-KINDS = ("int8", "int4")
+KINDS = ("int8", "int4", "int4-int8")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 pytestmark = pytest.mark.skipif(KERNEL.machine_obstacle() is not None, reason="no compiler, or no AVX-512 VNNI")
 
