@@ -22,6 +22,7 @@ from heapr_vllm.formats.schema import Positive, convert
 
 FP8_SCALE_SUFFIX = "_scale_inv"
 PACKED_FORMAT = "pack-quantized"
+MAX_GROUP_SIZE = 1024  # of 4 bits; scales are spread over groups, whatever a config says they are
 GPTQ_EXCLUDES = "-:"  # what rules of `dynamic` start with that leave modules unquantized
 
 
@@ -107,8 +108,8 @@ class BaseQuantization:
 
     @classmethod
     def _packed(cls, packing: Packing, what: str, model: str) -> BaseQuantization:
-        if packing.group_size < 1:
-            raise _unsupported(model, f"{what} without groups")
+        if not 1 <= packing.group_size <= MAX_GROUP_SIZE:
+            raise _unsupported(model, f"{what} with a group_size of {packing.group_size}")
         return cls("int", (1, packing.group_size), SCALE_SUFFIX, packing)
 
     @classmethod
