@@ -124,7 +124,7 @@ def values(sibling: Path) -> dict[str, torch.Tensor]:
             codes, scale = _DECODED[config["quant_method"]](parts)
             height, width = 1, config.get("group_size", BLOCK)
         rows, columns = torch.arange(len(codes)) // height, torch.arange(codes.shape[1]) // width
-        found[f"{module}.weight"] = codes.float() * scale.float()[rows][:, columns]
+        found[f"{module}.weight"] = (codes.float() * scale.float()[rows][:, columns]).contiguous()
     return tensors | found
 
 

@@ -104,7 +104,7 @@ class Packing(ABC):
         scale = self._scale(parts)
         if not scale.is_floating_point() or not bool(scale.isfinite().all()):
             raise _damaged(name, "holds scales that are not finite")
-        return self._unpack(parts, name), scale
+        return self._unpack(parts, name).contiguous(), scale
 
     def _check_order(self, group_of_input: torch.Tensor, inputs: int, name: str) -> None:
         if not torch.equal(group_of_input.long(), torch.arange(inputs) // self.group_size):
