@@ -102,7 +102,9 @@ def dequantized(sibling: Path, folder: Path) -> Path:
                 del tensors[part]
             tensors[key] = _in_8_bits(value) if is_of_4_bits and "down_proj" in key else value
             ignored.append(key.removesuffix(".weight"))
-    if any(tensor.dtype in CODES for tensor in tensors.values()):
+    if any(key.endswith("qzeros") for key in tensors) and written["quant_method"] == "gptq":
+        config["quantization_config"] = _from_gptq(tensors)
+    elif any(tensor.dtype in CODES for tensor in tensors.values()):
         config["quantization_config"] = _without_experts(written, ignored)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
@@ -248,11 +250,23 @@ def _in_8_bits(down: torch.Tensor) -> torch.Tensor:
 
 def _without_experts(written: dict[str, Any], ignored: list[str]) -> dict[str, Any]:
     """`quantization_config` for a model whose experts, called as `ignored`, are in floating point."""
-    if written["quant_method"] == "gptq":
-        return {**written, "dynamic": {r"-:.*\.experts.*": {}}}
     if written["quant_method"] == "awq":
         return {**written, "modules_to_not_convert": [*written["modules_to_not_convert"], ".experts"]}
     return {**written, "ignore": [*written["ignore"], *ignored]}
+
+
+def _from_gptq(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Makes GPTQ's tensors those of compressed-tensors, in place, and returns the `quantization_config`.
+
+    Stock vLLM does not run a GPTQ model with other experts on CPUs.
+    """
+    for module in [key.removesuffix(".qzeros") for key in tensors if key.endswith(".qzeros")]:
+        parts = {name: tensors.pop(f"{module}.{name}") for name in ("qweight", "scales", "qzeros", "g_idx")}
+        packed, scale = parts["qweight"].T.contiguous(), parts["scales"].T.contiguous()
+        shape = torch.tensor([packed.shape[0], packed.shape[1] * 8])
+        tensors |= {f"{module}.weight_packed": packed, f"{module}.weight_scale": scale, f"{module}.weight_shape": shape}
+    ignored = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
+    return block("w4a16-linears", ignored)
 
 
 def same_bits(codes: torch.Tensor, wanted: torch.Tensor) -> bool:

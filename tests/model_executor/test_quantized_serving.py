@@ -86,6 +86,19 @@ def test_other_modes(mode: str, names: list[str], prepared: Prepare) -> None:
         assert_same(name, found, expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in quantized_models.FOUR_BITS if name.endswith("linears")])
+@pytest.mark.parametrize("mode", ["compact", "masks"])
+def test_attention_of_4_bits_runs_in_the_engines_kernel(mode: str, name: str, prepared: Prepare) -> None:
+    """In bf16, since that kernel has no fp32: experts round differently then, from the third digit on."""
+    folder, env = prepared(f"qwen3_moe+{name}"), {"HEAPR_KERNEL": "compiled"}
+    expected = engine.results(engine.run(folder / "zeroed", dtype="bfloat16", env={"VLLM_PLUGINS": ""}))[0]
+    arguments = families.MODES[mode].arguments
+    process = engine.run(folder / families.MODES[mode].folder, dtype="bfloat16", env=env, **arguments)
+    assert "CPUWNA16LinearKernel" in process.stdout + process.stderr
+    assert families.distance(engine.results(process)[0], expected) < ROUNDING
+
+
 def test_masks_of_the_unquantized_model_serve_its_sibling(prepared: Prepare, corpus: Path, tmp_path: Path) -> None:
     """One calibration for all: the router is the same, so is the fingerprint."""
     plain, sibling = prepared(FAST[2]) / "plain", prepared(FAST[2]) / "base"

@@ -129,28 +129,30 @@ def test_experts_are_rounded(name: str, sibling: Path, masks_repository: Path, t
 
 
 @pytest.mark.filterwarnings("ignore:.*experts to repair see fewer tokens")
-def test_repaired_weights_are_rounded_last(masks_repository: Path, qwen3: Path, tmp_path: Path) -> None:
-    base = quantized_models.quantized(qwen3, tmp_path / "base", "fp8-channel")
+@pytest.mark.parametrize("stored", ["fp8-channel", "gptq", "awq"])
+def test_repaired_weights_are_rounded_last(stored: str, masks_repository: Path, qwen3: Path, tmp_path: Path) -> None:
+    base = quantized_models.quantized(qwen3, tmp_path / "base", stored)
     outputs = {}
     for quantize in ("keep", "none"):
         outputs[quantize] = tmp_path / quantize
         export_checkpoint(
             masks_repository, outputs[quantize], model=str(base), repair=RepairSettings(), quantize=quantize
         )
-    stored = load_file(base / "model.safetensors")
     codes = load_file(outputs["keep"] / "model.safetensors")
-    refitted, rounded = values(outputs["none"]), values(outputs["keep"])
+    whole, refitted, rounded = values(base), values(outputs["none"]), values(outputs["keep"])
     masks = NeuronMasks.from_pretrained(masks_repository)
-    scheme = ExpertScheme(type="float", strategy="channel", group_size=None)
-    for name in filter(ExpertTensor.parse, stored):
+    scheme = Checkpoint(base).expert_quantization.scheme(64)
+    changed = 0
+    for name in filter(ExpertTensor.parse, whole):
         where = ExpertTensor.parse(name)
         if where.shard == "w2":
             expected = scheme.quantize(refitted[name], "w2")[0]
             assert quantized_models.same_bits(codes[name], expected)
             torch.testing.assert_close(rounded[name], refitted[name].float(), rtol=1 / 15, atol=2e-3)
+            changed += not torch.equal(refitted[name], kept(masks, where, whole[name]))
         else:
-            wanted = kept(masks, where, stored[name].view(torch.uint8)).view(stored[name].dtype)
-            assert quantized_models.same_bits(codes[name], wanted)
+            assert torch.equal(rounded[name], kept(masks, where, whole[name]))
+    assert changed > 8
 
 
 def test_sizes(calibration: Path, awkward_masks: NeuronMasks, qwen3: Path, tmp_path: Path) -> None:
