@@ -148,7 +148,9 @@ def test_repaired_weights_are_rounded_last(stored: str, masks_repository: Path, 
         if where.shard == "w2":
             expected = scheme.quantize(refitted[name], "w2")[0]
             assert quantized_models.same_bits(codes[name], expected)
-            torch.testing.assert_close(rounded[name], refitted[name].float(), rtol=1 / 15, atol=2e-3)
+            value = refitted[name].abs()
+            bound = 2e-3 + (value.amax(0) / 250 if scheme.type == "int" else value / 15)
+            assert bool(((rounded[name] - refitted[name]).abs() <= bound).all()), "of the neuron's largest, or its own"
             changed += not torch.equal(refitted[name], kept(masks, where, whole[name]))
         else:
             assert torch.equal(rounded[name], kept(masks, where, whole[name]))
