@@ -69,7 +69,9 @@ class Rank:
         layout = RaggedLayout.build(widths, [round_up(width, 16) for width in widths])
         local_ids = {expert: expert for expert in range(len(WIDTHS))}
         stored = scheme.widened() if widens else scheme
-        self.storage = QuantizedStorage(masks(is_compact), local_ids, shares, layout, stored, base, widens=widens)
+        self.storage = QuantizedStorage(
+            masks(is_compact), local_ids, shares, layout, stored, base, widens=stored != scheme
+        )
         self.layer = nn.Module()
         self.storage.create(self.layer, HIDDEN, torch.bfloat16, self.storage.load, {})
         for parameter in self.layer.parameters():
