@@ -61,7 +61,7 @@ def candidates(
     none can.
     """
     if kernel := forced_kernel():
-        _refuse(kernel, kernel.layer_obstacle(dtype, hidden_size, scheme))
+        _refuse(kernel, _layer_obstacle(kernel, dtype, hidden_size, scheme))
         if adds_up_traffic and not kernel.adds_up_traffic:
             _refuse(kernel, "it does not add up traffic; unset HEAPR_TRAFFIC")
         return [kernel]
@@ -71,15 +71,23 @@ def candidates(
         for kernel in fast
         if kernel.is_default()
         and (kernel.adds_up_traffic or not adds_up_traffic)
-        and kernel.layer_obstacle(dtype, hidden_size, scheme) is None
+        and _layer_obstacle(kernel, dtype, hidden_size, scheme) is None
         and kernel.machine_obstacle() is None
     ]
     if found:
         wished = _as_wished(found)
         return [kernel for kernel in wished if kernel.activation_bits == wished[0].activation_bits]
-    if obstacle := reference.layer_obstacle(dtype, hidden_size, scheme):
+    if obstacle := _layer_obstacle(reference, dtype, hidden_size, scheme):
         raise HeaprError(f"no kernel runs pruned experts of {dtype} and hidden size {hidden_size} here: {obstacle}")
     return [reference]
+
+
+def _layer_obstacle(
+    kernel: RaggedKernel, dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None
+) -> str | None:
+    """As the kernel says, of experts as it gets them."""
+    taken = scheme.widened() if scheme and not kernel.takes_two_widths else scheme
+    return kernel.layer_obstacle(dtype, hidden_size, taken)
 
 
 def _as_wished(found: list[RaggedKernel]) -> list[RaggedKernel]:

@@ -86,6 +86,7 @@ def jobs_of_model(
         scheme = checkpoint.base_quantization.scheme(hidden_size)  # of the base model
     if quantize:
         scheme = ExpertScheme.for_hidden_size(quantize, hidden_size)
+    scheme = scheme.widened() if scheme else None  # as the kernel that is tuned gets it
     if obstacle := scheme_obstacle(scheme, hidden_size):
         raise HeaprError(obstacle)
     jobs: list[Job] = []

@@ -127,6 +127,13 @@ def test_four_bits_of_a_hidden_size_without_planes(monkeypatch: pytest.MonkeyPat
         names(torch.bfloat16, 96, ExpertScheme(num_bits=4, group_size=32))
 
 
+def test_kernels_of_one_width_get_all_experts_in_that_of_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, GPU)
+    assert names(torch.bfloat16, scheme=ExpertScheme("int", num_bits=4, down_bits=8)) == ["triton"]
+    widths = {name: kernel.takes_two_widths for name, kernel in choice.kernels().items()}
+    assert {name for name, takes in widths.items() if takes} == {"compiled_a8", "compiled", "reference"}
+
+
 @pytest.mark.skipif(not extension.load(), reason="no C++ compiler")
 def test_own_op_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEAPR_KERNEL", "ragged")
