@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.platforms import current_platform
@@ -14,6 +15,9 @@ from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels.base import CPUS_ONLY, ExpertRows, RaggedKernel, Routes, Scales
 from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
+
+if TYPE_CHECKING:
+    from heapr_vllm.model_executor.kernels.triton.launch import Steps
 
 
 class TritonKernel(RaggedKernel):
@@ -44,9 +48,7 @@ class TritonKernel(RaggedKernel):
         return None
 
     def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scales | None = None) -> None:
-        from heapr_vllm.model_executor.kernels.triton import launch
-
-        launch.pack(w13, w2, layout, scales)
+        self.steps().pack(w13, w2, layout, scales)
 
     def index_tables(self, slots: Sequence[int], layout: RaggedLayout) -> tuple[torch.Tensor, torch.Tensor]:
         from heapr_vllm.model_executor.kernels.triton import launch
@@ -63,12 +65,18 @@ class TritonKernel(RaggedKernel):
     ) -> None:
         from heapr_vllm.model_executor.kernels.triton import launch
 
-        launch.warm_up(slots, experts, top_k, max_tokens, dtype)
+        launch.warm_up(slots, experts, top_k, max_tokens, dtype, self.steps())
 
     def run(self, output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows) -> None:
         from heapr_vllm.model_executor.kernels.triton import launch
 
-        launch.triton_ragged_moe(output, x, routes, experts)
+        launch.triton_ragged_moe(output, x, routes, experts, steps=self.steps())
+
+    def steps(self) -> Steps:
+        """Returns what it does otherwise than its kin."""
+        from heapr_vllm.model_executor.kernels.triton import launch
+
+        return launch.PLAIN
 
 
 def _is_interpreted() -> bool:

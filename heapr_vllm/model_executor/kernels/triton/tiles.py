@@ -24,6 +24,7 @@ import torch
 from heapr_vllm.formats.quantized import ExpertScheme
 
 TRITON_UNIT = 64  # the Triton kernels store widths in steps of it; also the slab of their w2
+ROUNDED_GROUP = 128  # inputs, at most, that share a scale once rounded
 
 FORMAT_VERSION = 2
 PACKAGED_FOLDER = Path(__file__).parent / "tile_configs"
@@ -49,11 +50,14 @@ class Tile:
 
     def meta(self) -> dict[str, int | bool]:
         """Launch arguments."""
+        return {**self.sizes(), "TMA": self.tma}
+
+    def sizes(self) -> dict[str, int]:
+        """Launch arguments of kernels without TMA."""
         return {
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
             "GROUP_M": self.group_m,
-            "TMA": self.tma,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
@@ -81,11 +85,14 @@ class TileConfig:
         """Launch arguments that all kernels share."""
         return {"CHAINED": True, "launch_pdl": True} if self.chained else {"CHAINED": False}
 
-    def check(self, hidden_size: int, group_size: int = 0) -> None:
+    def check(self, hidden_size: int, group_size: int = 0, activation_bits: int | None = None) -> None:
         """Raises ValueError if the tiles do not fit the layout or each other.
 
         `group_size`: of the scales of 8-bit experts along the hidden size, which it is by channel; 0 without.
         """
+        if activation_bits:
+            self._check_rounded(hidden_size, group_size)
+            return
         if hidden_size % self.up.block_k or hidden_size % self.down.block_n:
             raise ValueError(f"hidden size {hidden_size} is no multiple of the tile {self}")
         if TRITON_UNIT % self.down.block_k:
@@ -103,10 +110,20 @@ class TileConfig:
         if self.prefetch and (self.down.tma or not self.chained):
             raise ValueError("prefetch needs chained, and down without tma")
 
-    def is_possible(self, hidden_size: int, group_size: int = 0) -> bool:
+    def _check_rounded(self, hidden_size: int, group_size: int) -> None:
+        """Does as `check` for rounded activations, whose groups and slabs are steps of the sums."""
+        group = rounded_group(group_size)
+        if (self.up.block_k, self.down.block_k) != (group, TRITON_UNIT) or self.up.block_n % TRITON_UNIT:
+            raise ValueError(f"rounded activations need steps of {group} and {TRITON_UNIT}, and slabs, not {self}")
+        if hidden_size % self.down.block_n:
+            raise ValueError(f"hidden size {hidden_size} is no multiple of the tile {self}")
+        if not self.fused or self.prefetch or self.up.tma or self.down.tma:
+            raise ValueError("rounded activations need fused, and have neither tma nor prefetch")
+
+    def is_possible(self, hidden_size: int, group_size: int = 0, activation_bits: int | None = None) -> bool:
         """Whether `check` finds nothing."""
         with suppress(ValueError):
-            self.check(hidden_size, group_size)
+            self.check(hidden_size, group_size, activation_bits)
             return True
         return False
 
@@ -122,7 +139,7 @@ class TileConfig:
 class LayerShape:
     """What the choice of tiles depends on, besides the token count. Widths are stored widths.
 
-    `dtype`: the model's. `scheme`: how 8-bit experts are stored; None in `dtype`.
+    `dtype`: the model's. `scheme`: how 8-bit experts are stored; None in `dtype`. `activation_bits`: as of the kernel.
     """
 
     hidden_size: int
@@ -132,6 +149,7 @@ class LayerShape:
     max_width: int
     dtype: torch.dtype
     scheme: ExpertScheme | None = None
+    activation_bits: int | None = None
 
     @classmethod
     def of(
@@ -141,11 +159,13 @@ class LayerShape:
         top_k: int,
         dtype: torch.dtype,
         scheme: ExpertScheme | None = None,
+        activation_bits: int | None = None,
     ) -> LayerShape:
         """Shape of a layer with these stored widths, zeros included."""
         stored = [width for width in widths if width]
         mean_width = sum(stored) // max(len(stored), 1)
-        return cls(hidden_size, top_k, len(stored), mean_width, max(stored, default=0), dtype, scheme)
+        widest = max(stored, default=0)
+        return cls(hidden_size, top_k, len(stored), mean_width, widest, dtype, scheme, activation_bits)
 
     @property
     def group_size(self) -> int:
@@ -166,6 +186,8 @@ class LayerShape:
         kinds = [f"dtype={str(self.dtype).removeprefix('torch.')}"]
         if self.scheme:
             kinds.append(f"experts={self.scheme.name}_{self.scheme.strategy}{self.scheme.group_size or ''}")
+        if self.activation_bits:
+            kinds.append(f"activation_bits={self.activation_bits}")
         sizes = [f"hidden_size={self.hidden_size}", f"top_k={self.top_k}"]
         return ",".join([*sizes, *kinds, f"device={device.replace(' ', '_')}.json"])
 
@@ -208,6 +230,8 @@ def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = Non
     """
     hopper = _has_hoppers_memory() if hopper is None else hopper
     routes = num_tokens * shape.top_k / max(shape.num_experts, 1)
+    if shape.activation_bits:
+        return _default_rounded(num_tokens, shape)
     if shape.dtype.itemsize > 2:
         config = TileConfig(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2))
     elif routes <= 10:
@@ -229,6 +253,24 @@ def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = Non
         one_route=use_one_route_blocks(num_tokens, shape.top_k, shape.num_experts),
         decode="cast" if hopper and shape.weight_dtype == torch.float8_e4m3fn else "bits",
     )
+
+
+def _default_rounded(num_tokens: int, shape: LayerShape) -> TileConfig:
+    """`default_config` for rounded activations, in blocks of the same heights."""
+    routes = num_tokens * shape.top_k / max(shape.num_experts, 1)
+    group, outputs = rounded_group(shape.group_size), shape.hidden_size
+    if routes <= 40:
+        block_m = 16 if routes <= 10 else 32 if routes <= 20 else 64
+        up, down = Tile(64, group, 4, 4), Tile(largest_divisor(outputs, 64 if routes <= 10 else 128), 64, 4, 4)
+    else:
+        block_m, up, down = 128, Tile(64, group, 8, 3, 8), Tile(largest_divisor(outputs, 128), 64, 8, 4, 8)
+    one_route = use_one_route_blocks(num_tokens, shape.top_k, shape.num_experts)
+    return TileConfig(block_m, up, down, one_route=one_route)
+
+
+def rounded_group(group_size: int) -> int:
+    """How many inputs share a scale once rounded, where `group_size` of them share one of each neuron."""
+    return largest_divisor(group_size, ROUNDED_GROUP)
 
 
 def use_one_route_blocks(num_tokens: int, top_k: int, num_experts: int) -> bool:
@@ -274,7 +316,7 @@ def _tuned(shape: LayerShape, device: str) -> dict[int, TileConfig]:
     try:
         configs = {int(tokens): TileConfig.from_dict(entry) for tokens, entry in profile["tokens"].items()}
         for config in configs.values():
-            config.check(shape.hidden_size, shape.group_size)
+            config.check(shape.hidden_size, shape.group_size, shape.activation_bits)
     except (KeyError, TypeError, ValueError) as error:
         _announce(f"default tiles, {path} is damaged ({type(error).__name__}: {error}); run `heapr tune` again")
         return {}
