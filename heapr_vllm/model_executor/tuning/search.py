@@ -278,7 +278,7 @@ def _fits(kind: str, tile: Tile, shape: LayerShape, block_m: int) -> bool:
     step = block_m * item_bytes + halves * tile.block_n * shape.weight_dtype.itemsize
     shared = tile.num_stages * tile.block_k * step
     if rounded and kind == "up":
-        fits_hidden_size = tile.block_k == rounded_group(shape.group_size) and tile.block_n % TRITON_UNIT == 0
+        fits_hidden_size = (tile.block_n, tile.block_k) == (TRITON_UNIT, rounded_group(shape.group_size))
     else:
         fits_hidden_size = (shape.hidden_size if rounded else _inputs_of_a_step(shape)) % hidden_tile == 0
     return fits_hidden_size and accumulators <= MAX_ACCUMULATORS and shared <= SHARED_MEMORY

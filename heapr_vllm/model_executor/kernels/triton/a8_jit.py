@@ -13,18 +13,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from heapr_vllm.model_executor.kernels.triton.jit import (
-    SIZES,
-    _block,
-    _scale_ptrs,
-    _scale_sum,
-    _step_scale,
-    _tile,
-)
+from heapr_vllm.model_executor.kernels.triton.jit import SIZES, _block, _tile
 
 LARGEST_INT8 = tl.constexpr(127.0)
 LARGEST_E4M3 = tl.constexpr(448.0)
-SMALLEST = tl.constexpr(1e-30)  # groups without larger values become zeros: their factor might overflow
+SMALLEST = tl.constexpr(1e-30)  # magnitude below which factors would overflow
 ROUNDER = tl.constexpr(1.5 * 2.0**23)  # float32 has no fractions up there: a sum's lowest bits are the nearest integer
 
 
@@ -37,8 +30,7 @@ def _rounded(values, dtype: tl.constexpr):
     AXIS: tl.constexpr = len(values.shape) - 1
     largest = tl.max(tl.abs(values).to(tl.int32, bitcast=True), AXIS).to(tl.float32, bitcast=True)
     limit = LARGEST_INT8 if dtype == tl.int8 else LARGEST_E4M3
-    factor = tl.where(largest > SMALLEST, limit / largest, 0.0)
-    steps = values * tl.expand_dims(factor, AXIS)
+    steps = values * tl.expand_dims(limit / tl.maximum(largest, SMALLEST), AXIS)
     codes = (steps + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8) if dtype == tl.int8 else steps.to(dtype)
     return codes, largest / limit
 
@@ -56,10 +48,9 @@ def _product(a, b):
 
 
 @triton.jit
-def _slab_scale(scale_ptrs, number, H: tl.constexpr, BY_CHANNEL: tl.constexpr):
-    """Scales of outputs in the slab of that number; a placeholder where all slabs share them."""
-    scale = tl.full((1,), 1.0, tl.float32) if BY_CHANNEL else tl.load(scale_ptrs + number * H).to(tl.float32)
-    return scale
+def _scale(scales, number, STRIDE: tl.constexpr, ARE_SHARED: tl.constexpr):
+    """Scales of columns for the products of a step; a placeholder where all steps share them."""
+    return tl.full((1,), 1.0, tl.float32) if ARE_SHARED else tl.load(scales + number * STRIDE).to(tl.float32)
 
 
 @triton.jit
@@ -97,10 +88,10 @@ def a8_up_kernel(
 ):  # fmt: skip
     """hidden[row, n] * hidden_scale[row, n // 64] is about silu(gate_n . x) * (up_n . x), rows in block order.
 
-    Grid as of `ragged_up_kernel`. BLOCK_N is a multiple of 64, BLOCK_K a divisor of H and of GROUP, the inputs of a
-    neuron that share a scale.
+    Grid as of `ragged_up_kernel`. BLOCK_N is 64, a slab; BLOCK_K a divisor of H and of GROUP, the inputs of a neuron
+    that share a scale.
     """
-    SLABS: tl.constexpr = BLOCK_N // 64
+    BY_CHANNEL: tl.constexpr = GROUP == H
     pid_m, pid_n = _tile(num_m_blocks, num_n_tiles, GROUP_M)
     if CHAINED:
         gdc_wait()
@@ -108,43 +99,35 @@ def a8_up_kernel(
     routes, rows, _, _, slab, slabs = _block(
         route_ids, block_slots, num_rows, table, pid_m, num_routes, num_experts, BLOCK_M, ONE_ROUTE
     )
-    width = slabs * 64
-    if pid_n * BLOCK_N >= width:
+    if pid_n >= slabs:
         return
+    slab += pid_n
     valid = routes < num_routes
     tokens = (routes // TOP_K).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
-    offs_2n = pid_n * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
-    rows_2n = tl.where(offs_2n < 2 * width, offs_2n, 0)
+    offs_2n = tl.arange(0, 2 * BLOCK_N)
     x_ptrs = x + tokens[:, None] * H + offs_k[None, :]
-    x_scale_ptrs = x_scale + tokens * (H // BLOCK_K)
-    w_ptrs = w13 + (slab * 128 + rows_2n)[None, :] * H + offs_k[:, None]
-    w_scale_ptrs = _scale_ptrs(w13_scale, slab, rows_2n, GROUP, H)
+    x_scales = x_scale + tokens * (H // BLOCK_K)
+    w_ptrs = w13 + slab * (128 * H) + offs_2n[None, :] * H + offs_k[:, None]
+    w_scales = w13_scale + slab * (H // GROUP * 128) + offs_2n
     both = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
-    of_x = tl.load(x_scale_ptrs, mask=valid, other=0.0)
-    of_w = _step_scale(w_scale_ptrs, 0, GROUP, H)
+    of_x = tl.load(x_scales, mask=valid, other=0.0)
+    of_w = _scale(w_scales, 0, 128, BY_CHANNEL)
     for k in range(0, H, BLOCK_K):
-        next_of_x = tl.load(x_scale_ptrs + tl.minimum(k + BLOCK_K, H - BLOCK_K) // BLOCK_K, mask=valid, other=0.0)
-        next_of_w = _step_scale(w_scale_ptrs, k + BLOCK_K, GROUP, H)
+        following = tl.minimum(k + BLOCK_K, H - BLOCK_K)
+        next_of_x = tl.load(x_scales + following // BLOCK_K, mask=valid, other=0.0)
+        next_of_w = _scale(w_scales, following // GROUP, 128, BY_CHANNEL)
         a = tl.load(x_ptrs + k, mask=valid[:, None], other=0.0)
         both += _product(a, tl.load(w_ptrs + k)) * of_x[:, None] * of_w[None, :]
         of_x = next_of_x
         of_w = next_of_w
-    gate, up = tl.split(_scale_sum(both, w_scale_ptrs, GROUP, H).reshape(BLOCK_M, BLOCK_N, 2))
-    product = gate / (1 + tl.exp(-gate)) * up
-    codes, scale = _rounded(product.reshape(BLOCK_M, SLABS, 64), hidden.dtype.element_ty)
+    if BY_CHANNEL:
+        both *= tl.load(w_scales)[None, :]
+    gate, up = tl.split(both.reshape(BLOCK_M, BLOCK_N, 2))
+    codes, scale = _rounded(gate / (1 + tl.exp(-gate)) * up, hidden.dtype.element_ty)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_s = pid_n * SLABS + tl.arange(0, SLABS)
-    tl.store(
-        hidden + rows[:, None] * stride_hm + offs_n[None, :],
-        codes.reshape(BLOCK_M, BLOCK_N),
-        mask=valid[:, None] & (offs_n[None, :] < width),
-    )
-    tl.store(
-        hidden_scale + rows[:, None] * (stride_hm // 64) + offs_s[None, :],
-        scale,
-        mask=valid[:, None] & (offs_s[None, :] < slabs),
-    )
+    tl.store(hidden + rows[:, None] * stride_hm + offs_n[None, :], codes, mask=valid[:, None])
+    tl.store(hidden_scale + rows * (stride_hm // 64) + pid_n, scale, mask=valid)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -175,19 +158,18 @@ def a8_down_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     hidden_ptrs = hidden + rows[:, None] * stride_hm + offs_k[None, :]
-    h_scale_ptrs = hidden_scale + rows * (stride_hm // 64)
+    h_scales = hidden_scale + rows * (stride_hm // 64)
     w2_ptrs = w2 + slab * (64 * H) + offs_n[None, :] * 64 + offs_k[:, None]
-    w_scale_ptrs = w2_scale + slab * H + offs_n
+    w_scales = w2_scale + slab * H + offs_n
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    of_h = tl.load(h_scale_ptrs, mask=valid, other=0.0)
-    of_w = _slab_scale(w_scale_ptrs, 0, H, BY_CHANNEL)
+    of_h = tl.load(h_scales, mask=valid, other=0.0)
+    of_w = _scale(w_scales, 0, H, BY_CHANNEL)
     for number in range(0, slabs):
         following = tl.minimum(number + 1, slabs - 1)
-        next_of_h = tl.load(h_scale_ptrs + following, mask=valid, other=0.0)
-        next_of_w = _slab_scale(w_scale_ptrs, following, H, BY_CHANNEL)
+        next_of_h = tl.load(h_scales + following, mask=valid, other=0.0)
+        next_of_w = _scale(w_scales, following, H, BY_CHANNEL)
         a = tl.load(hidden_ptrs + number * 64, mask=valid[:, None], other=0.0)
-        b = tl.load(w2_ptrs + number * (64 * H))
-        total += _product(a, b) * of_h[:, None] * of_w[None, :]
+        total += _product(a, tl.load(w2_ptrs + number * (64 * H))) * of_h[:, None] * of_w[None, :]
         of_h = next_of_h
         of_w = next_of_w
     if BY_CHANNEL:

@@ -112,9 +112,9 @@ class TileConfig:
 
     def _check_rounded(self, hidden_size: int, group_size: int) -> None:
         """Does as `check` for rounded activations, whose groups and slabs are steps of the sums."""
-        group = rounded_group(group_size)
-        if (self.up.block_k, self.down.block_k) != (group, TRITON_UNIT) or self.up.block_n % TRITON_UNIT:
-            raise ValueError(f"rounded activations need steps of {group} and {TRITON_UNIT}, and slabs, not {self}")
+        wanted = (TRITON_UNIT, rounded_group(group_size), TRITON_UNIT)
+        if (self.up.block_n, self.up.block_k, self.down.block_k) != wanted:
+            raise ValueError(f"up.block_n, up.block_k and down.block_k have to be {wanted}, not those of {self}")
         if hidden_size % self.down.block_n:
             raise ValueError(f"hidden size {hidden_size} is no multiple of the tile {self}")
         if not self.fused or self.prefetch or self.up.tma or self.down.tma:
@@ -231,7 +231,7 @@ def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = Non
     hopper = _has_hoppers_memory() if hopper is None else hopper
     routes = num_tokens * shape.top_k / max(shape.num_experts, 1)
     if shape.activation_bits:
-        return _default_rounded(num_tokens, shape)
+        return _default_rounded(num_tokens, shape, hopper)
     if shape.dtype.itemsize > 2:
         config = TileConfig(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2))
     elif routes <= 10:
@@ -255,17 +255,21 @@ def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = Non
     )
 
 
-def _default_rounded(num_tokens: int, shape: LayerShape) -> TileConfig:
+def _default_rounded(num_tokens: int, shape: LayerShape, hopper: bool) -> TileConfig:
     """`default_config` for rounded activations, in blocks of the same heights."""
     routes = num_tokens * shape.top_k / max(shape.num_experts, 1)
-    group, outputs = rounded_group(shape.group_size), shape.hidden_size
-    if routes <= 40:
-        block_m = 16 if routes <= 10 else 32 if routes <= 20 else 64
-        up, down = Tile(64, group, 4, 4), Tile(largest_divisor(outputs, 64 if routes <= 10 else 128), 64, 4, 4)
+    group = rounded_group(shape.group_size)
+    if routes <= 10:
+        config = TileConfig(16, Tile(TRITON_UNIT, group, 4, 4), Tile(64, 64, 4, 4))
+    elif routes <= 40:
+        config = TileConfig(32 if routes <= 20 else 64, Tile(TRITON_UNIT, group, 4, 4), Tile(128, 64, 4, 4))
     else:
-        block_m, up, down = 128, Tile(64, group, 8, 3, 8), Tile(largest_divisor(outputs, 128), 64, 8, 4, 8)
-    one_route = use_one_route_blocks(num_tokens, shape.top_k, shape.num_experts)
-    return TileConfig(block_m, up, down, one_route=one_route)
+        config = TileConfig(128, Tile(TRITON_UNIT, group, 8, 3, 8), Tile(128 if hopper else 64, 64, 8, 4, 8))
+    return replace(
+        config,
+        down=replace(config.down, block_n=largest_divisor(shape.hidden_size, config.down.block_n)),
+        one_route=use_one_route_blocks(num_tokens, shape.top_k, shape.num_experts),
+    )
 
 
 def rounded_group(group_size: int) -> int:

@@ -5,6 +5,7 @@ Sums of codes are exact, so the only tolerance is that of float32, except where 
 two codes and falls to the other one.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -28,6 +29,7 @@ from tests.model_executor.kernels.a8_cases import (
     build,
     codes_of,
     group_of,
+    right_e4m3,
     rounded_slabs,
     stored_codes,
 )
@@ -50,6 +52,12 @@ FEW = [case for case in FEW_A8_CASES if case.scheme.type in KINDS]
 BF16 = [torch.bfloat16] if DEVICE == "cuda" else []
 
 
+@pytest.fixture(autouse=True)
+def e4m3() -> Iterator[None]:
+    with right_e4m3():
+        yield
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *BF16], ids=str)
 @pytest.mark.parametrize("case", RUNNABLE, ids=str)
 def test_against_the_same_rounding_in_float64(case: Case, dtype: torch.dtype) -> None:
@@ -57,7 +65,7 @@ def test_against_the_same_rounding_in_float64(case: Case, dtype: torch.dtype) ->
     layer = build(case, dtype)
     with fenced_scratch():
         output = layer.run(case.config)
-    assert layer.error(output) < max(LIMIT, TOLERANCE[dtype]) and is_fenced(output)
+    assert layer.error(output) < max(LIMIT[layer.kind], TOLERANCE[dtype]) and is_fenced(output)
     assert torch.equal(output, layer.run(case.config)), "not deterministic"
 
 
@@ -160,7 +168,7 @@ def test_traffic_is_that_of_rounded_activations(case: Case) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("kind", "limit"), [("int", 1.5e-2), ("float", 6e-2)])
+@pytest.mark.parametrize(("kind", "limit"), [("int", 2e-2), ("float", 6e-2)])
 def test_rounding_costs_little(kind: str, limit: float, strategy: str) -> None:
     """Against the experts that codes and scales stand for, relative to the norm of the output."""
     if kind not in KINDS:

@@ -149,9 +149,9 @@ ROUNDED = TileConfig(16, Tile(64, 32), Tile(32, 64))
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (replace(ROUNDED, up=Tile(64, 64)), "steps of 32 and 64"),
-        (replace(ROUNDED, down=Tile(32, 32)), "steps of 32 and 64"),
-        (replace(ROUNDED, up=Tile(32, 32)), "and slabs"),
+        (replace(ROUNDED, up=Tile(64, 64)), "have to be"),
+        (replace(ROUNDED, down=Tile(32, 32)), "have to be"),
+        (replace(ROUNDED, up=Tile(32, 32)), "have to be"),
         (replace(ROUNDED, down=Tile(64, 64)), "hidden size 96 is no multiple"),
         (replace(ROUNDED, fused=False), "need fused"),
         (replace(ROUNDED, chained=True, prefetch=True), "neither tma nor prefetch"),
