@@ -23,14 +23,13 @@ ROUNDER = tl.constexpr(1.5 * 2.0**23)  # float32 has no fractions up there: a su
 
 @triton.jit
 def _rounded(values, dtype: tl.constexpr):
-    """(codes of float32 `values`, scales along their last axis). Where a value is no number, the scale is none.
+    """(codes of float32 `values` [n, K], scales [n]). Where a value is no number, the scale is none.
 
     The largest magnitude is that of bits as integers, which have NaN above infinity.
     """
-    AXIS: tl.constexpr = len(values.shape) - 1
-    largest = tl.max(tl.abs(values).to(tl.int32, bitcast=True), AXIS).to(tl.float32, bitcast=True)
+    largest = tl.max(tl.abs(values).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
     limit = LARGEST_INT8 if dtype == tl.int8 else LARGEST_E4M3
-    steps = values * tl.expand_dims(limit / tl.maximum(largest, SMALLEST), AXIS)
+    steps = values * (limit / tl.maximum(largest, SMALLEST))[:, None]
     codes = (steps + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8) if dtype == tl.int8 else steps.to(dtype)
     return codes, largest / limit
 

@@ -9,7 +9,7 @@ import torch
 from vllm.platforms import current_platform
 
 from heapr_vllm.formats.quantized import GROUP_SIZE, MIN_GROUP_SIZE, ExpertScheme
-from heapr_vllm.model_executor.kernels.triton.kernel import TritonKernel
+from heapr_vllm.model_executor.kernels.triton.kernel import TritonKernel, is_interpreted
 
 if TYPE_CHECKING:
     from heapr_vllm.model_executor.kernels.triton.launch import Steps
@@ -39,6 +39,8 @@ class TritonA8Kernel(TritonKernel):
         is_gpu = current_platform.is_cuda_alike()
         if scheme.type == "float" and is_gpu and not current_platform.has_device_capability(HAS_E4M3):
             return "this GPU does not multiply FP8; choose triton, or export with --quantize int8"
+        if is_interpreted() and (dtype == torch.bfloat16 or scheme.type == "float"):
+            return "Triton's interpreter gets bfloat16 and rounding to FP8 wrong; add --dtype float16, and take INT8"
         return None
 
     def steps(self) -> Steps:

@@ -34,7 +34,7 @@ class TritonKernel(RaggedKernel):
     def machine_obstacle(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "there is no Triton; install it"
-        if not current_platform.is_cuda_alike() and not _is_interpreted():
+        if not current_platform.is_cuda_alike() and not is_interpreted():
             return "there is no GPU; set TRITON_INTERPRET=1 to have it interpreted, which is slow"
         return None
 
@@ -43,7 +43,7 @@ class TritonKernel(RaggedKernel):
             return f"the hidden size {hidden_size} is no multiple of 16; choose reference"
         if scheme is not None and scheme.num_bits == 4:
             return CPUS_ONLY
-        if dtype == torch.bfloat16 and _is_interpreted():
+        if dtype == torch.bfloat16 and is_interpreted():
             return "Triton's interpreter gets bfloat16 wrong; add --dtype float32"
         return None
 
@@ -79,5 +79,5 @@ class TritonKernel(RaggedKernel):
         return launch.PLAIN
 
 
-def _is_interpreted() -> bool:
+def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"

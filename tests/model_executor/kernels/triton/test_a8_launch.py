@@ -152,7 +152,7 @@ def test_sums_of_integers_are_exact(group_size: int | None, tokens: int) -> None
     torch.testing.assert_close(output.double().cpu(), wanted, rtol=5e-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", [FEW[0], FEW[-1]], ids=str)
+@pytest.mark.parametrize("case", [FEW[0], FEW[-1]], ids=str)  # both ways to make blocks
 def test_traffic_is_that_of_rounded_activations(case: Case) -> None:
     layer = build(case, torch.float32).layer
     found, expected = (no_traffic(layer.plain) for _ in range(2))
@@ -193,7 +193,7 @@ def test_what_is_no_number_shows(case: Case, value: float) -> None:
 
 
 def test_a_token_does_not_depend_on_its_batch() -> None:
-    case = FEW[0]
+    case = FEW[-1]
     layer = build(case, torch.float16)
     alone = torch.empty_like(layer.layer.x[:1])
     triton_ragged_moe(alone, *layer.layer.first_token(), config=case.config, steps=A8)
@@ -220,7 +220,7 @@ def test_down_projections_are_rounded_again_by_slabs(group_size: int, kind: str)
 
 def test_a_reload_starts_from_reloaded_codes() -> None:
     """Packing the same checkpoint into the parameters of the last one gives the same bits."""
-    case = FEW[0]
+    case = FEW[-1]
     layer = build(case, torch.float32).layer
     layout = RaggedLayout.build(case.widths, case.widths)
     again = layer.experts
@@ -249,6 +249,7 @@ def test_layers_that_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from heapr_vllm.model_executor.kernels.triton.a8_kernel import HAS_E4M3, TritonA8Kernel
 
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     kernel, int8, fp8 = TritonA8Kernel(), ExpertScheme("int"), ExpertScheme("float")
     by_channel = ExpertScheme("int", strategy="channel", group_size=None)
     for scheme in (int8, fp8, by_channel):
@@ -266,6 +267,9 @@ def test_layers_that_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert HAS_E4M3 == 89 and kernel.layer_obstacle(torch.bfloat16, 256, int8) is None
     assert "choose triton, or export with --quantize int8" in kernel.layer_obstacle(torch.bfloat16, 256, fp8)
     assert not kernel.is_default()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernel.layer_obstacle(torch.float16, 256, int8) is None
+    assert "interpreter" in kernel.layer_obstacle(torch.bfloat16, 256, int8)
 
 
 def test_it_is_run_by_the_interface_of_all_kernels() -> None:
