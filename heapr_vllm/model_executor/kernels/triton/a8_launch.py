@@ -79,7 +79,7 @@ def inputs(x: torch.Tensor, experts: ExpertRows, config: TileConfig) -> Rounded:
     """Launches `round_rows_kernel`: tokens [T, H] as `up_projection` takes them."""
     num_tokens, hidden_size = x.shape
     group = config.up.block_k
-    block = max(min(1024, triton.next_power_of_2(hidden_size)), group)
+    block = min(1024, triton.next_power_of_2(hidden_size))
     codes = x.new_empty(num_tokens, hidden_size, dtype=experts.w13.dtype)
     scales = x.new_empty(num_tokens, hidden_size // group, dtype=torch.float32)
     round_rows_kernel[(num_tokens, triton.cdiv(hidden_size, block))](

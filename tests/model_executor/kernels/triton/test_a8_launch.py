@@ -180,7 +180,7 @@ def test_rounding_costs_little(kind: str, limit: float, strategy: str) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("case", FEW[:2], ids=str)
+@pytest.mark.parametrize("case", FEW[1:3], ids=str)
 def test_what_is_no_number_shows(case: Case, value: float) -> None:
     """It must not vanish in the rounding; other tokens do not see it."""
     built = build(case, torch.float16)
