@@ -71,6 +71,17 @@ def test_activations_in_8_bits(prepared: Prepare) -> None:
     assert 0 < families.distance(outputs[""], outputs["compiled"]) < ROUNDING
 
 
+def test_activations_in_8_bits_on_the_path_of_a_gpu(prepared: Prepare) -> None:
+    """Interpreted, in fp16: near what the same codes give with activations as they are, and the same after a reload."""
+    environment = {"HEAPR_KERNEL": "triton_a8", "TRITON_INTERPRET": "1"}
+    steps = ("generate", "reload", "generate")
+    process = engine.run(prepared(INT8) / "compact", dtype="float16", steps=steps, env=environment)
+    assert "kernel triton_a8" in process.stdout + process.stderr
+    first, again = engine.results(process)
+    plain = engine.run(prepared(INT8) / "compact", dtype="float16", env={"HEAPR_KERNEL": "reference"})
+    assert 0 < families.distance(first, engine.results(plain)[-1]) < ROUNDING and first == again
+
+
 def test_real_weights_after_dummy_ones(prepared: Prepare, stock: dict[str, families.Output]) -> None:
     steps = ("load for real", "generate")
     process = engine.run(prepared(FP8) / "compact", **EAGER, load_format="dummy", steps=steps, env=families.ENVIRONMENT)

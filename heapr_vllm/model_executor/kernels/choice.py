@@ -22,6 +22,7 @@ from heapr_vllm.model_executor.kernels.cpu_compiled.a8_kernel import CompiledA8K
 from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import CompiledKernel
 from heapr_vllm.model_executor.kernels.cpu_native import BucketsKernel, NativeKernel
 from heapr_vllm.model_executor.kernels.reference import ReferenceKernel
+from heapr_vllm.model_executor.kernels.triton.a8_kernel import TritonA8Kernel
 from heapr_vllm.model_executor.kernels.triton.kernel import TritonKernel
 
 VARIABLE = "HEAPR_KERNEL"
@@ -43,6 +44,7 @@ def kernels() -> dict[str, RaggedKernel]:
     """
     ordered = (
         TritonKernel(),
+        TritonA8Kernel(),
         CompiledA8Kernel(),
         CompiledKernel(),
         NativeKernel(),

@@ -109,6 +109,7 @@ def test_time_does_not_decide_whether_activations_are_rounded(
 def test_candidates_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, GPU)
     assert names() == ["triton"]
+    assert names(torch.bfloat16, scheme=ExpertScheme("int")) == ["triton"], "rounded activations are not timed there"
 
 
 @pytest.mark.parametrize("kernel", ["triton", "reference"])
@@ -146,6 +147,10 @@ def test_forced_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in ("triton", "reference"):
         monkeypatch.setenv("HEAPR_KERNEL", kernel)
         assert names(torch.bfloat16) == [kernel]
+    monkeypatch.setenv("HEAPR_KERNEL", "triton_a8")
+    assert names(torch.bfloat16, scheme=ExpertScheme("int")) == ["triton_a8"]
+    with pytest.raises(HeaprError, match="experts in 8 bits, not unquantized ones; choose triton"):
+        names(torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +158,7 @@ def test_forced_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             "cuda",
-            "HEAPR_KERNEL=cuda is no kernel; choose from triton, compiled_a8, compiled, native, buckets, reference, or",
+            "HEAPR_KERNEL=cuda is no kernel; choose from triton, triton_a8, compiled_a8, compiled, native, buckets, ",
         ),
         ("triton", "HEAPR_KERNEL=triton cannot run here: there is no GPU; set TRITON_INTERPRET=1"),
     ],
