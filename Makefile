@@ -60,7 +60,8 @@ test-window: setup  ## run the engine tests on another version: make test-window
 test-gpu:  ## run the kernel tests on this machine's GPU
 	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "test-gpu needs a GPU that torch sees"'
 	$(PYTHON) -m pytest -q -p no:cacheprovider tests/model_executor/kernels/triton/test_launch.py \
-	    tests/model_executor/kernels/triton/test_scale.py tests/model_executor/tuning/test_search.py
+	    tests/model_executor/kernels/triton/test_a8_launch.py tests/model_executor/kernels/triton/test_scale.py \
+	    tests/model_executor/tuning/test_search.py
 
 fuzz: setup  ## ten minutes of hostile files, guided by coverage; SECONDS=60 for less
 	$(BIN)/pip install --quiet --disable-pip-version-check atheris==2.3.0

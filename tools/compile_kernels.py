@@ -25,6 +25,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from heapr_vllm.formats.quantized import CODE_DTYPES, GROUP_SIZE, GROUP_SIZE_4_BITS, ExpertScheme
+from heapr_vllm.model_executor.kernels.triton.a8_jit import a8_down_kernel, a8_up_kernel, round_rows_kernel
 from heapr_vllm.model_executor.kernels.triton.jit import combine_kernel, ragged_down_kernel, ragged_up_kernel
 from heapr_vllm.model_executor.kernels.triton.launch import PREFETCHED_SLABS
 from heapr_vllm.model_executor.kernels.triton.tiles import (
@@ -55,7 +56,11 @@ POINTERS = {
     "route_ids": "*i32",
     "block_slots": "*i32",
     "num_rows": "*i32",
+    "x_scale": "*fp32",
+    "hidden_scale": "*fp32",
+    "scales": "*fp32",
 }
+A8_GEMMS = (a8_up_kernel, a8_down_kernel)
 SCHEMES = [
     ExpertScheme(kind, strategy=strategy, group_size=GROUP_SIZE if strategy == "group" else None)
     for kind in CODE_DTYPES
@@ -66,12 +71,13 @@ CONSTEXPRS = tuple(dict.fromkeys(name for name in ARGUMENTS if name.isupper()))
 
 
 class Launch(NamedTuple):
-    """One call of the Triton path: sizes, tiles, and how experts are stored."""
+    """One call of the Triton path: sizes, tiles, how experts are stored, and whether activations are rounded."""
 
     hidden_size: int
     top_k: int
     config: TileConfig
     scheme: ExpertScheme | None = None
+    is_rounded: bool = False
 
 
 class Variant(NamedTuple):
@@ -88,7 +94,10 @@ class Variant(NamedTuple):
 
 def variants_of(launch: Launch) -> Iterator[Variant]:
     """The kernels of `triton_ragged_moe` with the constexprs that it passes for bf16."""
-    hidden_size, top_k, config, scheme = launch
+    hidden_size, top_k, config, scheme, is_rounded = launch
+    if is_rounded:
+        yield from rounded_variants_of(launch)
+        return
     weights = pointer_type(scheme, config)
     group = (scheme.group_size or hidden_size) if scheme else 0
     by_channel = scheme is not None and scheme.strategy == "channel"
@@ -100,6 +109,22 @@ def variants_of(launch: Launch) -> Iterator[Variant]:
     yield Variant(ragged_down_kernel, shared | down | blocks | config.down.meta(), weights)
     block_n = min(1024, triton.next_power_of_2(hidden_size))  # ty: ignore[invalid-argument-type]  # it takes itself
     yield Variant(combine_kernel, shared | {"TOP_K": top_k, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 3})
+
+
+def rounded_variants_of(launch: Launch) -> Iterator[Variant]:
+    """`variants_of` without the kernel that combines, which is the same."""
+    hidden_size, top_k, config, scheme, _ = launch
+    assert scheme is not None
+    weights = {"int": "i8", "float": "fp8e4nv"}[scheme.type]
+    block_n = min(1024, triton.next_power_of_2(hidden_size))  # ty: ignore[invalid-argument-type]  # it takes itself
+    shared = {"H": hidden_size, **config.launch()}
+    blocks = {"BLOCK_M": config.block_m, "ONE_ROUTE": config.one_route}
+    rows = {"BLOCK_N": block_n, "BLOCK_K": config.up.block_k, "num_warps": 4, "num_stages": 3}
+    up = {"TOP_K": top_k, "GROUP": scheme.group_size or hidden_size}
+    yield Variant(round_rows_kernel, shared | rows, weights)
+    yield Variant(a8_up_kernel, shared | blocks | up | config.up.sizes(), weights)
+    down = {"BY_CHANNEL": scheme.strategy == "channel"}
+    yield Variant(a8_down_kernel, shared | blocks | down | config.down.sizes(), weights)
 
 
 def pointer_type(scheme: ExpertScheme | None, config: TileConfig) -> str:
@@ -146,6 +171,10 @@ def launches_of_codes(shape: LayerShape, is_hopper: bool) -> Iterator[Launch]:
         decodes = DECODES if is_hopper and scheme.type == "float" else ("bits",)
         for decode in decodes:
             yield Launch(shape.hidden_size, shape.top_k, replace(config, decode=decode), scheme)
+        if scheme.num_bits == 8 and (is_hopper or scheme.type == "int"):  # sm_80 does not multiply E4M3
+            rounded = default_config(tokens, replace(shape, scheme=scheme, activation_bits=8), hopper=is_hopper)
+            for config in (rounded, replace(rounded, chained=True))[: 1 + is_hopper]:
+                yield Launch(shape.hidden_size, shape.top_k, config, scheme, is_rounded=True)
 
 
 def ways_to_run(config: TileConfig) -> list[TileConfig]:
@@ -170,7 +199,8 @@ def source_of(variant: Variant) -> ASTSource:
     kernel, meta, names = variant.kernel, variant.meta, variant.kernel.arg_names
     types = POINTERS | {"w13": f"*{variant.weights}", "w2": f"*{variant.weights}"}
     types |= descriptors(variant) if meta.get("TMA") else {}
-    fixed = meta if meta.get("GROUP") else meta | {"w13_scale": None, "w2_scale": None}
+    types |= rounded_types(variant)
+    fixed = meta | {"w13_scale": None, "w2_scale": None} if variant.weights == "bf16" else meta
     signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
     constexprs = {(i,): fixed[name] for i, name in enumerate(names) if name in fixed}
     aligned = {
@@ -187,6 +217,16 @@ def descriptors(variant: Variant) -> dict[str, str]:
     if variant.kernel is ragged_up_kernel:
         return {"w13": f"tensordesc<bf16[{2 * block_n}, {block_k}]>"}
     return {"hidden": f"tensordesc<bf16[{block_m}, {block_k}]>", "w2": f"tensordesc<bf16[{block_n}, {block_k}]>"}
+
+
+def rounded_types(variant: Variant) -> dict[str, str]:
+    """Types of the arguments that kernels for rounded activations have otherwise."""
+    codes = f"*{variant.weights}"
+    if variant.kernel is round_rows_kernel:
+        return {"codes": codes}
+    if variant.kernel not in A8_GEMMS:
+        return {}
+    return {"x": codes, "hidden": codes} | ({} if variant.meta.get("BY_CHANNEL") else {"w2_scale": "*bf16"})
 
 
 def compile_one(arch: str, variant: Variant) -> dict[str, Any]:

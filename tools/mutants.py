@@ -26,8 +26,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has asked for GPUs can
 import torch
 from tqdm import tqdm
 
-from heapr_vllm.model_executor.kernels.triton import launch
-from tests.model_executor.kernels import moe_cases
+from heapr_vllm.model_executor.kernels.triton import a8_launch, launch
+from tests.model_executor.kernels import a8_cases, moe_cases
 
 SECONDS = 60
 PACKAGE = "heapr_vllm.model_executor.kernels.triton"
@@ -51,6 +51,9 @@ LAUNCHED = ("ragged_up_kernel", "ragged_down_kernel", "combine_kernel")
 HELPERS = ("_place", "_tile", "_block", "_decode", "_scale_ptrs", "_step_scale", "_add_product", "_scale_sum")
 HELPERS_IN_4_BITS = ("_places", "_plane", "_scaled_plane")
 KERNELS = (*HELPERS, *HELPERS_IN_4_BITS, *LAUNCHED)
+A8_LAUNCHED = ("round_rows_kernel", "a8_up_kernel", "a8_down_kernel")
+A8_KERNELS = ("_rounded", "_product", "_slab_scale", *A8_LAUNCHED)
+A8_LAUNCHER = ("pack", "_round_slabs", "slab_scales", "inputs", "empty_hidden", "up_projection", "down_projection")
 ROUTE_BLOCKS = ("align_routes", "max_blocks", "build")
 LAUNCHER = (
     "pack",
@@ -86,6 +89,13 @@ EQUIVALENT = {
     ),
     "_step_scale: H - GROUP  ->  H + GROUP": "what is loaded for a step after the last one is not used",
     "_weights: config.decode == 'bits'  ->  config.decode != 'bits'": "both are exact: test_decodes_are_as_chosen",
+    "_product: a.dtype == tl.int8  ->  a.dtype != tl.int8": "the interpreter multiplies anything; it does not compile",
+    "_product: a.shape[0] < 64  ->  a.shape[0] <= 64": "both orders are right: test_compile.py looks for wgmma",
+    "a8_up_kernel: pid_n >= slabs  ->  pid_n > slabs": "a tile whose output nobody reads",
+    "a8_up_kernel: H - BLOCK_K  ->  H + BLOCK_K": "as of _step_scale",
+    "a8_down_kernel: slabs - 1  ->  slabs + 1": "as of _step_scale",
+    "empty_hidden: experts.max_width // TRITON_UNIT  ->  experts.max_width * TRITON_UNIT": "more room than is used",
+    "inputs: hidden_size // group  ->  hidden_size * group": "as above",
 }  # each stands for one place: where the same expression occurs twice, later places are numbered
 
 
@@ -134,6 +144,11 @@ def load(mutant: Mutant, folder: str) -> None:
     if mutant.module == "jit":
         for kernel in LAUNCHED:
             setattr(launch, kernel, getattr(module, kernel))
+    elif mutant.module == "a8_jit":
+        for kernel in A8_LAUNCHED:
+            setattr(a8_launch, kernel, getattr(module, kernel))
+    elif mutant.module == "a8_launch":
+        a8_cases.A8 = module.A8
     elif mutant.module == "route_blocks":
         launch.RouteBlocks = module.RouteBlocks
     else:
@@ -158,23 +173,33 @@ def _check(mutant: Mutant) -> None:
         load(mutant, folder)
         if sys.modules[f"{PACKAGE}.route_blocks"].max_blocks(40, 8, 16) != 10:
             os._exit(1)  # more would only cost time
-        for case in (*moe_cases.CASES, *moe_cases.FEW_IN_8_BITS, *moe_cases.FEW_IN_4_BITS):
-            layer = moe_cases.build(case, torch.float32)
+        if mutant.module.startswith("a8"):
+            cases, build, limit = a8_cases.FEW_A8_CASES, a8_cases.build, max(a8_cases.LIMIT.values())
+        else:
+            cases = (*moe_cases.CASES, *moe_cases.FEW_IN_8_BITS, *moe_cases.FEW_IN_4_BITS)
+            build, limit = moe_cases.build, moe_cases.TOLERANCE[torch.float32]
+        for case in cases:
+            layer = build(case, torch.float32)
             with moe_cases.fenced_scratch():
                 output = layer.run(case.config)
-            if layer.error(output) > moe_cases.TOLERANCE[torch.float32] or not moe_cases.is_fenced(output):
+            if layer.error(output) > limit or not moe_cases.is_fenced(output):
                 os._exit(1)
     os._exit(0)
 
 
 def main() -> int:
     torch.set_num_threads(1)
-    control = Path(launch.__file__).read_text()
-    if not survives(Mutant("launch", "control", control)):
-        raise RuntimeError(
-            "the kernels fail without any mutation; run pytest tests/model_executor/kernels/triton/test_launch.py"
-        )
-    found = [*mutants("jit", KERNELS), *mutants("route_blocks", ROUTE_BLOCKS), *mutants("launch", LAUNCHER)]
+    for module in (launch, a8_launch):
+        name = module.__name__.removeprefix(f"{PACKAGE}.")
+        if not survives(Mutant(name, "control", Path(str(module.__file__)).read_text())):
+            raise RuntimeError("the kernels fail without any mutation; run pytest tests/model_executor/kernels/triton")
+    found = [
+        *mutants("jit", KERNELS),
+        *mutants("route_blocks", ROUTE_BLOCKS),
+        *mutants("launch", LAUNCHER),
+        *mutants("a8_jit", A8_KERNELS),
+        *mutants("a8_launch", A8_LAUNCHER),
+    ]
     survivors = [mutant.name for mutant in tqdm(found, unit="mutant", disable=None) if survives(mutant)]
     unexpected = [name for name in survivors if name not in EQUIVALENT]
     stale = EQUIVALENT.keys() - set(survivors)

@@ -45,6 +45,9 @@ def add_tune(commands: options.Commands) -> None:
         choices=("int8", "fp8", "int4"),
         help="experts in 8 or 4 bits; default: as the model has them",
     )
+    command.add_argument(
+        "--round-activations", action="store_true", help="for HEAPR_KERNEL=triton_a8, with experts in 8 bits"
+    )
     command.add_argument("--tensor-parallel-size", type=options.positive, default=1, metavar="N")
     command.add_argument(
         "--time-budget",
@@ -67,7 +70,7 @@ def run_tune(args: argparse.Namespace) -> None:
     import torch
 
     from heapr_vllm.model_executor.kernels.triton.tiles import user_folder
-    from heapr_vllm.model_executor.tuning.jobs import jobs_of_model, jobs_of_shapes
+    from heapr_vllm.model_executor.tuning.jobs import jobs_of_model, jobs_of_shapes, with_rounded_activations
     from heapr_vllm.model_executor.tuning.search import tune
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
@@ -78,6 +81,8 @@ def run_tune(args: argparse.Namespace) -> None:
             args.shape, args.sparsity, dtype or torch.bfloat16, args.tensor_parallel_size, args.quantize
         )
     )
+    if args.round_activations:
+        jobs = with_rounded_activations(jobs)
     written, missing = tune(jobs, args.tokens, args.output or user_folder(), args.time_budget, overwrite=args.overwrite)
     for path in written:
         print(f"wrote {path}")

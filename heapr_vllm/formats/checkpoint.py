@@ -15,9 +15,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats import four_bits
 from heapr_vllm.formats.base_quantization import BaseQuantization
 from heapr_vllm.formats.config import QUANT_METHOD, PruningConfig
 from heapr_vllm.formats.folder import inside
+from heapr_vllm.formats.four_bits import Packing
 from heapr_vllm.formats.hub import download, download_checkpoint
 from heapr_vllm.formats.names import ExpertTensor, is_draft_layer, natural_order
 from heapr_vllm.formats.quantized import SCALE_SUFFIX, STORED_DTYPES, STORED_PACKED_DTYPE, ExpertScheme
@@ -101,7 +103,37 @@ class Checkpoint:
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
-        """Tensor name -> shard file name. Raises HeaprError if there are no safetensors or a shard is missing."""
+        """Tensor name -> shard file name, where a weight of 4 bits is one tensor X.weight, whatever the shard has.
+
+        Raises HeaprError if there are no safetensors, a shard is missing, or weights are in a format not supported.
+        """
+        parts = {part for stored in self.packed.values() for part in stored.values()}
+        weight_map = {name: shard for name, shard in self.stored_map.items() if name not in parts}
+        for weight in self.packed:
+            weight_map[weight] = self.stored_map[self._packing.codes_of(weight)]
+        return weight_map
+
+    @cached_property
+    def packed(self) -> dict[str, dict[str, str]]:
+        """Weight of 4 bits -> what its tensors are called (`four_bits.py`) -> their names."""
+        if self.base_quantization is None or self.base_quantization.packing is None:
+            return {}
+        packed: dict[str, dict[str, str]] = {}
+        for name in self.stored_map:
+            found = self._packing.part_of(name)
+            if found and self._packing.codes_of(found[0]) in self.stored_map:
+                packed.setdefault(found[0], {})[found[1]] = name
+        return packed
+
+    @property
+    def _packing(self) -> Packing:
+        base = self.base_quantization
+        assert base is not None and base.packing is not None, "only weights of 4 bits are packed"
+        return base.packing
+
+    @cached_property
+    def stored_map(self) -> dict[str, str]:
+        """Name of a tensor in a shard -> shard file name. Raises HeaprError as `weight_map` does."""
         if (self.path / INDEX_FILE).is_file():
             weight_map = read_json(inside(self.path, INDEX_FILE), Index, DOWNLOAD_AGAIN).weight_map
             for shard in sorted(set(weight_map.values())):
@@ -117,11 +149,8 @@ class Checkpoint:
 
     @property
     def shards(self) -> dict[str, list[str]]:
-        """Shard file name -> its tensor names, both sorted."""
-        shards: dict[str, list[str]] = {}
-        for name in sorted(self.weight_map):
-            shards.setdefault(self.weight_map[name], []).append(name)
-        return dict(sorted(shards.items()))
+        """Shard file name -> its tensor names as `weight_map` has them, both sorted."""
+        return _by_shard(self.weight_map)
 
     @contextmanager
     def open(self, shard: str) -> Generator[Any]:
@@ -137,9 +166,20 @@ class Checkpoint:
 
     @cached_property
     def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Tensor name -> (dtype, shape), read from the shard headers alone."""
+        """Tensor name -> (dtype, shape), read from the shard headers alone; a weight of 4 bits is ("I4", [O, I])."""
+        stored = self.stored_headers
+        headers = {name: stored[name] for name in self.weight_map if name not in self.packed}
+        for weight, parts in self.packed.items():
+            self._packing.check_complete(parts, weight)
+            shape = stored[self._packing.codes_of(weight)][1]
+            headers[weight] = (four_bits.STORED_DTYPE, self._packing.shape(shape, weight))
+        return headers
+
+    @cached_property
+    def stored_headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """As `headers`, of the tensors as the shards have them."""
         headers = {}
-        for shard, names in self.shards.items():
+        for shard, names in _by_shard(self.stored_map).items():
             with self.open(shard) as file:
                 for name in names:
                     view = file.get_slice(name)
@@ -193,7 +233,7 @@ class Checkpoint:
 
     def check_readable(self) -> None:
         """Raises HeaprError if a shard is missing, cut short, or lacks a tensor of the index. Reads headers only."""
-        for shard, names in self.shards.items():
+        for shard, names in _by_shard(self.stored_map).items():
             with self.open(shard) as file:
                 if missing := sorted(set(names) - set(file.keys())):
                     raise HeaprError(
@@ -238,7 +278,7 @@ class Checkpoint:
 
     @cached_property
     def base_quantization(self) -> BaseQuantization | None:
-        """Format of 8-bit weights, of a pruned model those that are not pruned; None if there are none.
+        """Format of 8-bit and 4-bit weights, of a pruned model those that are not pruned; None if there are none.
 
         Raises HeaprError if it is not supported.
         """
@@ -249,15 +289,19 @@ class Checkpoint:
     def expert_quantization(self) -> BaseQuantization | None:
         """Format of the experts of an unpruned model; None if they are in the model's dtype, whatever the rest is."""
         weights = filter(self.is_pruned_expert, self.weight_map)
-        return self.base_quantization if any(map(self.scale_name, weights)) else None
+        return self.base_quantization if any(map(self.is_codes, weights)) else None
 
     @property
     def expert_scheme(self) -> ExpertScheme | None:
         """How the pruned experts of a compact checkpoint are stored; None in the model's dtype."""
         return self.pruning.expert_scheme if self.pruning and self.pruning.layout == "compact" else None
 
+    def is_codes(self, name: str) -> bool:
+        """Tells whether a weight is stored as codes."""
+        return name in self.packed or self.scale_name(name) is not None
+
     def scale_name(self, name: str) -> str | None:
-        """Returns the name of the scales of a weight; None if it is not stored as codes."""
+        """Returns the name of the scales of a weight; None if it is not stored as codes of 8 bits or our own of 4."""
         dtype = self.headers[name][0]
         if self.expert_scheme and self.is_pruned_expert(name) and dtype in (*STORED_DTYPES, STORED_PACKED_DTYPE):
             return name + SCALE_SUFFIX
@@ -278,3 +322,11 @@ class Checkpoint:
         if self.pruning:
             raise HeaprError(f"{self.path} is pruned already ({self.pruning.layout}); start from the base model")
         _ = self.base_quantization
+
+
+def _by_shard(weight_map: dict[str, str]) -> dict[str, list[str]]:
+    """Shard file name -> its tensor names, both sorted."""
+    shards: dict[str, list[str]] = {}
+    for name in sorted(weight_map):
+        shards.setdefault(weight_map[name], []).append(name)
+    return dict(sorted(shards.items()))

@@ -9,6 +9,7 @@ import re
 import torch
 
 from heapr_vllm.formats.checkpoint import Checkpoint
+from heapr_vllm.formats.reader import TensorReader
 
 ROUTERS = "routers:"  # fingerprints start with what they are taken of
 ALL_TENSORS = "sha256:"  # of earlier versions
@@ -26,11 +27,11 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     for prefix, shape in checkpoint.expert_shapes().items():
         digest.update(f"{prefix} {shape}\n".encode())
         modules.add(prefix.rpartition(".")[0])
-    for name in sorted(checkpoint.weight_map):
-        router = _ROUTER.fullmatch(name)
-        if router and router["module"] in modules:
-            with checkpoint.open(checkpoint.weight_map[name]) as file:
-                digest.update(file.get_tensor(name).float().numpy().tobytes())
+    with TensorReader(checkpoint, torch.float32) as reader:
+        for name in sorted(checkpoint.weight_map):
+            router = _ROUTER.fullmatch(name)
+            if router and router["module"] in modules:
+                digest.update(reader.tensor(name).float().numpy().tobytes())
     return f"{ROUTERS}{digest.hexdigest()}"
 
 

@@ -8,7 +8,7 @@ share a byte, the first in its lower half, with 8 added to each: [I, H / 2] and 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import gcd
 from typing import Any
 
@@ -39,7 +39,8 @@ class ExpertScheme:
 
     `type` and `num_bits`: "int" of 8 or 4 bits, or "float" (E4M3) of 8. `strategy` "group": one scale per neuron and
     `group_size` of H; "channel": one per row of the matrix, that is per neuron in gate and up and per output in
-    down_proj, in 8 bits only.
+    down_proj, in 8 bits only. `down_bits`: 8 where down_proj has more bits than gate and up, which have 4; None where
+    all have `num_bits`.
     """
 
     type: str = "int"
@@ -47,11 +48,13 @@ class ExpertScheme:
     symmetric: bool = True
     strategy: str = "group"
     group_size: Positive | None = GROUP_SIZE
+    down_bits: int | None = None
 
     def __post_init__(self) -> None:
         """Raises HeaprError for what no kernel decodes."""
         strategies = ("group",) if self.num_bits == 4 else ("group", "channel")
         known = (self.type, self.num_bits) in NAMES and self.strategy in strategies
+        known = known and (self.down_bits is None or (self.num_bits, self.down_bits) == (4, 8))
         if not known or not self.symmetric or (self.strategy == "group") != bool(self.group_size):
             raise HeaprError(
                 f"experts stored as {asdict(self)} are not supported; supported are symmetric int of 8 or 4 bits and "
@@ -79,9 +82,17 @@ class ExpertScheme:
                 f"{self.group_size} for {hidden_size}; write the checkpoint with `heapr export --quantize none`"
             )
 
+    def of(self, shard: str) -> ExpertScheme:
+        """Returns how one matrix is stored: "w2", or "w1", "w3" or both of them, "w13"."""
+        return replace(self, num_bits=(shard == "w2" and self.down_bits) or self.num_bits, down_bits=None)
+
+    def widened(self) -> ExpertScheme:
+        """Returns how experts are stored where all have as many bits as down_proj: codes and scales stay the same."""
+        return replace(self, num_bits=self.down_bits or self.num_bits, down_bits=None)
+
     @property
     def code_dtype(self) -> torch.dtype:
-        """Dtype of tensors of codes."""
+        """Dtype of tensors of codes, of gate and up if `down_bits` says something else."""
         return CODE_DTYPES[self.type] if self.num_bits == 8 else PACKED_DTYPE
 
     @property
@@ -95,13 +106,15 @@ class ExpertScheme:
 
     @property
     def name(self) -> str:
-        """Returns "int8", "fp8" or "int4"."""
-        return NAMES[self.type, self.num_bits]
+        """Returns "int8", "fp8", "int4", or "int4-int8" where down_proj has more bits."""
+        name = NAMES[self.type, self.num_bits]
+        return f"{name}-{self.of('w2').name}" if self.down_bits else name
 
     def weight_shape(self, shard: str, shape: tuple[int, ...]) -> tuple[int, int]:
         """Returns the shape [O, I] of the expert matrix whose codes have `shape`."""
         rows, columns = shape
-        return (rows * self.codes_per_byte, columns) if shard == "w2" else (rows, columns * self.codes_per_byte)
+        per_byte = self.of(shard).codes_per_byte
+        return (rows * per_byte, columns) if shard == "w2" else (rows, columns * per_byte)
 
     def block(self, shard: str, shape: tuple[int, ...]) -> tuple[int, int]:
         """Returns how many rows and columns of an expert matrix [O, I] share a scale."""
@@ -118,15 +131,17 @@ class ExpertScheme:
 
     def bits_per_weight(self) -> float:
         """Returns the size of a weight and its part of a float32 scale; scales by channel count as nothing."""
-        return self.num_bits + (32 / self.group_size if self.group_size else 0)
+        bits = (2 * self.num_bits + (self.down_bits or self.num_bits)) / 3
+        return bits + (32 / self.group_size if self.group_size else 0)
 
     def quantize(self, weight: torch.Tensor, shard: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Rounds an expert matrix [O, I] to codes, [O, I] or fewer where they share bytes, and float32 scales."""
         rows, columns = self.block(shard, tuple(weight.shape))
+        own = self.of(shard)
         if rows > 1:
-            codes, scale = self._quantize_rows(weight.T, rows)
+            codes, scale = own._quantize_rows(weight.T, rows)
             return codes.view(BITWISE).T.contiguous().view(codes.dtype), scale.T.contiguous()
-        return self._quantize_rows(weight, columns)
+        return own._quantize_rows(weight, columns)
 
     def _quantize_rows(self, rows: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         codes, scale = quantize_rows(rows, group_size, self.type, self.num_bits)
@@ -134,7 +149,7 @@ class ExpertScheme:
 
     def dequantize(self, codes: torch.Tensor, scale: torch.Tensor, shard: str) -> torch.Tensor:
         """Returns the float32 values [O, I] of what `quantize` made, or of as many whole neurons of it."""
-        if self.num_bits == 4:
+        if self.of(shard).num_bits == 4:
             codes = unpack_nibbles(codes.T).T.contiguous() if shard == "w2" else unpack_nibbles(codes)
         return dequantize(codes, scale, self.block(shard, tuple(codes.shape)))
 

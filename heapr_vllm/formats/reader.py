@@ -12,7 +12,15 @@ from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.base_quantization import BaseQuantization
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.names import ExpertTensor
-from heapr_vllm.formats.quantized import CODE_DTYPES, PACKED_DTYPE, ExpertScheme, check_codes, check_scale, dequantize
+from heapr_vllm.formats.quantized import (
+    CODE_DTYPES,
+    PACKED_DTYPE,
+    SCALE_SUFFIX,
+    ExpertScheme,
+    check_codes,
+    check_scale,
+    dequantize,
+)
 
 
 class TensorReader:
@@ -33,6 +41,10 @@ class TensorReader:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Reads the tensor, codes dequantised. Raises HeaprError if scales are missing, or either is damaged."""
+        if name in self.checkpoint.packed:
+            assert self._base.packing is not None, name
+            codes, scale = self._base.packing.unpack(self._parts(name), name)
+            return dequantize(codes, scale, self._base.block(tuple(codes.shape))).to(self.dtype)
         value = self.stored(name)
         if not self._is_codes(name, value):
             return value
@@ -41,12 +53,25 @@ class TensorReader:
             return scheme.dequantize(value, scale, _shard(name)).to(self.dtype)
         return dequantize(value, scale, self._base.block(tuple(value.shape))).to(self.dtype)
 
-    def verbatim(self, name: str) -> torch.Tensor:
-        """Reads the tensor as it is stored. Raises HeaprError if it is codes and they or their scales are damaged."""
+    def verbatim(self, name: str) -> dict[str, torch.Tensor]:
+        """Reads the tensor as it is stored, by name; of 4 bits all that hold it, but experts as codes and scales.
+
+        The latter are what `BaseQuantization.neuron_codes` makes of them. Raises HeaprError if it is codes and they or
+        their scales are damaged.
+        """
+        if name in self.checkpoint.packed:
+            if not self.checkpoint.is_pruned_expert(name):
+                return {part: self.stored(part) for part in self.checkpoint.packed[name].values()}
+            codes, scale = self._base.neuron_codes(self._parts(name), _shard(name), name)
+            return {name: codes, name + SCALE_SUFFIX: scale}
         value = self.stored(name)
         if self._is_codes(name, value):
             self._checked_scale(name, value)
-        return value
+        return {name: value}
+
+    def _parts(self, name: str) -> dict[str, torch.Tensor]:
+        """What holds a weight of 4 bits."""
+        return {part: self.stored(stored) for part, stored in self.checkpoint.packed[name].items()}
 
     def _is_codes(self, name: str, value: torch.Tensor) -> bool:
         is_packed = value.dtype == PACKED_DTYPE and self._expert_scheme(name) is not None
@@ -82,7 +107,7 @@ class TensorReader:
 
     def stored(self, name: str) -> torch.Tensor:
         """Reads the tensor as it is stored."""
-        shard = self.checkpoint.weight_map[name]
+        shard = self.checkpoint.stored_map[name]
         if shard not in self._files:
             self._files[shard] = self._stack.enter_context(self.checkpoint.open(shard))
         return self._files[shard].get_tensor(name)

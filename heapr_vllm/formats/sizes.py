@@ -35,13 +35,17 @@ def dequantized_bytes(checkpoint: Checkpoint) -> int:
     total = 0
     for name, (_, shape) in checkpoint.headers.items():
         if checkpoint.weight_of(name) is None:
-            total += 2 * math.prod(shape) if checkpoint.scale_name(name) else tensor_bytes(checkpoint, name)
+            total += 2 * math.prod(shape) if checkpoint.is_codes(name) else tensor_bytes(checkpoint, name)
     return total
 
 
 def tensor_bytes(checkpoint: Checkpoint, name: str) -> int:
-    dtype, shape = checkpoint.headers[name]
-    return math.prod(shape) * _item_size(checkpoint, dtype)
+    """Size of a tensor, of a weight of 4 bits with its scales and zero points."""
+    total = 0
+    for stored in checkpoint.packed.get(name, {name: name}).values():
+        dtype, shape = checkpoint.stored_headers[stored]
+        total += math.prod(shape) * _item_size(checkpoint, dtype)
+    return total
 
 
 def _item_size(checkpoint: Checkpoint, dtype: str) -> int:
@@ -63,6 +67,8 @@ def export_bytes(checkpoint: Checkpoint, *, routed_only: bool = False) -> int:
 def _exported_bytes(checkpoint: Checkpoint, name: str, owner: str) -> int:
     """Size of a tensor once exported: scales of experts have every group inside one neuron then."""
     where = ExpertTensor.parse(owner)
+    if where is not None and name in checkpoint.packed and checkpoint.is_pruned_expert(owner):
+        return _repacked_bytes(checkpoint, name, where.shard)
     if (
         name == owner
         or where is None
@@ -73,6 +79,18 @@ def _exported_bytes(checkpoint: Checkpoint, name: str, owner: str) -> int:
     shape = checkpoint.headers[owner][1]
     rows, columns = checkpoint.expert_quantization.scheme(checkpoint.hidden_size).scale_shape(where.shard, shape)
     return rows * columns * _item_size(checkpoint, checkpoint.headers[name][0])
+
+
+def _repacked_bytes(checkpoint: Checkpoint, name: str, shard: str) -> int:
+    """Size of an expert's weight of 4 bits once exported, down_proj with float32 scales, the others with their own."""
+    base = checkpoint.base_quantization
+    assert base is not None and base.packing is not None
+    shape = checkpoint.headers[name][1]
+    scheme = base.scheme(checkpoint.hidden_size)
+    scales = math.prod(scheme.scale_shape(shard, shape))
+    own = checkpoint.stored_headers[checkpoint.packed[name][base.packing.scale]][0]
+    codes = math.prod(shape) // scheme.of(shard).codes_per_byte
+    return codes + scales * _item_size(checkpoint, "F32" if shard == "w2" else own)
 
 
 def routed_weights(checkpoint: Checkpoint) -> int:

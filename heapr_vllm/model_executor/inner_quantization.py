@@ -23,11 +23,15 @@ class InnerQuantization:
         self.config: QuantizationConfig | None = None
         self.mappers: list[Any] = []
 
-    def build(self, block: dict[str, Any] | None) -> None:
-        """Builds the config from `quantization_config` of the base model."""
+    def build(self, block: dict[str, Any] | None, weights: str, revision: str | None) -> None:
+        """Builds the config from `quantization_config` of the base model.
+
+        `weights`: folder or Hub id of the weights, whose headers say what is quantized where the block does not.
+        """
         if block is None or self.config is not None:
             return
         self.config = get_quantization_config(block["quant_method"]).from_config(dict(block))
+        self.config.maybe_update_config(weights, revision=revision)
         for mapper in self.mappers:
             self.config.apply_vllm_mapper(mapper)
 

@@ -27,8 +27,10 @@ from heapr_vllm.formats.names import ExpertTensor
 from heapr_vllm.formats.quantized import SCALE_SUFFIX
 from heapr_vllm.model_executor.base_model import BASE_MODEL_KEY, base_checkpoint, check_base
 from heapr_vllm.model_executor.quantization import HeaprConfig
+from heapr_vllm.model_executor.unpacking import unpacked
 
 BUILT = ("input_scale_ub",)  # parameters that come from a quantization config
+WEIGHTS = ("weight", "qweight", "scales", "qzeros")  # what names of weights, codes and their scales start with
 
 
 class CompleteModelLoader(DefaultModelLoader):
@@ -52,7 +54,11 @@ class CompleteModelLoader(DefaultModelLoader):
         super().load_weights(model, model_config)
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Generator[tuple[str, torch.Tensor]]:
-        for name, tensor in super().get_all_weights(model_config, model):
+        tensors: Iterator[tuple[str, torch.Tensor]] = super().get_all_weights(model_config, model)
+        config = config_of(model)
+        if config is not None and config.pruning.layout == "masks":
+            tensors = unpacked(tensors, Checkpoint.resolve(model_config.model, model_config.revision))
+        for name, tensor in tensors:
             if self.pruned_model:
                 self.seen.add(name)
             yield name, tensor
@@ -74,6 +80,12 @@ class CompleteModelLoader(DefaultModelLoader):
             raise HeaprError(f"{self.pruned_model} lacks {first}{more}; export or download it again")
 
 
+def config_of(model: nn.Module) -> HeaprConfig | None:
+    """Finds the config of a pruned model."""
+    configs = (getattr(module, "quant_config", None) for module in model.modules())
+    return next((config for config in configs if isinstance(config, HeaprConfig)), None)
+
+
 def missing_parts(names: set[str], fused: dict[str, list[str]], modules: set[str]) -> Iterator[str]:
     """Names the weights that vLLM fuses with one of the checkpoint's `names` and that are not among them.
 
@@ -88,7 +100,7 @@ def missing_parts(names: set[str], fused: dict[str, list[str]], modules: set[str
         module_path, _, weight = name.rpartition(".")
         path, _, module = module_path.rpartition(".")
         for whole, parts in fused.items():
-            if module in parts and weight.startswith("weight") and f"{path.rpartition('.')[2]}.{whole}" in places:
+            if module in parts and weight.startswith(WEIGHTS) and f"{path.rpartition('.')[2]}.{whole}" in places:
                 siblings = (f"{path}.{part}.{weight}" for part in parts)
                 yield from (sibling for sibling in siblings if sibling not in names)
 
@@ -150,8 +162,8 @@ class HeaprModelLoader(CompleteModelLoader):
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Generator[tuple[str, torch.Tensor]]:
         source = self.base_model_config(model_config)
-        configs = (getattr(module, "quant_config", None) for module in model.modules())
-        config = next(c for c in configs if isinstance(c, HeaprConfig))
+        config = config_of(model)
+        assert config is not None, "pruned models have our config"
         check_base(Checkpoint.resolve(source.model), config.masks, config.pruning)
         for name, tensor in super().get_all_weights(source, model):
             # vLLM holds on to a tensor of the attention until the next layer's: a copy lets go of the mapped shard

@@ -57,14 +57,15 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         base: BaseQuantization | None,
         recorder: TrafficRecorder | None = None,
     ) -> None:
-        """`scheme`: how experts are stored, None in the model's dtype; `base`: format of codes that masks slice.
+        """`scheme`: how experts come, None in the model's dtype; `base`: format of codes that masks slice.
 
         `recorder`: of the layer's traffic, if it is recorded.
         """
         super().__init__(moe)
         self.masks = masks
         self.kernel = kernel
-        self.scheme = scheme
+        self.scheme = scheme if scheme is None or kernel.takes_two_widths else scheme.widened()
+        self.widens = self.scheme != scheme
         self.base = base
         self.recorder = recorder
         self.router = compat.cpu_router()
@@ -114,7 +115,7 @@ class HeaprMoEMethod(FusedMoEMethodBase):
         layout = RaggedLayout.build(widths, stored)
         if self.scheme is None:
             return DenseStorage(self.masks, local_ids, shares, layout)
-        return QuantizedStorage(self.masks, local_ids, shares, layout, self.scheme, self.base)
+        return QuantizedStorage(self.masks, local_ids, shares, layout, self.scheme, self.base, widens=self.widens)
 
     def _local_experts(self, layer: PrunedLayer) -> list[int]:
         """Global ids of this rank's experts, by local id.

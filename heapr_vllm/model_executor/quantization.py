@@ -188,16 +188,20 @@ class HeaprConfig(QuantizationConfig):
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
         if not isinstance(layer, RoutedExperts) or self.is_draft_layer(prefix):
-            self.inner.build(self.inner_block)
+            if (base := self.base) is None:
+                self.inner.build(self.inner_block, self.model_name, self.revision)
+            else:
+                self.inner.build(self.inner_block, str(base.path), None)
             method = self.inner.method(layer, prefix, self.packed_modules_mapping)
             return UnquantizedLinearMethod() if method is None and isinstance(layer, LinearBase) else method
         from heapr_vllm.model_executor.moe_method import HeaprMoEMethod
         from heapr_vllm.model_executor.pruned_layer import as_pruned
-        from heapr_vllm.model_executor.unsupported import refuse_unsupported
+        from heapr_vllm.model_executor.unsupported import refuse_other_loaders, refuse_unsupported
 
         pruned = as_pruned(layer)
         refuse_unsupported(pruned, self)
         scheme, base = self.storage_formats()
+        refuse_other_loaders(base)
         masks = self.layer_masks(prefix)
         recorder = self.recorder
         kernel = self.kernel(pruned.moe_config, masks.keep.shape, scheme, adds_up_traffic=recorder is not None)

@@ -10,6 +10,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.platforms import current_platform
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.base_quantization import BaseQuantization
 from heapr_vllm.model_executor import compat
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 
 RUNTIME_FORMATS = ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
+OTHER_LOADERS = ("runai_streamer",)  # not based on vLLM's default one, and so not on ours
 SELF_DISPATCHING = ("passthrough", "moonep")  # expect kernels that send tokens to ranks, and sum over them, themselves
 EXPERT_MODULES = {"experts", "gate_proj", "up_proj", "down_proj", "gate_up_proj"}
 
@@ -61,4 +63,14 @@ def refuse_unsupported(layer: PrunedLayer, config: QuantizationConfig) -> None:
         raise HeaprError(
             f"pruned experts compute SiLU-gated experts without bias; {layer.layer_name} has activation "
             f"{layer.activation.value}, bias {layer.moe_config.has_bias}, limit {layer.swiglu_limit}"
+        )
+
+
+def refuse_other_loaders(base: BaseQuantization | None) -> None:
+    """Raises HeaprError if masks slice codes of 4 bits, `base`, and a loader reads them that leaves them packed."""
+    load_format = get_current_vllm_config().load_config.load_format
+    if base is not None and base.packing is not None and load_format in OTHER_LOADERS:
+        raise HeaprError(
+            f"--load-format {load_format} does not unpack a base model of 4 bits; use heapr, or write a checkpoint "
+            "with `heapr export`"
         )

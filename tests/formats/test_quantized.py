@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Codes and scales: compressed-tensors reads ours, the formats of base models, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -27,8 +29,11 @@ SCHEMES = [
     ExpertScheme.for_hidden_size("int4", 256),
     ExpertScheme(type="float", strategy="channel", group_size=None),
     ExpertScheme(type="int", strategy="channel", group_size=None),
+    ExpertScheme(num_bits=4, down_bits=8),
 ]
 WIDTHS = (0, 1, 7, 48)
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
 
@@ -46,7 +51,7 @@ def unpacked(codes: torch.Tensor, shard: str) -> torch.Tensor:
 
 def arguments(scheme: ExpertScheme, shard: str) -> QuantizationArgs:
     """How compressed-tensors calls it: a group along H is one along columns, or a block of rows."""
-    common = {"num_bits": scheme.num_bits, "type": scheme.type, "symmetric": True}
+    common = {"num_bits": scheme.of(shard).num_bits, "type": scheme.type, "symmetric": True}
     if scheme.strategy == "channel":
         return QuantizationArgs(strategy="channel", **common)
     if shard == "w2":
@@ -62,7 +67,7 @@ def test_compressed_tensors_reads_ours(scheme: ExpertScheme, shard: str) -> None
     for width in filter(None, WIDTHS):
         weight = matrix(shard, width, hidden_size)
         codes, scale = scheme.quantize(weight, shard)
-        assert codes.dtype == scheme.code_dtype and scheme.weight_shape(shard, codes.shape) == weight.shape
+        assert codes.dtype == scheme.of(shard).code_dtype and scheme.weight_shape(shard, codes.shape) == weight.shape
         assert scale.dtype == torch.float32 and tuple(scale.shape) == scheme.scale_shape(shard, tuple(weight.shape))
         ours = scheme.dequantize(codes, scale, shard)
         codes = unpacked(codes, shard)
@@ -84,7 +89,7 @@ def test_rounding_error(scheme: ExpertScheme, shard: str) -> None:
         weight = matrix(shard, width, hidden_size)
         block = scheme.block(shard, tuple(weight.shape))
         codes, scale = scheme.quantize(weight, shard)
-        step = dequantize(torch.ones_like(weight), scale.abs(), block) * (2 if scheme.num_bits == 4 else 1)
+        step = dequantize(torch.ones_like(weight), scale.abs(), block) * (2 if scheme.of(shard).num_bits == 4 else 1)
         bound = step / 2 if scheme.type == "int" else (weight.abs() / 16).maximum(step * 2**-9)
         assert bool(((scheme.dequantize(codes, scale, shard) - weight).abs() <= bound * 1.0001).all())
 
@@ -135,14 +140,33 @@ def compressed(weights: dict, inputs: dict | None = None) -> dict:
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
 
 
+def packed(weights: dict, inputs: dict | None = None) -> dict:
+    weights = {"num_bits": 4, "strategy": "group", "group_size": 128} | weights
+    return compressed(weights, inputs) | {"format": "pack-quantized"}
+
+
 @pytest.mark.parametrize(
     ("block", "what"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        (GPTQ | {"bits": 3}, "GPTQ with 3 bits"),
+        (GPTQ | {"bits": 8}, "GPTQ with 8 bits"),
+        (GPTQ | {"sym": False}, "asymmetric GPTQ"),
+        (GPTQ | {"desc_act": True}, "desc_act"),
+        (GPTQ | {"group_size": -1}, "GPTQ with a group_size of -1"),
+        (GPTQ | {"group_size": 2**40}, "GPTQ with a group_size of"),
+        (GPTQ | {"dynamic": {r"+:.*\.[0-3]\..*": {"bits": 8}}}, "other settings for some modules"),
+        (AWQ | {"bits": 8}, "AWQ with 8 bits"),
+        (AWQ | {"version": "gemv"}, "version gemv"),
+        (AWQ | {"zero_point": False}, "AWQ without zero points"),
+        (AWQ | {"group_size": -1}, "AWQ with a group_size of -1"),
         ({"quant_method": "modelopt"}, "modelopt"),
         (FP8 | {"activation_scheme": "static"}, "static activation scales"),
         (FP8 | {"weight_block_size": None}, "one scale per tensor"),
         (compressed({"num_bits": 4}), "int with 4 bits"),
+        (packed({"num_bits": 8}), "int with 8 bits packed"),
+        (packed({"strategy": "channel", "group_size": None}), "packed by channel"),
+        (packed({"actorder": "group"}), "order of activations"),
+        (packed({}, {"dynamic": True}), "quantized activations"),
         (compressed({"type": "float", "num_bits": 4}), "float with 4 bits"),
         (compressed({"symmetric": False}), "int with 8 bits"),
         (compressed({"strategy": "group"}), "strategy group"),
@@ -158,6 +182,7 @@ def test_formats_not_supported(block: dict, what: str) -> None:
 @pytest.mark.parametrize(
     "block",
     [{"num_bits": 4, "type": "float"}, {"num_bits": 4, "strategy": "channel", "group_size": None}, {"num_bits": 3}]
+    + [{"down_bits": 8}, {"num_bits": 4, "down_bits": 4}, {"num_bits": 4, "down_bits": 16}]
     + [{"type": "nvfp4"}, {"symmetric": False}, {"group_size": None}, {"strategy": "tensor"}],
 )
 def test_schemes_not_supported(block: dict) -> None:
@@ -173,6 +198,17 @@ def test_nibbles() -> None:
     assert packed[0].tolist() == [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]
     assert torch.equal(unpack_nibbles(packed), codes)
     assert SCHEMES[3].zero_byte == pack_nibbles(torch.zeros(1, 2, dtype=torch.int8)).item()
+
+
+def test_wider_codes_have_the_same_values() -> None:
+    """What kernels get that take one width: codes of 4 bits are codes of 8."""
+    scheme = SCHEMES[-1]
+    assert scheme.name == "int4-int8" and scheme.widened() == SCHEMES[0]
+    assert scheme.of("w13") == replace(scheme, down_bits=None) and scheme.of("w2") == SCHEMES[0]
+    codes, scale = scheme.quantize(matrix("w1", 48, 256), "w1")
+    wide = scheme.widened().dequantize(unpack_nibbles(codes), scale, "w1")
+    assert torch.equal(wide, scheme.dequantize(codes, scale, "w1"))
+    assert scheme.bits_per_weight() == (2 * 4 + 8) / 3 + 32 / 128
 
 
 def test_schemes_read_what_they_write() -> None:

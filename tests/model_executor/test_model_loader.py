@@ -57,6 +57,8 @@ def test_parameters_that_a_checkpoint_must_bring() -> None:
         (["self_attn.k_proj.k_scale", "self_attn.o_proj.weight", "A_log"], set()),
         (["mla.q_proj.weight"], set()),
         (["mlp.experts.3.up_proj.weight", "mlp.experts.3.up_proj.weight_scale"], set()),
+        (["self_attn.q_proj.qweight", "self_attn.k_proj.qweight"], {"self_attn.v_proj.qweight"}),
+        (["mlp.up_proj.scales", "mlp.up_proj.qzeros"], {"mlp.gate_proj.scales", "mlp.gate_proj.qzeros"}),
     ],
 )
 def test_parts_of_fused_weights(names: list[str], missing: set[str]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts in 8 bits, served: what comes out is what stock vLLM computes with the values of the codes, in fp32."""
+"""Experts in 8 and 4 bits, served: what stock vLLM computes with the values of the codes, in fp32."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from tools import families
 
 pytestmark = pytest.mark.vllm
 FP8, INT8 = "deepseek_v3+fp8-block", "qwen3_moe+int8"
-FAST = (FP8, INT8, "qwen3_moe+int8-channel")
+FAST = (FP8, INT8, "qwen3_moe+int8-channel", "qwen3_moe+gptq", "deepseek_v3+awq")
 RANKS = ("qwen3_moe+fp8-block", *FAST[1:])
 SLOW = [
     *(pytest.param(mode, RANKS, id=mode) for mode in ("TP=2", "EP=2", "compile")),
@@ -71,6 +71,17 @@ def test_activations_in_8_bits(prepared: Prepare) -> None:
     assert 0 < families.distance(outputs[""], outputs["compiled"]) < ROUNDING
 
 
+def test_activations_in_8_bits_on_the_path_of_a_gpu(prepared: Prepare) -> None:
+    """Interpreted, in fp16: near what the same codes give with activations as they are, and the same after a reload."""
+    environment = {"HEAPR_KERNEL": "triton_a8", "TRITON_INTERPRET": "1"}
+    steps = ("generate", "reload", "generate")
+    process = engine.run(prepared(INT8) / "compact", dtype="float16", steps=steps, env=environment)
+    assert "kernel triton_a8" in process.stdout + process.stderr
+    first, again = engine.results(process)
+    plain = engine.run(prepared(INT8) / "compact", dtype="float16", env={"HEAPR_KERNEL": "reference"})
+    assert 0 < families.distance(first, engine.results(plain)[-1]) < ROUNDING and first == again
+
+
 def test_real_weights_after_dummy_ones(prepared: Prepare, stock: dict[str, families.Output]) -> None:
     steps = ("load for real", "generate")
     process = engine.run(prepared(FP8) / "compact", **EAGER, load_format="dummy", steps=steps, env=families.ENVIRONMENT)
@@ -84,6 +95,19 @@ def test_other_modes(mode: str, names: list[str], prepared: Prepare) -> None:
     expected = dict(families.stock(folders))
     for name, found in families.serve(folders, families.MODES[mode]):
         assert_same(name, found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in quantized_models.FOUR_BITS if name.endswith("linears")])
+@pytest.mark.parametrize("mode", ["compact", "masks"])
+def test_attention_of_4_bits_runs_in_the_engines_kernel(mode: str, name: str, prepared: Prepare) -> None:
+    """In bf16, since that kernel has no fp32: experts round differently then, from the third digit on."""
+    folder, env = prepared(f"qwen3_moe+{name}"), {"HEAPR_KERNEL": "compiled"}
+    expected = engine.results(engine.run(folder / "zeroed", dtype="bfloat16", env={"VLLM_PLUGINS": ""}))[0]
+    arguments = families.MODES[mode].arguments
+    process = engine.run(folder / families.MODES[mode].folder, dtype="bfloat16", env=env, **arguments)
+    assert "CPUWNA16LinearKernel" in process.stdout + process.stderr
+    assert families.distance(engine.results(process)[0], expected) < ROUNDING
 
 
 def test_masks_of_the_unquantized_model_serve_its_sibling(prepared: Prepare, corpus: Path, tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ pytest.importorskip("vllm")
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.base_quantization import BaseQuantization
 from heapr_vllm.model_executor import unsupported
 from heapr_vllm.model_executor.quantization import HeaprConfig
+from tests import quantized_models
 
 
 def refuse(
@@ -68,5 +70,17 @@ def test_refused(monkeypatch, options: dict, message: str) -> None:
 
 def test_accepted(monkeypatch) -> None:
     refuse(monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "w4a16"])
+def test_loaders_that_do_not_unpack(name: str, monkeypatch) -> None:
+    base = BaseQuantization.from_config(quantized_models.block(name, []), name)
+    refuse(monkeypatch, load_format="runai_streamer")
+    for other in (None, BaseQuantization.from_config(quantized_models.block("fp8-block", []), "fp8")):
+        unsupported.refuse_other_loaders(other)
+    with pytest.raises(HeaprError, match="use heapr, or write a checkpoint with `heapr export`"):
+        unsupported.refuse_other_loaders(base)
+    refuse(monkeypatch, load_format="heapr")
+    unsupported.refuse_other_loaders(base)
     refuse(monkeypatch, lora=SimpleNamespace(target_modules=["q_proj", "o_proj"]), load_format="runai_streamer")
     refuse(monkeypatch, on_cpu=False, data_parallel_size=2, load_format="fastsafetensors")

@@ -54,7 +54,7 @@ class ExpertRows:
 
     @property
     def is_packed(self) -> bool:
-        """Whether codes are of 4 bits, two to a byte."""
+        """Whether codes of down_proj are of 4 bits, two to a byte; those of gate and up then are too."""
         return self.w2.dtype == PACKED_DTYPE
 
     @property
@@ -69,6 +69,7 @@ class RaggedKernel(ABC):
     share_unit: neurons that a tensor-parallel rank's share of an expert is a multiple of.
     width_unit: neurons that stored widths are multiples of.
     adds_up_traffic: whether it knows `ExpertRows.traffic`.
+    takes_two_widths: whether down_proj may have more bits than gate and up, which are widened for it otherwise.
     """
 
     name: ClassVar[str]
@@ -76,6 +77,7 @@ class RaggedKernel(ABC):
     share_unit: ClassVar[int] = 16
     width_unit: ClassVar[int] = 1
     adds_up_traffic: ClassVar[bool] = False
+    takes_two_widths: ClassVar[bool] = False
 
     def is_default(self) -> bool:
         """Whether it may be taken unasked on machines of this kind."""

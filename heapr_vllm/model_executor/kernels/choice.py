@@ -22,6 +22,7 @@ from heapr_vllm.model_executor.kernels.cpu_compiled.a8_kernel import CompiledA8K
 from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import CompiledKernel
 from heapr_vllm.model_executor.kernels.cpu_native import BucketsKernel, NativeKernel
 from heapr_vllm.model_executor.kernels.reference import ReferenceKernel
+from heapr_vllm.model_executor.kernels.triton.a8_kernel import TritonA8Kernel
 from heapr_vllm.model_executor.kernels.triton.kernel import TritonKernel
 
 VARIABLE = "HEAPR_KERNEL"
@@ -43,6 +44,7 @@ def kernels() -> dict[str, RaggedKernel]:
     """
     ordered = (
         TritonKernel(),
+        TritonA8Kernel(),
         CompiledA8Kernel(),
         CompiledKernel(),
         NativeKernel(),
@@ -61,7 +63,7 @@ def candidates(
     none can.
     """
     if kernel := forced_kernel():
-        _refuse(kernel, kernel.layer_obstacle(dtype, hidden_size, scheme))
+        _refuse(kernel, _layer_obstacle(kernel, dtype, hidden_size, scheme))
         if adds_up_traffic and not kernel.adds_up_traffic:
             _refuse(kernel, "it does not add up traffic; unset HEAPR_TRAFFIC")
         return [kernel]
@@ -71,15 +73,23 @@ def candidates(
         for kernel in fast
         if kernel.is_default()
         and (kernel.adds_up_traffic or not adds_up_traffic)
-        and kernel.layer_obstacle(dtype, hidden_size, scheme) is None
+        and _layer_obstacle(kernel, dtype, hidden_size, scheme) is None
         and kernel.machine_obstacle() is None
     ]
     if found:
         wished = _as_wished(found)
         return [kernel for kernel in wished if kernel.activation_bits == wished[0].activation_bits]
-    if obstacle := reference.layer_obstacle(dtype, hidden_size, scheme):
+    if obstacle := _layer_obstacle(reference, dtype, hidden_size, scheme):
         raise HeaprError(f"no kernel runs pruned experts of {dtype} and hidden size {hidden_size} here: {obstacle}")
     return [reference]
+
+
+def _layer_obstacle(
+    kernel: RaggedKernel, dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None
+) -> str | None:
+    """As the kernel says, of experts as it gets them."""
+    taken = scheme.widened() if scheme and not kernel.takes_two_widths else scheme
+    return kernel.layer_obstacle(dtype, hidden_size, taken)
 
 
 def _as_wished(found: list[RaggedKernel]) -> list[RaggedKernel]:

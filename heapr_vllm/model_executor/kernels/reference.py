@@ -4,7 +4,7 @@
 import torch
 import torch.nn.functional as F
 
-from heapr_vllm.formats.quantized import ExpertScheme, dequantize, unpack_nibbles
+from heapr_vllm.formats.quantized import PACKED_DTYPE, ExpertScheme, dequantize, unpack_nibbles
 from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes
 
 
@@ -13,6 +13,7 @@ class ReferenceKernel(RaggedKernel):
 
     name = "reference"
     adds_up_traffic = True
+    takes_two_widths = True
 
     def layer_obstacle(self, dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None) -> str | None:
         if _captures_graphs():
@@ -54,8 +55,7 @@ def expert_weights(experts: ExpertRows, slot: int, start: int, width: int) -> tu
     w13, w2 = experts.w13[both], experts.w2[neurons]
     if experts.scales is None:
         return w13, w2
-    if experts.is_packed:
-        w13, w2 = unpack_nibbles(w13), unpack_nibbles(w2)
+    w13, w2 = (unpack_nibbles(codes) if codes.dtype == PACKED_DTYPE else codes for codes in (w13, w2))
     hidden_size = experts.hidden_size
     w13_scale = experts.scales.w13[both]
     w13 = dequantize(w13, w13_scale, (1, hidden_size // w13_scale.shape[1]))

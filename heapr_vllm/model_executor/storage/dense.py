@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,17 +20,22 @@ from heapr_vllm.model_executor.storage.scales import Scales
 SHARDS = ("w1", "w2", "w3")  # gate, down, up, as vLLM calls them
 
 
+@dataclass(frozen=True)
+class Element:
+    """An element of a parameter: its type, how many weights are in it, and what it is where they are zero."""
+
+    dtype: torch.dtype
+    weights: int = 1
+    zero: int = 0
+
+
 class DenseStorage:
     """This rank's experts of a layer.
 
     local_ids: global id to local id of the experts that are here.
     shares: [start, stop) of this rank's part of every local expert's kept neurons.
     layout: where the rows of local experts lie.
-    codes_per_element, zero: of parameters, how many weights are in an element, and the element of zeros.
     """
-
-    codes_per_element = 1
-    zero = 0
 
     def __init__(
         self, masks: LayerMasks, local_ids: dict[int, int], shares: list[tuple[int, int]], layout: RaggedLayout
@@ -52,13 +58,18 @@ class DenseStorage:
 
         `attributes`: what else vLLM wants to find on the parameters.
         """
-        columns = hidden_size // self.codes_per_element
-        for name, rows_per_neuron in (("w13_weight", 2), ("w2_weight", 1)):
-            empty = torch.empty(rows_per_neuron * self.layout.num_rows, columns, dtype=dtype)
+        for matrix, rows_per_neuron in (("w13", 2), ("w2", 1)):
+            element = self._element(matrix, dtype)
+            columns = hidden_size // element.weights
+            empty = torch.empty(rows_per_neuron * self.layout.num_rows, columns, dtype=element.dtype)
             weight = nn.Parameter(empty, requires_grad=False)
-            layer.register_parameter(name, weight)
+            layer.register_parameter(f"{matrix}_weight", weight)
             loaded_numel = rows_per_neuron * sum(self.layout.widths) * columns
             set_weight_attrs(weight, {**attributes, "weight_loader": loader, "weight_loader_numel": loaded_numel})
+
+    def _element(self, matrix: str, dtype: torch.dtype) -> Element:
+        """Of the parameter of a `matrix`, "w13" or "w2", in a model of `dtype`."""
+        return Element(dtype)
 
     def load(self, param: nn.Parameter, tensor: torch.Tensor, name: str, shard: str, expert: int) -> bool:
         """Copies this rank's share of a checkpoint tensor into `param`; returns whether the expert is here.
@@ -134,11 +145,12 @@ class DenseStorage:
     def zero_padding(self, layer: PrunedLayer) -> None:
         """Zeroes the stored rows beyond every expert's kept neurons, before the kernel packs them."""
         w13, w2 = layer.w13_weight.data, layer.w2_weight.data
+        w13_zero, w2_zero = (self._element(matrix, w2.dtype).zero for matrix in ("w13", "w2"))
         for local, width in enumerate(self.layout.widths):
             if self.layout.slots[local] < self.layout.num_slots:
                 row, stored = self.layout.place(local)
-                w13[2 * row : 2 * (row + stored)].view(2, stored, -1)[:, width:] = self.zero
-                w2[row + width : row + stored] = self.zero
+                w13[2 * row : 2 * (row + stored)].view(2, stored, -1)[:, width:] = w13_zero
+                w2[row + width : row + stored] = w2_zero
 
     def slots(self, num_experts: int) -> list[int]:
         """Storage slot of every global expert, `layout.num_slots` if it is not stored here."""

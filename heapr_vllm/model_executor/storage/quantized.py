@@ -12,9 +12,17 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.base_quantization import BaseQuantization
-from heapr_vllm.formats.quantized import BITWISE, SCALE_SUFFIX, ExpertScheme, check_codes, check_scale
+from heapr_vllm.formats.quantized import (
+    BITWISE,
+    PACKED_DTYPE,
+    SCALE_SUFFIX,
+    ExpertScheme,
+    check_codes,
+    check_scale,
+    unpack_nibbles,
+)
 from heapr_vllm.model_executor.pruned_layer import PrunedLayer
-from heapr_vllm.model_executor.storage.dense import DenseStorage
+from heapr_vllm.model_executor.storage.dense import DenseStorage, Element
 from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 from heapr_vllm.model_executor.storage.scales import Scales
@@ -26,7 +34,8 @@ class QuantizedStorage(DenseStorage):
     """This rank's experts of a layer as codes, with `scales` beside them.
 
     scheme: how they are stored. base: format of the full-size codes that masks slice; None for those of a compact
-    checkpoint, and for weights in the model's dtype, which are rounded row by row as they come.
+    checkpoint, and for weights in the model's dtype, which are rounded row by row as they come. Codes of a base model
+    of 4 bits come as the scheme has them (`unpacking.py`). widens: whether gate and up come in 4 bits for one of 8.
     """
 
     def __init__(
@@ -37,13 +46,14 @@ class QuantizedStorage(DenseStorage):
         layout: RaggedLayout,
         scheme: ExpertScheme,
         base: BaseQuantization | None,
+        *,
+        widens: bool = False,
     ) -> None:
         super().__init__(masks, local_ids, shares, layout)
         self.scheme = scheme
-        self.base = base
+        self.widens = widens
+        self.base = base if base is None or base.packing is None else None
         self.rounds = base is None and not masks.is_compact
-        self.codes_per_element = scheme.codes_per_byte
-        self.zero = scheme.zero_byte
         self.settled: Scales | None = None
 
     def create(
@@ -59,7 +69,7 @@ class QuantizedStorage(DenseStorage):
         Raises HeaprError if the scheme does not fit the hidden size.
         """
         self.scheme.check(hidden_size)
-        super().create(layer, hidden_size, self.scheme.code_dtype, loader, attributes)
+        super().create(layer, hidden_size, dtype, loader, attributes)
         self.layer, self.hidden_size = layer, hidden_size
         for name, shape, loaded in zip(SCALED, self._scale_shapes(hidden_size), self._loaded(hidden_size), strict=True):
             scale = torch.ones(shape, dtype=torch.float32)
@@ -69,6 +79,10 @@ class QuantizedStorage(DenseStorage):
                 layer.register_parameter(self._scale_name(name), nn.Parameter(scale, requires_grad=False))
             wanted = {**attributes, "weight_loader": loader, "weight_loader_numel": loaded}
             set_weight_attrs(getattr(layer, self._scale_name(name)), wanted)
+
+    def _element(self, matrix: str, dtype: torch.dtype) -> Element:
+        own = self.scheme.of(matrix)
+        return Element(own.code_dtype, own.codes_per_byte, own.zero_byte)
 
     def _scale_name(self, matrix: str) -> str:
         return f"{matrix}_weight{self.base.scale_suffix if self.base else SCALE_SUFFIX}"
@@ -115,7 +129,9 @@ class QuantizedStorage(DenseStorage):
             return False
         if "scale" in name.rpartition(".")[2]:
             return self._load_scale(param, tensor, name, shard, expert)
-        is_codes = tensor.dtype == self.scheme.code_dtype
+        if self.widens and shard != "w2" and tensor.dtype == PACKED_DTYPE:
+            tensor = unpack_nibbles(tensor)
+        is_codes = tensor.dtype == self.scheme.of(shard).code_dtype
         is_weights = tensor.is_floating_point() and tensor.itemsize > 1
         if not (is_weights if self.rounds else is_codes):
             raise HeaprError(

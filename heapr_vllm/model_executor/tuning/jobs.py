@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,17 +26,19 @@ SIMILAR = 1.25  # layers whose mean widths differ by less share one job
 class Job:
     """Stored widths of one layer to tune for.
 
-    `dtype`: the model's. `scheme`: of experts in 8 or 4 bits; None in `dtype`.
+    `dtype`: the model's. `scheme`: of experts in 8 or 4 bits; None in `dtype`. `activation_bits`: as of the kernel.
     """
 
     moe: MoEShape
     widths: tuple[int, ...]
     dtype: torch.dtype
     scheme: ExpertScheme | None = None
+    activation_bits: int | None = None
 
     @property
     def shape(self) -> LayerShape:
-        return LayerShape.of(list(self.widths), self.moe.hidden_size, self.moe.top_k, self.dtype, self.scheme)
+        sizes = list(self.widths), self.moe.hidden_size, self.moe.top_k
+        return LayerShape.of(*sizes, self.dtype, self.scheme, self.activation_bits)
 
 
 def jobs_of_shapes(
@@ -86,6 +88,7 @@ def jobs_of_model(
         scheme = checkpoint.base_quantization.scheme(hidden_size)  # of the base model
     if quantize:
         scheme = ExpertScheme.for_hidden_size(quantize, hidden_size)
+    scheme = scheme.widened() if scheme else None  # as the kernel that is tuned gets it
     if obstacle := scheme_obstacle(scheme, hidden_size):
         raise HeaprError(obstacle)
     jobs: list[Job] = []
@@ -95,6 +98,16 @@ def jobs_of_model(
         if any(widths) and not (jobs and job.shape.distance(jobs[-1].shape) < SIMILAR):
             jobs.append(job)
     return jobs
+
+
+def with_rounded_activations(jobs: Sequence[Job]) -> list[Job]:
+    """Returns the jobs for the kernel that rounds activations to 8 bits.
+
+    Raises HeaprError if experts are not stored in 8 bits.
+    """
+    if any(job.scheme is None or job.scheme.num_bits != 8 for job in jobs):
+        raise HeaprError("activations are rounded for experts in 8 bits only; add --quantize int8 (or fp8)")
+    return [replace(job, activation_bits=8) for job in jobs]
 
 
 def _stored(widths: list[int], tp_size: int) -> tuple[int, ...]:

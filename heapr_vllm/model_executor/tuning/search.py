@@ -30,10 +30,11 @@ from triton.errors import TritonError
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.atomic import atomic_file, check_writable
 from heapr_vllm.formats.quantized import ExpertScheme
-from heapr_vllm.model_executor.kernels.triton.launch import down_projection, triton_ragged_moe, up_projection
+from heapr_vllm.model_executor.kernels.triton.launch import triton_ragged_moe
 from heapr_vllm.model_executor.kernels.triton.route_blocks import RouteBlocks
 from heapr_vllm.model_executor.kernels.triton.tiles import (
     FORMAT_VERSION,
+    TRITON_UNIT,
     LayerShape,
     Tile,
     TileConfig,
@@ -41,6 +42,7 @@ from heapr_vllm.model_executor.kernels.triton.tiles import (
     device_name,
     profile_entry,
     read_profiles,
+    rounded_group,
     token_entry,
     use_one_route_blocks,
 )
@@ -115,7 +117,9 @@ def tune(
             return list(written), len(work) - number
         if layer is None or built_for is not job:
             layer = None  # frees the last one's weights first
-            layer = SyntheticLayer.build(job.moe, list(job.widths), job.dtype, device, copies=2, scheme=job.scheme)
+            layer = SyntheticLayer.build(
+                job.moe, list(job.widths), job.dtype, device, 2, job.scheme, job.activation_bits
+            )
             built_for = job
         config, seconds = fastest(layer, count, time.monotonic() + share)
         bar.set_postfix_str(f"{count} tokens: {1e6 * seconds:.1f} us, block_m {config.block_m}")
@@ -136,7 +140,7 @@ def fastest(layer: SyntheticLayer, num_tokens: int, deadline: float) -> tuple[Ti
     def layer_seconds(config: TileConfig) -> float:
         run = try_stopwatch(
             [
-                partial(triton_ragged_moe, outputs, *layer.arguments(batch, i), config=config)
+                partial(triton_ragged_moe, outputs, *layer.arguments(batch, i), config=config, steps=layer.steps)
                 for i, batch in enumerate(batches)
             ],
             outputs.device,
@@ -171,7 +175,7 @@ def fastest(layer: SyntheticLayer, num_tokens: int, deadline: float) -> tuple[Ti
 
 
 def _is_possible(config: TileConfig, shape: LayerShape) -> bool:
-    return config.is_possible(shape.hidden_size, shape.group_size, is_packed=shape.is_packed)
+    return config.is_possible(shape.hidden_size, shape.group_size, shape.activation_bits, is_packed=shape.is_packed)
 
 
 def changes(shape: LayerShape, num_tokens: int) -> list[Callable[[TileConfig], TileConfig]]:
@@ -184,6 +188,8 @@ def changes(shape: LayerShape, num_tokens: int) -> list[Callable[[TileConfig], T
     found: list[Callable[[TileConfig], TileConfig]] = []
     if use_one_route_blocks(num_tokens, shape.top_k, 4 * shape.num_experts) and num_tokens > 1:
         found.append(lambda config: replace(config, one_route=not config.one_route))
+    if shape.activation_bits:
+        return [*found, lambda config: replace(config, chained=True)] if _has_hopper() else found
     if shape.weight_dtype == torch.float8_e4m3fn and _has_cast():
         found.append(lambda config: replace(config, decode="bits" if config.decode == "cast" else "cast"))
     if _has_hopper():
@@ -236,7 +242,9 @@ def candidates(kind: str, shape: LayerShape, block_m: int, num_tokens: int) -> l
     routes = num_tokens * shape.top_k / shape.num_experts
     group_sizes = (1, 8) if routes > block_m else (1,)
     lengths = (64, 128, 256) if kind == "up" else (64,)
-    if kind == "up" and shape.is_packed:
+    if kind == "up" and shape.activation_bits:
+        lengths = (rounded_group(shape.group_size),)
+    elif kind == "up" and shape.is_packed:
         lengths = (shape.packed_step,)
     elif kind == "up" and _inputs_of_a_step(shape) % 64:
         lengths = (32,)
@@ -267,13 +275,19 @@ def _fits(kind: str, tile: Tile, shape: LayerShape, block_m: int) -> bool:
     """Whether hidden size, registers and shared memory allow this tile."""
     is_up = kind == "up"
     halves = 2 if is_up else 1
+    rounded = shape.activation_bits is not None
     scales_sums = is_up and shape.has_groups and not (shape.is_packed and block_m >= 64)
-    sums = 2 if scales_sums else 1  # of all steps, and of one
+    sums = 2 if rounded or scales_sums else 1  # of all steps, and of one
     accumulators = sums * halves * block_m * tile.block_n / (32 * tile.num_warps)
     bits_per_weight = shape.scheme.num_bits if shape.scheme else 8 * shape.dtype.itemsize
-    step = block_m * shape.dtype.itemsize + halves * tile.block_n * bits_per_weight / 8
+    item_bytes = 1 if rounded else shape.dtype.itemsize
+    step = block_m * item_bytes + halves * tile.block_n * bits_per_weight / 8
     shared = tile.num_stages * tile.block_k * step
-    if is_up and shape.is_packed:
+    if rounded and is_up:
+        fits_hidden_size = (tile.block_n, tile.block_k) == (TRITON_UNIT, rounded_group(shape.group_size))
+    elif rounded:
+        fits_hidden_size = shape.hidden_size % tile.block_n == 0
+    elif is_up and shape.is_packed:
         fits_hidden_size = tile.block_k == shape.packed_step
     else:
         fits_hidden_size = _inputs_of_a_step(shape) % (tile.block_k if is_up else tile.block_n) == 0
@@ -290,22 +304,23 @@ def _gemm_calls(layer: SyntheticLayer, batches: list[Batch], block_m: int) -> tu
     shape, top_k = layer.shape, layer.moe.top_k
     default = replace(default_config(len(batches[0].x), shape), block_m=block_m)
     blocks = [RouteBlocks.build(batch.topk_ids, layer.slot_map, layer.copies[0].table, default) for batch in batches]
-    x = batches[0].x
-    hidden = x.new_zeros(blocks[0].hidden_rows, shape.max_width)
+    x, steps = batches[0].x, layer.steps
+    hidden = steps.empty_hidden(x, layer.copies[0], blocks[0])
+    tokens = [steps.inputs(batch.x, layer.copies[0], default) for batch in batches]
     routed = x.new_empty(x.shape[0] * top_k, shape.hidden_size)
     copies = list(itertools.islice(itertools.cycle(layer.copies), len(batches)))
 
     def up_calls(tile: Tile) -> list[Callable[[], None]]:
         config = replace(default, up=tile)
         return [
-            partial(up_projection, hidden, batch.x, experts, top_k, block, config)
-            for batch, experts, block in zip(batches, copies, blocks, strict=True)
+            partial(steps.up_projection, hidden, rows, experts, top_k, block, config)
+            for rows, experts, block in zip(tokens, copies, blocks, strict=True)
         ]
 
     def down_calls(tile: Tile) -> list[Callable[[], None]]:
         config = replace(default, down=tile)
         return [
-            partial(down_projection, routed, hidden, experts, block, config)
+            partial(steps.down_projection, routed, hidden, experts, block, config)
             for experts, block in zip(copies, blocks, strict=True)
         ]
 
@@ -343,7 +358,17 @@ def try_stopwatch(calls: Sequence[Callable[[], object]], device: torch.device) -
 def _compile_all(work: list[tuple[Job, int]]) -> None:
     """Compiles all candidates in parallel processes; this one then finds them in Triton's cache on disk."""
     kernels = {
-        (job.shape.hidden_size, job.shape.top_k, job.dtype, job.scheme, one_route, block_m, kind, tile)
+        (
+            job.shape.hidden_size,
+            job.shape.top_k,
+            job.dtype,
+            job.scheme,
+            job.activation_bits,
+            one_route,
+            block_m,
+            kind,
+            tile,
+        )
         for job, count in work
         for one_route in [use_one_route_blocks(count, job.shape.top_k, job.shape.num_experts)]
         for block_m in block_sizes(job.shape, count)
@@ -367,6 +392,7 @@ def _compile(
     top_k: int,
     dtype: torch.dtype,
     scheme: ExpertScheme | None,
+    activation_bits: int | None,
     one_route: bool,
     block_m: int,
     kind: str,
@@ -375,7 +401,7 @@ def _compile(
     """Runs one kernel on the smallest layer that uses it."""
     device = torch.device("cuda")
     moe = MoEShape(4 * top_k if one_route else top_k, top_k, hidden_size, 64)
-    layer = SyntheticLayer.build(moe, [64] * moe.num_experts, dtype, device, scheme=scheme)
+    layer = SyntheticLayer.build(moe, [64] * moe.num_experts, dtype, device, 1, scheme, activation_bits)
     up_calls, down_calls = _gemm_calls(layer, [random_batch(1, moe, dtype, device)], block_m)
     with suppress(TritonError, RuntimeError):
         (up_calls if kind == "up" else down_calls)(tile)[0]()

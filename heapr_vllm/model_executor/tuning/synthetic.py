@@ -12,7 +12,7 @@ import torch
 from heapr_vllm.formats.quantized import BITWISE, LARGEST_CODE, NAN_CODE, ZERO_4_BITS, ExpertScheme
 from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes, Scales, slots_table
 from heapr_vllm.model_executor.kernels.reference import ragged_moe_reference
-from heapr_vllm.model_executor.kernels.triton import launch
+from heapr_vllm.model_executor.kernels.triton import a8_launch, launch
 from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, LayerShape
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
@@ -84,6 +84,7 @@ class SyntheticLayer:
     copies: the packed experts. slot_map: their `Routes.slots`.
     plain: experts of copy 0 before packing. plain_slots: their `Routes.slots`.
     dtype: of tokens, and of weights unless a `scheme` says how they are stored in 8 bits.
+    steps: which kernels they are packed for.
     """
 
     moe: MoEShape
@@ -94,6 +95,7 @@ class SyntheticLayer:
     plain_slots: torch.Tensor
     dtype: torch.dtype
     scheme: ExpertScheme | None = None
+    steps: launch.Steps = launch.PLAIN
 
     @classmethod
     def build(
@@ -104,8 +106,10 @@ class SyntheticLayer:
         device: torch.device,
         copies: int = 1,
         scheme: ExpertScheme | None = None,
+        activation_bits: int | None = None,
     ) -> SyntheticLayer:
         """`widths` are multiples of 64, one per expert, 0 for dead ones."""
+        steps = a8_launch.A8 if activation_bits else launch.PLAIN
         layout = RaggedLayout.build(widths, widths)
         make = partial(_random_codes, scheme=scheme) if scheme else partial(_random_rows, dtype=dtype)
         packed = [make(layout, moe.hidden_size, device=device) for _ in range(copies)]
@@ -113,13 +117,14 @@ class SyntheticLayer:
         plain_slots = slots_table(layout.slots, layout).to(device)
         slot_map, table = launch.index_tables(layout.slots, layout)
         for experts in packed:
-            launch.pack(experts.w13, experts.w2, layout, experts.scales)
+            steps.pack(experts.w13, experts.w2, layout, experts.scales)
         packed = [replace(experts, table=table.to(device)) for experts in packed]
-        return cls(moe, widths, packed, slot_map.to(device), plain, plain_slots, dtype, scheme)
+        return cls(moe, widths, packed, slot_map.to(device), plain, plain_slots, dtype, scheme, steps)
 
     @property
     def shape(self) -> LayerShape:
-        return LayerShape.of(self.widths, self.moe.hidden_size, self.moe.top_k, self.dtype, self.scheme)
+        bits = self.steps.activation_bits
+        return LayerShape.of(self.widths, self.moe.hidden_size, self.moe.top_k, self.dtype, self.scheme, bits)
 
     def arguments(self, batch: Batch, copy: int = 0) -> tuple[torch.Tensor, Routes, ExpertRows]:
         """Returns the arguments of `triton_ragged_moe` after `output`."""

@@ -101,8 +101,9 @@ def _keeps_attention(config: PretrainedConfig) -> bool:
 
 def _tensor_in_flight_bytes(checkpoint: Checkpoint) -> int:
     """Computes the largest tensor while it is read; codes pass through float32, and so do their scales."""
+    of_4_bits = max((tensor_bytes(checkpoint, name) for name in checkpoint.packed), default=0)
     largest = max(tensor_bytes(checkpoint, name) for name in checkpoint.headers)
-    return largest * (1 if checkpoint.base_quantization is None else 9)
+    return max(largest * (1 if checkpoint.base_quantization is None else 9), of_4_bits * 20)
 
 
 def plan(settings: CalibrationSettings, device: str = "cpu") -> dict[str, Any]:

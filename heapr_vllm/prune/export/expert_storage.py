@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`heapr export --quantize`: as what the exported checkpoint stores weights, and the stages that make it so.
 
-none: in the model's dtype, codes of the base model dequantised. keep: the very codes of the base model. int8, fp8 and
-int4: pruned experts in 8 or 4 bits, the rest as in the base model.
+none: in the model's dtype, codes of the base model dequantised. keep: the very codes of the base model, but of those
+of 4 bits down_proj is rounded to 8, because its groups cross neurons, and gate and up take 8 if they have zero points.
+int8, fp8 and int4: pruned experts in 8 or 4 bits, the rest as in the base model.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class ExpertStorage:
                 f"{base.path} has no codes to keep, it is not quantized; use --quantize "
                 f"{', '.join(NAMES.values())} or none"
             )
-        is_cut_codes = layout == "plain" and choice == "keep"
+        is_cut_codes = choice == "keep" and (layout == "plain" or any(map(base.is_pruned_expert, base.packed)))
         if layout != "compact" and (choice in NAMES.values() or (choice == "keep" and repaired) or is_cut_codes):
             raise HeaprError(
                 f"{layout} checkpoints cannot be written with --quantize {choice}{' and --repair' * repaired}; use "

@@ -54,7 +54,8 @@ def write_shards(
 ) -> None:
     """Writes the tensors of `base` into `folder`, after they went through `stages`, in as many shards, and the index.
 
-    8-bit weights come in as `dtype`, or, where `is_verbatim` says so of their name, as codes, and their scales too.
+    Quantized weights come in as `dtype`, or, where `is_verbatim` says so of their name, as `TensorReader.verbatim` has
+    them, codes and their scales.
     Raises HeaprError if a shard, codes or scales are damaged.
     """
     writer = ShardWriter(folder)
@@ -64,7 +65,8 @@ def write_shards(
             for name in names:
                 weight = base.weight_of(name) or name
                 if is_verbatim(weight):
-                    tensors |= through(stages, name, reader.verbatim(name))
+                    for stored, tensor in reader.verbatim(name).items():
+                        tensors |= through(stages, stored, tensor)
                 elif weight == name:
                     tensors |= through(stages, name, reader.tensor(name))
         writer.add(shard, tensors)

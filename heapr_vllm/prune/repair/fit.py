@@ -139,15 +139,15 @@ def fit_repair(
 ) -> Repair:
     """Writes the compensations of every expert that loses some neurons into `folder`, and returns them.
 
-    `scheme`: how experts will be stored; in 4 bits the codes of every expert with neurons are written instead. Text,
-    seed, length, batch size and dtype are those of the `calibration`. What an interrupted run with the same input left
-    in `folder` is not computed again. Raises HeaprError if the text is missing, changed or too short, or if `settings`
-    cannot be met, before anything is written.
+    `scheme`: how experts will be stored; with down_proj in 4 bits the codes of every expert with neurons are written
+    instead. Text, seed, length, batch size and dtype are those of the `calibration`. What an interrupted run with the
+    same input left in `folder` is not computed again. Raises HeaprError if the text is missing, changed or too short,
+    or if `settings` cannot be met, before anything is written.
     """
     if settings.method not in METHODS:
         raise HeaprError(f"repair {settings.method!r} is not one of {', '.join(METHODS)}")
     check_device(settings.device)
-    rounding = scheme if scheme and scheme.num_bits == BITS_TO_ROUND else None
+    rounding = scheme if scheme and scheme.of("w2").num_bits == BITS_TO_ROUND else None
     experts = repairable(masks, whole=rounding is not None)
     if not experts:
         raise HeaprError(

@@ -225,26 +225,36 @@ def copied(experts: ExpertRows, copy: Callable[[torch.Tensor], torch.Tensor]) ->
 
 
 def fenced(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with a page of NaN, or of absurd integers, before and after it."""
-    if tensor.dtype == torch.float8_e4m3fn:
-        return fenced(tensor.view(BITWISE)).view(tensor.dtype)
-    poison = {torch.int8: 127, BITWISE: NAN_CODE}.get(tensor.dtype, 2**24)
-    poison = torch.nan if tensor.is_floating_point() else poison
-    memory = tensor.new_full((tensor.numel() + 2 * FENCE,), poison)
+    """A copy with a page of poison before and after it."""
+    memory = poisoned(tensor, (tensor.numel() + 2 * FENCE,))
     view = memory[FENCE : FENCE + tensor.numel()].view(tensor.shape)
-    return view.copy_(tensor)
+    as_bits(view).copy_(as_bits(tensor))
+    return view
+
+
+def poisoned(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Memory full of NaN, or of absurd integers."""
+    if like.dtype == torch.float8_e4m3fn:
+        return like.view(BITWISE).new_full(shape, NAN_CODE).view(like.dtype)
+    poison = {torch.int8: 127, BITWISE: NAN_CODE}.get(like.dtype, 2**24)
+    return like.new_full(shape, torch.nan if like.is_floating_point() else poison)
+
+
+def as_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, in a type that torch copies and compares."""
+    return tensor.view(BITWISE) if tensor.dtype == torch.float8_e4m3fn else tensor
 
 
 @contextmanager
 def fenced_scratch() -> Iterator[None]:
-    """Scratch of the launcher starts as NaN between fences; raises AssertionError if a fence was written over."""
+    """Scratch of the launcher starts as poison between fences; raises AssertionError if a fence was written over."""
     scratch: list[torch.Tensor] = []
     original = torch.Tensor.new_empty
 
     def new_empty(self: torch.Tensor, *shape: int, **options) -> torch.Tensor:
         if shape == (0,):  # Triton's interpreter makes its views this way
             return original(self, *shape, **options)
-        scratch.append(fenced(self.new_full(shape, torch.nan, **options)))
+        scratch.append(fenced(poisoned(original(self, 0, **options), shape)))
         return scratch[-1]
 
     with patch.object(torch.Tensor, "new_empty", new_empty):
@@ -254,9 +264,11 @@ def fenced_scratch() -> Iterator[None]:
 
 
 def is_fenced(tensor: torch.Tensor) -> bool:
-    """Whether both fences of a `fenced` floating-point tensor are whole."""
+    """Whether both fences of a `fenced` tensor are whole."""
     memory = tensor.new_empty(0).set_(tensor.untyped_storage())
-    return bool(memory[:FENCE].isnan().all() and memory[-FENCE:].isnan().all())
+    whole = as_bits(poisoned(tensor, (FENCE,)))
+    fences = (as_bits(memory[:FENCE]), as_bits(memory[-FENCE:]))
+    return all(torch.allclose(fence, whole, rtol=0, atol=0, equal_nan=True) for fence in fences)
 
 
 def route(case: Case, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

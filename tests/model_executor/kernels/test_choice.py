@@ -109,6 +109,7 @@ def test_time_does_not_decide_whether_activations_are_rounded(
 def test_candidates_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, GPU)
     assert names() == ["triton"]
+    assert names(torch.bfloat16, scheme=ExpertScheme("int")) == ["triton"], "rounded activations are not timed there"
 
 
 @pytest.mark.parametrize("kernel", ["triton", "reference"])
@@ -127,6 +128,13 @@ def test_four_bits_of_a_hidden_size_without_planes(monkeypatch: pytest.MonkeyPat
         names(torch.bfloat16, 96, ExpertScheme(num_bits=4, group_size=32))
 
 
+def test_kernels_of_one_width_get_all_experts_in_that_of_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, GPU)
+    assert names(torch.bfloat16, scheme=ExpertScheme("int", num_bits=4, down_bits=8)) == ["triton"]
+    widths = {name: kernel.takes_two_widths for name, kernel in choice.kernels().items()}
+    assert {name for name, takes in widths.items() if takes} == {"compiled_a8", "compiled", "reference"}
+
+
 @pytest.mark.skipif(not extension.load(), reason="no C++ compiler")
 def test_own_op_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEAPR_KERNEL", "ragged")
@@ -139,6 +147,10 @@ def test_forced_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in ("triton", "reference"):
         monkeypatch.setenv("HEAPR_KERNEL", kernel)
         assert names(torch.bfloat16) == [kernel]
+    monkeypatch.setenv("HEAPR_KERNEL", "triton_a8")
+    assert names(torch.bfloat16, scheme=ExpertScheme("int")) == ["triton_a8"]
+    with pytest.raises(HeaprError, match="experts in 8 bits, not unquantized ones; choose triton"):
+        names(torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +158,7 @@ def test_forced_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             "cuda",
-            "HEAPR_KERNEL=cuda is no kernel; choose from triton, compiled_a8, compiled, native, buckets, reference, or",
+            "HEAPR_KERNEL=cuda is no kernel; choose from triton, triton_a8, compiled_a8, compiled, native, buckets, ",
         ),
         ("triton", "HEAPR_KERNEL=triton cannot run here: there is no GPU; set TRITON_INTERPRET=1"),
     ],

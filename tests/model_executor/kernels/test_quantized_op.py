@@ -48,7 +48,7 @@ CASES = [
     (1100, [24, 8], 2, 32, 32, ()),  # more tokens than the compiled op takes at once
 ]
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
-KINDS = ("int8", "fp8", "int4")
+KINDS = ("int8", "fp8", "int4", "int4-int8")
 
 
 class Layer(NamedTuple):
@@ -70,22 +70,29 @@ class Layer(NamedTuple):
 
 def scheme_of(kind: str, group_size: int | None = 128) -> ExpertScheme:
     """The scheme of a name, by channel without a group size."""
+    kind, _, down = kind.partition("-")
     scheme = ExpertScheme.for_hidden_size(kind, 256)
-    return replace(scheme, strategy="group" if group_size else "channel", group_size=group_size)
+    down_bits = 8 if down else None
+    return replace(scheme, strategy="group" if group_size else "channel", group_size=group_size, down_bits=down_bits)
+
+
+def zeros(scheme: ExpertScheme, rows: int, hidden: int) -> torch.Tensor:
+    """Codes of a matrix."""
+    codes = torch.full((rows, hidden // scheme.codes_per_byte), scheme.zero_byte, dtype=BITWISE)
+    return codes.view(scheme.code_dtype)
 
 
 def layer(case: tuple, dtype: torch.dtype, kind: str, kernel: RaggedKernel) -> Layer:
     """An expert's largest weights differ by neuron, so that a wrong scale shows. Padding has code 0 and scale 1."""
     tokens, widths, top_k, hidden, group_size, remote = case
-    group_size = hidden if kind == "int4" and group_size is None else group_size
+    group_size = hidden if kind.startswith("int4") and group_size is None else group_size
     scheme = scheme_of(kind, group_size)
     generator = torch.Generator().manual_seed(len(widths) * tokens)
     local = [e for e in range(len(widths)) if e not in remote]
     local_widths = [widths[e] for e in local]
     layout = RaggedLayout.build(local_widths, kernel.stored_widths(local_widths))
     groups = hidden // group_size if group_size else 1
-    shapes = [(n * layout.num_rows, hidden // scheme.codes_per_byte) for n in (2, 1)]
-    w13, w2 = (torch.full(shape, scheme.zero_byte, dtype=BITWISE).view(scheme.code_dtype) for shape in shapes)
+    w13, w2 = (zeros(scheme.of(matrix), n * layout.num_rows, hidden) for matrix, n in (("w13", 2), ("w2", 1)))
     w13_scale = torch.ones(2 * layout.num_rows, groups)
     w2_scale = torch.ones(layout.num_rows, groups) if group_size else torch.ones(layout.num_slots, hidden)
     slots = [layout.num_slots] * len(widths)
@@ -158,14 +165,14 @@ def test_every_code_is_exact(kind: str, dtype: torch.dtype, tokens: int) -> None
     routes = Routes(torch.ones(tokens, 1), torch.zeros(tokens, 1, dtype=torch.int32), slots)
     for shift in range(32):
         values = bits.roll(shift).view(CODE_DTYPES[scheme.type])
-        if kind == "int4":
+        if kind.startswith("int4"):
             values = (values & 15) - 8
         w13, w2 = (torch.zeros(n * width, hidden, dtype=values.dtype) for n in (2, 1))
         neuron, one = shift % width, torch.ones(()).to(values.dtype)
         w13[neuron, 0] = w13[width + neuron, 1] = one
         w2[neuron] = values
-        if kind == "int4":
-            w13, w2 = pack_nibbles(w13), pack_nibbles(w2)
+        if kind.startswith("int4"):
+            w13, w2 = pack_nibbles(w13), w2 if scheme.down_bits else pack_nibbles(w2)
         scales = Scales(torch.ones(2 * width, 2), torch.ones(width, 2))
         kernel.pack(w13, w2, layout, scales)
         output = torch.empty_like(x)

@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.base_quantization import BaseQuantization
+from heapr_vllm.formats.four_bits import Gptq
 from heapr_vllm.formats.quantized import BITWISE, ExpertScheme, dequantize
 from heapr_vllm.model_executor.storage.dense import DenseStorage
 from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
@@ -21,10 +22,12 @@ from heapr_vllm.model_executor.storage.shares import tensor_parallel_shares
 HIDDEN, NEURONS, WIDTHS = 96, 40, (7, 0, 33)
 GROUP = ExpertScheme.for_hidden_size("int8", HIDDEN)
 NIBBLES = ExpertScheme.for_hidden_size("int4", HIDDEN)
+TWO_WIDTHS = replace(NIBBLES, down_bits=8)
 FLOATS = ExpertScheme.for_hidden_size("fp8", HIDDEN)
 CHANNEL = ExpertScheme(type="int", strategy="channel", group_size=None)
 BLOCKS = BaseQuantization("float", (32, 32), "_scale_inv")
 CHANNELS = BaseQuantization("int", None, "_scale")
+PACKED = BaseQuantization("int", (1, 32), "_scale", Gptq(32))
 SHARDS = {"w1": "w13", "w3": "w13", "w2": "w2"}
 
 Weights = dict[tuple[int, str], torch.Tensor]
@@ -52,13 +55,23 @@ class Rank:
     """A layer and its storage on one of `size` tensor-parallel ranks, stored in widths of 16."""
 
     def __init__(
-        self, scheme: ExpertScheme, base: BaseQuantization | None, is_compact: bool, rank: int = 0, size: int = 1
+        self,
+        scheme: ExpertScheme,
+        base: BaseQuantization | None,
+        is_compact: bool,
+        rank: int = 0,
+        size: int = 1,
+        *,
+        widens: bool = False,
     ) -> None:
         shares = tensor_parallel_shares(WIDTHS, size, rank, 16)
         widths = [stop - start for start, stop in shares]
         layout = RaggedLayout.build(widths, [round_up(width, 16) for width in widths])
         local_ids = {expert: expert for expert in range(len(WIDTHS))}
-        self.storage = QuantizedStorage(masks(is_compact), local_ids, shares, layout, scheme, base)
+        stored = scheme.widened() if widens else scheme
+        self.storage = QuantizedStorage(
+            masks(is_compact), local_ids, shares, layout, stored, base, widens=stored != scheme
+        )
         self.layer = nn.Module()
         self.storage.create(self.layer, HIDDEN, torch.bfloat16, self.storage.load, {})
         for parameter in self.layer.parameters():
@@ -76,12 +89,12 @@ class Rank:
         if shard == "w2" and scales.is_by_channel(HIDDEN):
             return rows.float() * scales.w2[self.storage.layout.slots[expert]]
         scale = self.storage._destination(scales.w2 if shard == "w2" else scales.w13, expert, shard)
-        return self.storage.scheme.dequantize(rows, scale, "w1")
+        return self.storage.scheme.of(shard).dequantize(rows, scale, "w1")
 
 
 def stored(weight: torch.Tensor, shard: str, scheme: ExpertScheme, base: BaseQuantization | None) -> tuple:
     """Codes, scales and values of a matrix in the checkpoint."""
-    if base is None:
+    if base is None or base.packing:  # unpacked by the loader
         codes, scale = scheme.quantize(weight, shard)
         return codes, scale, scheme.dequantize(codes, scale, shard)
     scale = torch.rand(base.scale_shape(tuple(weight.shape))) + 0.5
@@ -93,6 +106,8 @@ def stored(weight: torch.Tensor, shard: str, scheme: ExpertScheme, base: BaseQua
 SOURCES = {
     "compact": (GROUP, None, True),
     "compact 4 bits": (NIBBLES, None, True),
+    "compact 4 and 8 bits": (TWO_WIDTHS, None, True),
+    "masks over 4 bits": (TWO_WIDTHS, PACKED, False),
     "compact floats": (FLOATS, None, True),
     "compact by channel": (CHANNEL, None, True),
     "masks over blocks": (replace(FLOATS, group_size=32), BLOCKS, False),
@@ -102,9 +117,12 @@ SOURCES = {
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_ranks_hold_every_kept_neuron_once(source: str, size: int) -> None:
+@pytest.mark.parametrize("widens", [False, True])
+def test_ranks_hold_every_kept_neuron_once(source: str, size: int, widens: bool) -> None:
+    """Also where the kernel wants all experts in as many bits as down_proj has."""
     scheme, base, is_compact = SOURCES[source]
-    ranks = [Rank(scheme, base, is_compact, rank, size) for rank in range(size)]
+    ranks = [Rank(scheme, base, is_compact, rank, size, widens=widens) for rank in range(size)]
+    assert ranks[0].layer.w13_weight.dtype == (scheme.widened() if widens else scheme).code_dtype
     expected = {}
     for (expert, shard), weight in weights().items():
         codes, scale, values = stored(kept(weight, expert, shard) if is_compact else weight, shard, scheme, base)
@@ -179,6 +197,14 @@ def test_padding_is_code_0_and_scale_1() -> None:
             assert (rank.layer.w13_weight[half] == zero).all() and bool((scales.w13[half] == 1).all())
         if scheme is not CHANNEL:
             assert bool((scales.w2[padded] == 1).all())
+
+
+def test_padding_of_two_widths() -> None:
+    rank = Rank(TWO_WIDTHS, None, is_compact=True)
+    rank.storage.zero_padding(rank.layer)
+    row, width = rank.storage.layout.place(0)
+    assert (rank.layer.w2_weight[row + WIDTHS[0] : row + width] == 0).all()
+    assert (rank.layer.w13_weight[2 * row + WIDTHS[0] : 2 * row + width] == NIBBLES.zero_byte).all()
 
 
 def test_refused() -> None:

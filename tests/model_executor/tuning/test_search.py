@@ -2,6 +2,7 @@
 """`heapr tune` on a layer small enough for Triton's interpreter; its candidates for the paper's models."""
 
 import importlib.util
+import itertools
 import json
 import shutil
 import time
@@ -25,7 +26,7 @@ from heapr_vllm.model_executor.kernels.triton.tiles import (
     use_one_route_blocks,
 )
 from heapr_vllm.model_executor.tuning import search
-from heapr_vllm.model_executor.tuning.jobs import Job, jobs_of_model, jobs_of_shapes
+from heapr_vllm.model_executor.tuning.jobs import Job, jobs_of_model, jobs_of_shapes, with_rounded_activations
 from heapr_vllm.model_executor.tuning.synthetic import (
     PAPER_SHAPES,
     MoEShape,
@@ -83,6 +84,38 @@ def test_tuning_for_experts_as_codes(quantize: str, folder: Path, monkeypatch: p
     assert (entry["up"]["block_n"], entry["decode"]) == (config.up.block_n, config.decode)
 
 
+def test_tuning_for_rounded_activations(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into a file of their own, which layers of `triton_a8` read and others do not."""
+    monkeypatch.undo()
+    monkeypatch.setenv("HEAPR_CONFIG_FOLDER", str(folder))
+    command = ["tune", "--shape", "tiny", "--sparsity", "0", "--tokens", "3", "--time-budget", "2s"]
+    command += ["--dtype", "float16", "--round-activations"]
+    assert main(command) == 2 and not list(folder.iterdir()), "of what experts?"
+    assert main([*command, "--quantize", "int8"]) == 0
+    (plain,) = jobs_of_shapes(["tiny"], [0], torch.float16, quantize="int8")
+    (job,) = with_rounded_activations([plain])
+    (path,) = folder.glob("*.json")
+    assert path.name == job.shape.file_name(tiles.device_name()) != plain.shape.file_name(tiles.device_name())
+    choose_config(job.shape, 3).check(128, 128, activation_bits=8)
+    assert results(folder)["3"]["microseconds"] > 0
+
+
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 512, 8192])
+def test_candidates_for_rounded_activations(quantize: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "_has_hopper", lambda: True)
+    jobs = jobs_of_shapes(["Qwen3-30B-A3B"], [0.25], torch.bfloat16, quantize=quantize)
+    shape = with_rounded_activations(jobs)[0].shape
+    default = default_config(tokens, shape, hopper=True)
+    for block_m in search.block_sizes(shape, tokens):
+        ups, downs = (search.candidates(kind, shape, block_m, tokens) for kind in ("up", "down"))
+        assert len(ups) >= 4 and len(downs) >= 8
+        for up, down in itertools.product(ups[:8], downs[:8]):
+            replace(default, block_m=block_m, up=up, down=down).check(2048, 128, activation_bits=8)
+        for change in search.changes(shape, tokens):
+            change(default).check(2048, 128, activation_bits=8)
+
+
 def test_both_decodes_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     fp8, int8 = (jobs_of_shapes(["tiny"], [0], torch.float16, quantize=name)[0].shape for name in ("fp8", "int8"))
     config = default_config(200, fp8)
@@ -134,6 +167,17 @@ def test_a_synthetic_layer_of_codes(scheme: ExpertScheme) -> None:
     triton_ragged_moe(output, *layer.arguments(batch))
     torch.testing.assert_close(output, layer.expected(batch), rtol=2e-2, atol=2e-3)
     assert layer.shape.scheme == scheme and not layer.plain.w13.float().isnan().any()
+
+
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_a_synthetic_layer_with_rounded_activations(kind: str) -> None:
+    moe, scheme = MoEShape(3, 2, 64, 128), ExpertScheme(kind, group_size=32)
+    layer = SyntheticLayer.build(moe, [64, 128, 0], torch.float16, torch.device("cpu"), 1, scheme, activation_bits=8)
+    batch = random_batch(5, moe, torch.float16, torch.device("cpu"))
+    output = torch.empty_like(batch.x)
+    triton_ragged_moe(output, *layer.arguments(batch), steps=layer.steps)
+    expected = layer.expected(batch)
+    assert 0 < (output - expected).norm() <= 0.1 * expected.norm() and layer.shape.activation_bits == 8
 
 
 def test_a_killed_run_continues(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

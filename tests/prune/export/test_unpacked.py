@@ -70,10 +70,11 @@ def test_8_bit_experts_become_codes_times_scales(scheme: str, masks_repository: 
 
 @pytest.mark.parametrize("stored", quantized_models.FORMATS)
 def test_kept_codes_of_a_base_model(stored: str, qwen3: Path, masks_repository: Path, tmp_path: Path) -> None:
-    """Attention in 8 bits is dequantised too."""
+    """Quantized attention is dequantised too."""
     base = quantized_models.quantized(qwen3, tmp_path / "base", stored)
-    for layout in ("compact", "zeroed"):
-        export_checkpoint(masks_repository, tmp_path / layout, model=str(base), layout=layout)
+    exported = quantized_models.dequantized(base, tmp_path / "values")
+    for layout, model in (("compact", base), ("zeroed", exported)):
+        export_checkpoint(masks_repository, tmp_path / layout, model=str(model), layout=layout)
     unpack(tmp_path / "compact", tmp_path / "full")
     assert contents(tmp_path / "full") == contents(tmp_path / "zeroed")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base models in 8 bits are calibrated as the values of their codes."""
+"""Base models in 8 and 4 bits are calibrated as the values of their codes."""
 
 import json
 import shutil
@@ -32,15 +32,9 @@ def pair(request: pytest.FixtureRequest, plain: Path, tmp_path_factory: pytest.T
     """A tiny DeepSeek-V3 in a format, and the same values in float32, dequantised entry by entry."""
     folder = tmp_path_factory.mktemp(request.param)
     sibling = quantized_models.quantized(plain, folder / "sibling", request.param)
-    checkpoint = Checkpoint(sibling)
-    tensors = load_file(sibling / "model.safetensors")
-    for name in [name for name in tensors if checkpoint.scale_name(name)]:
-        codes, scale = tensors[name], tensors.pop(checkpoint.scale_name(name))
-        height, width = checkpoint.base_quantization.block(tuple(codes.shape))
-        rows, columns = torch.arange(len(codes)) // height, torch.arange(codes.shape[1]) // width
-        tensors[name] = codes.float() * scale[rows][:, columns]
     shutil.copytree(plain, folder / "values")
-    save_file(tensors, folder / "values" / "model.safetensors", metadata={"format": "pt"})
+    values = quantized_models.values(sibling)
+    save_file(values, folder / "values" / "model.safetensors", metadata={"format": "pt"})
     return sibling, folder / "values"
 
 
@@ -97,7 +91,7 @@ def test_refused(plain: Path, tmp_path: Path) -> None:
 def test_dry_run_counts_weights_as_they_are_loaded(pair: tuple[Path, Path], corpus: Path) -> None:
     """Codes become bfloat16 for the calibration; what is exported keeps them."""
     sibling, values = (Checkpoint(path) for path in pair)
-    codes = [name for name in sibling.headers if sibling.scale_name(name)]
+    codes = list(filter(sibling.is_codes, sibling.headers))
     as_floats = 4 * sum(torch.Size(values.headers[name][1]).numel() for name in codes)
     planned = plan(CalibrationSettings(model=str(sibling.path), dataset=str(corpus), max_seq_length=64))
     assert planned["weight_bytes"] == sizes.num_bytes(values) - as_floats // 2

@@ -55,14 +55,18 @@ class CompiledA8Kernel(CompiledKernel):
             scales.w2.masked_fill_(is_zero, 0)
         super().pack(w13, w2, layout, scales)
 
-    def pack_expert(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
-        """Makes an expert's codes unsigned, as those of 4 bits are, in the order of `integers.h`."""
-        if down.dtype == PACKED_DTYPE:
-            reorder_nibbles(gate_up, (2, -1, WIDTH_UNIT, down.shape[1] // 2, 4), (1, 3, 2, 4, 0))
-            reorder_nibbles(down, (len(down) // 4, 4, -1, 2, WIDTH_UNIT), (2, 0, 4, 1, 3))
-            return
-        width, hidden = down.shape
-        for codes in (gate_up, down):
-            codes.bitwise_xor_(-128)
-        reorder(gate_up, (2, -1, WIDTH_UNIT, hidden // 4, 4), (1, 3, 0, 2, 4))
-        reorder(down, (width // 4, 4, -1, COLUMNS), (2, 0, 3, 1))
+    def pack_gate_up(self, rows: torch.Tensor) -> None:
+        """Makes codes unsigned, as those of 4 bits are, in the order of `integers.h`."""
+        if rows.dtype == PACKED_DTYPE:
+            reorder_nibbles(rows, (2, -1, WIDTH_UNIT, rows.shape[1] // 2, 4), (1, 3, 2, 4, 0))
+        else:
+            rows.bitwise_xor_(-128)
+            reorder(rows, (2, -1, WIDTH_UNIT, rows.shape[1] // 4, 4), (1, 3, 0, 2, 4))
+
+    def pack_down(self, rows: torch.Tensor) -> None:
+        """Does as `pack_gate_up`."""
+        if rows.dtype == PACKED_DTYPE:
+            reorder_nibbles(rows, (len(rows) // 4, 4, -1, 2, WIDTH_UNIT), (2, 0, 4, 1, 3))
+        else:
+            rows.bitwise_xor_(-128)
+            reorder(rows, (len(rows) // 4, 4, -1, COLUMNS), (2, 0, 3, 1))

@@ -21,6 +21,7 @@ class CompiledKernel(RaggedKernel):
     name = "compiled"
     width_unit = WIDTH_UNIT
     adds_up_traffic = True
+    takes_two_widths = True
 
     def is_default(self) -> bool:
         return current_platform.is_cpu()
@@ -41,21 +42,38 @@ class CompiledKernel(RaggedKernel):
         """Brings flat parameters, of 8 bits too, and scales into panels, in place; `ragged_moe.cpp` describes them."""
         for row, width in layout.expert_table():
             both, neurons = slice(2 * row, 2 * (row + width)), slice(row, row + width)
-            self.pack_expert(w13[both], w2[neurons])
+            self.pack_gate_up(w13[both])
+            self.pack_down(w2[neurons])
             if scales:
                 reorder(scales.w13[both], (2, -1, WIDTH_UNIT, scales.w13.shape[1]), (1, 3, 0, 2))
             if scales and not scales.is_by_channel(w2.shape[1]):
                 reorder(scales.w2[neurons], (width, -1), (1, 0))
 
-    def pack_expert(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
-        """Brings an expert's [2 * width, H] and [width, H] into panels, in place."""
-        if down.dtype == PACKED_DTYPE:
-            reorder_nibbles(gate_up, (2, -1, WIDTH_UNIT, down.shape[1] // 2, 2, 2), (1, 3, 2, 5, 4, 0))
-            reorder_nibbles(down, (len(down) // 4, 2, 2, -1, 2, WIDTH_UNIT), (3, 0, 5, 2, 1, 4))
-        elif down.itemsize == 1:
-            _pack_codes(gate_up, down)
+    def pack_gate_up(self, rows: torch.Tensor) -> None:
+        """Brings an expert's gate and up [2 * width, H] into panels, in place.
+
+        `codes.h` says why the 16 neurons of a panel of codes are split into fours.
+        """
+        if rows.dtype == PACKED_DTYPE:
+            reorder_nibbles(rows, (2, -1, WIDTH_UNIT, rows.shape[1] // 2, 2, 2), (1, 3, 2, 5, 4, 0))
+        elif rows.itemsize == 1:
+            _to_sign_and_magnitude(rows)
+            reorder(rows.view(BITWISE), (2, -1, 4, 4, rows.shape[1] // 2, 2), (1, 4, 2, 0, 3, 5))
         else:
-            _pack_dense(gate_up, down)
+            pair = 2 if rows.dtype == torch.bfloat16 else 1
+            reorder(rows, (2, -1, WIDTH_UNIT, rows.shape[1] // pair, pair), (1, 3, 0, 2, 4))
+
+    def pack_down(self, rows: torch.Tensor) -> None:
+        """Brings an expert's down [width, H] into panels, in place, of two times 16 outputs likewise."""
+        width = len(rows)
+        if rows.dtype == PACKED_DTYPE:
+            reorder_nibbles(rows, (width // 4, 2, 2, -1, 2, WIDTH_UNIT), (3, 0, 5, 2, 1, 4))
+        elif rows.itemsize == 1:
+            _to_sign_and_magnitude(rows)
+            reorder(rows.view(BITWISE), (width // 2, 2, -1, 2, 4, 4), (2, 0, 4, 3, 5, 1))
+        else:
+            pair = 2 if rows.dtype == torch.bfloat16 else 1
+            reorder(rows, (width // pair, pair, -1, COLUMNS), (2, 0, 3, 1))
 
     def run(self, output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows) -> None:
         torch.ops.heapr.cpu_ragged_moe(
@@ -103,24 +121,7 @@ def reorder_nibbles(part: torch.Tensor, shape: tuple[int, ...], order: tuple[int
     part.copy_((low | high << 4).reshape(part.shape))
 
 
-def _pack_dense(gate_up: torch.Tensor, down: torch.Tensor) -> None:
-    """An expert's [2 * width, H] and [width, H]."""
-    pair = 2 if gate_up.dtype == torch.bfloat16 else 1
-    width, hidden = down.shape
-    reorder(gate_up, (2, -1, WIDTH_UNIT, hidden // pair, pair), (1, 3, 0, 2, 4))
-    reorder(down, (width // pair, pair, -1, COLUMNS), (2, 0, 3, 1))
-
-
-def _pack_codes(gate_up: torch.Tensor, down: torch.Tensor) -> None:
-    """An expert's codes; `codes.h` says why its 16 neurons and its two times 16 outputs are split into fours."""
-    width, hidden = down.shape
-    if down.dtype == torch.int8:
-        _to_sign_and_magnitude(gate_up)
-        _to_sign_and_magnitude(down)
-    reorder(gate_up.view(BITWISE), (2, -1, 4, 4, hidden // 2, 2), (1, 4, 2, 0, 3, 5))
-    reorder(down.view(BITWISE), (width // 2, 2, -1, 2, 4, 4), (2, 0, 4, 3, 5, 1))
-
-
 def _to_sign_and_magnitude(codes: torch.Tensor) -> None:
-    """int8 in place: -n becomes 128 + n, and -128 becomes -0."""
-    codes.copy_(torch.where(codes < 0, -codes | -128, codes))
+    """int8 in place: -n becomes 128 + n, and -128 becomes -0. Codes of floats stay."""
+    if codes.dtype == torch.int8:
+        codes.copy_(torch.where(codes < 0, -codes | -128, codes))

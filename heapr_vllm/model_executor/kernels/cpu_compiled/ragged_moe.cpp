@@ -5,8 +5,8 @@
 // kernel.py). P neighbours along K lie together: 2 in bfloat16, where one instruction multiplies pairs, else 1.
 //   gate/up of an expert [width / 16][hidden / P][gate, up][16 neurons][P]
 //   down of an expert    [hidden / 32][width / P][32 outputs][P]
-// Quantized experts have panels of the same shape, P = 2 or 4; codes.h and integers.h say in which order bytes lie. Their
-// scales:
+// Quantized experts have panels of the same shape, P = 2 or 4; codes.h and integers.h say in which order bytes lie.
+// Down may have codes of 8 bits where gate and up have codes of 4. Their scales:
 //   gate/up of an expert [width / 16][groups][gate, up][16 neurons]
 //   down of an expert    [groups][width], for hidden / groups outputs each; by channel [slots][hidden] instead
 // Those of gate and up multiply sums over a group of the hidden size; those of down multiply silu(gate) * up before a
@@ -104,14 +104,16 @@ int64_t row_size(int64_t depth, int64_t group) {
   return std::is_same_v<Row, int8_t> ? rounded_size(depth, group) : depth;
 }
 
-template <typename T, typename W>
+// W: weights of gate and up; D: of down.
+template <typename T, typename W, typename D>
 struct Layer {
+  static_assert(kIntegers<W> == kIntegers<D>);
   static constexpr bool kCodes = !std::is_same_v<T, W>;
   using Row = std::conditional_t<kIntegers<W>, int8_t, typename Step<T>::Row>;
   using Hidden = std::conditional_t<kCodes, float, Row>;  // of silu(gate) * up, where factors are still to come
   const Row* x;
   const W* w13;
-  const W* w2;
+  const D* w2;
   Scales scales;
   const float* weights;
   const int32_t* ids;
@@ -228,7 +230,10 @@ struct Layer {
   }
 
   // Where a weight lies, the first one of a panel.
-  static const W* codes(const W* weights, int64_t index) { return weights + index / kCodesPerByte<W>; }
+  template <typename Code>
+  static const Code* codes(const Code* weights, int64_t index) {
+    return weights + index / kCodesPerByte<Code>;
+  }
 
   // Of the panel of gate and up that starts at this row of w13.
   PanelScales w13_scales(int64_t row) const {
@@ -289,7 +294,7 @@ struct Layer {
       result.resize(std::max<size_t>(result.size(), kRowBlock * size));
       const float* scale = scales.by_channel ? nullptr : scales.w2 + e.row * scales.groups + group * e.width;
       for (int64_t r = 0; r < count; ++r)
-        convert_row<W>(h + r * e.width, scale, e.width, kHiddenGroup, result.data() + r * size);
+        convert_row<D>(h + r * e.width, scale, e.width, kHiddenGroup, result.data() + r * size);
       return result.data();
     }
   }
@@ -320,14 +325,14 @@ at::Tensor converted(const at::Tensor& x, int64_t group) {
   }
 }
 
-template <typename T, typename W>
+template <typename T, typename W, typename D = W>
 void run(const Arguments& a) {
-  using Row = typename Layer<T, W>::Row;
+  using Row = typename Layer<T, W, D>::Row;
   const int64_t tokens = a.x.size(0), row_group = std::gcd(kInputGroup, a.x.size(1) / a.scales.groups);
   const at::Tensor rows = converted<W, Row>(a.x, row_group);
-  const Layer<T, W> layer{rows.const_data_ptr<Row>(),
+  const Layer<T, W, D> layer{rows.const_data_ptr<Row>(),
                           static_cast<const W*>(a.w13.const_data_ptr()),
-                          static_cast<const W*>(a.w2.const_data_ptr()),
+                          static_cast<const D*>(a.w2.const_data_ptr()),
                           a.scales,
                           a.weights.const_data_ptr<float>(),
                           a.ids.const_data_ptr<int32_t>(),
@@ -347,13 +352,16 @@ void run(const Arguments& a) {
 
 template <typename T>
 void run(const Arguments& a, bool rounds_activations) {
+  const bool two_widths = a.w13.scalar_type() == at::kByte && a.w2.scalar_type() == at::kChar;
   if (rounds_activations) {
 #ifdef __AVX512VNNI__
     if (a.w13.scalar_type() == at::kChar) return run<T, Biased<int8_t>>(a);
+    if (two_widths) return run<T, Biased<Nibbles>, Biased<int8_t>>(a);
     if (a.w13.scalar_type() == at::kByte) return run<T, Biased<Nibbles>>(a);
 #endif
     TORCH_CHECK(false, "cpu_ragged_moe: activations in 8 bits need AVX-512 VNNI and weights of integers");
   }
+  if (two_widths) return run<T, Nibbles, int8_t>(a);
   switch (a.w13.scalar_type()) {
     case at::kChar: return run<T, int8_t>(a);
     case at::kByte: return run<T, Nibbles>(a);
@@ -391,11 +399,11 @@ Traffic traffic_of(const std::optional<at::Tensor>& activation_sq, const std::op
 }
 
 // Writes the MoE output [T, H]. x [T, H]; w13 [2 * rows, H] and w2 [rows, H] packed as above, of x's dtype, or int8 or
-// float8_e4m3fn, or uint8 [rows, H / 2] with two codes in a byte; codes with float32 scales, for w13 [2 * rows, groups]
-// and for w2 [rows, groups], or by channel [2 * rows, 1] and [num_slots, H]; weights float32 and ids int32 [T, k]; slots
-// int32 [num_experts + 1]; table int32 [num_slots, 2], first row and width, a multiple of 16. With rounds_activations
-// products are of integers (integers.h), and panels in their order. Adds the call's tokens to activation_sq float64
-// [num_slots, widest width] and tokens int64 [num_slots], if they are there.
+// float8_e4m3fn, or uint8 [rows, H / 2] with two codes in a byte, beside which w2 may be int8; codes with float32
+// scales, for w13 [2 * rows, groups] and for w2 [rows, groups], or by channel [2 * rows, 1] and [num_slots, H]; weights
+// float32 and ids int32 [T, k]; slots int32 [num_experts + 1]; table int32 [num_slots, 2], first row and width, a
+// multiple of 16. With rounds_activations products are of integers (integers.h), and panels in their order. Adds the
+// call's tokens to activation_sq float64 [num_slots, widest width] and tokens int64 [num_slots], if they are there.
 void cpu_ragged_moe(at::Tensor& output, const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
                     const at::Tensor& weights, const at::Tensor& ids, const at::Tensor& slots, const at::Tensor& table,
                     const std::optional<at::Tensor>& w13_scale, const std::optional<at::Tensor>& w2_scale,
@@ -405,10 +413,10 @@ void cpu_ragged_moe(at::Tensor& output, const at::Tensor& x, const at::Tensor& w
   const at::ScalarType stored = w13.scalar_type();
   const bool codes = stored == at::kChar || stored == at::kFloat8_e4m3fn || stored == at::kByte;
   for (const at::Tensor* tensor : {static_cast<const at::Tensor*>(&output), &w13, &w2}) {
-    const bool is_codes = codes && tensor != &output;
-    TORCH_CHECK(tensor->is_contiguous() && tensor->dim() == 2 &&
-                    tensor->size(1) * (is_codes && stored == at::kByte ? 2 : 1) == x.size(1) &&
-                    tensor->scalar_type() == (is_codes ? stored : x.scalar_type()),
+    const bool is_codes = codes && tensor != &output, is_wider = stored == at::kByte && w2.scalar_type() == at::kChar;
+    const at::ScalarType type = !is_codes ? x.scalar_type() : tensor == &w2 && is_wider ? at::kChar : stored;
+    TORCH_CHECK(tensor->is_contiguous() && tensor->dim() == 2 && tensor->scalar_type() == type &&
+                    tensor->size(1) * (type == at::kByte ? 2 : 1) == x.size(1),
                 "cpu_ragged_moe: output and weights are contiguous, of the activations' dtype and hidden size; weights "
                 "may be int8, float8_e4m3fn, or two codes in a byte of half that size");
   }

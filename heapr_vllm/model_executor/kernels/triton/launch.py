@@ -7,7 +7,9 @@ layer is 5 launches (4 where vLLM's alignment needs one for up to 64 experts), a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -30,6 +32,26 @@ from heapr_vllm.model_executor.storage.layout import RaggedLayout
 from heapr_vllm.model_executor.storage.traffic_sums import TrafficSums
 
 PREFETCHED_SLABS = 4
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What layers that round activations do otherwise than those that do not, `PLAIN`.
+
+    activation_bits: as of `RaggedKernel`.
+    pack, up_projection, down_projection: as the functions of this module.
+    inputs: from tokens [T, H], experts and tiles to what `up_projection` takes.
+    empty_hidden: from tokens, experts and blocks to room for what `up_projection` leaves.
+    hidden_values: from that to numbers [blocks.hidden_rows, max_width].
+    """
+
+    activation_bits: int | None
+    pack: Callable[..., None]
+    inputs: Callable[[torch.Tensor, ExpertRows, TileConfig], Any]
+    empty_hidden: Callable[[torch.Tensor, ExpertRows, RouteBlocks], Any]
+    up_projection: Callable[..., None]
+    down_projection: Callable[..., None]
+    hidden_values: Callable[[Any], torch.Tensor]
 
 
 def pack(w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scales | None = None) -> None:
@@ -202,10 +224,24 @@ def combine(
     )
 
 
+def empty_hidden(x: torch.Tensor, experts: ExpertRows, blocks: RouteBlocks) -> torch.Tensor:
+    """Returns room for what `up_projection` leaves."""
+    return x.new_empty(blocks.hidden_rows, experts.max_width)
+
+
 def triton_ragged_moe(
-    output: torch.Tensor, x: torch.Tensor, routes: Routes, experts: ExpertRows, config: TileConfig | None = None
+    output: torch.Tensor,
+    x: torch.Tensor,
+    routes: Routes,
+    experts: ExpertRows,
+    config: TileConfig | None = None,
+    steps: Steps | None = None,
 ) -> None:
-    """Writes the MoE output [T, H] of `x` [T, H] into `output`; `config` replaces the best tiles known."""
+    """Writes the MoE output [T, H] of `x` [T, H] into `output`; `config` replaces the best tiles known.
+
+    `steps`: `PLAIN` unless given.
+    """
+    steps = steps or PLAIN
     num_tokens, hidden_size = x.shape
     top_k = routes.ids.shape[1]
     num_experts = len(routes.slots) - 1
@@ -214,15 +250,15 @@ def triton_ragged_moe(
         return
     weights, ids = routes.weights.contiguous(), routes.ids.contiguous()
     if config is None:
-        config = choose_config(layer_shape(routes.slots, experts, top_k, x.dtype), num_tokens)
-    config.check(hidden_size, group_size(experts), is_packed=experts.is_packed)
+        config = choose_config(layer_shape(routes.slots, experts, top_k, x.dtype, steps), num_tokens)
+    config.check(hidden_size, group_size(experts), steps.activation_bits, is_packed=experts.is_packed)
     blocks = RouteBlocks.build(ids, routes.slots, experts.table, config)
-    hidden = x.new_empty(blocks.hidden_rows, experts.max_width)
+    hidden = steps.empty_hidden(x, experts, blocks)
     routed = x.new_empty(num_tokens * top_k, hidden_size)
-    up_projection(hidden, x, experts, top_k, blocks, config)
+    steps.up_projection(hidden, steps.inputs(x, experts, config), experts, top_k, blocks, config)
     if experts.traffic:
-        _add_up(experts.traffic, hidden, ids, blocks, config)
-    down_projection(routed, hidden, experts, blocks, config)
+        _add_up(experts.traffic, steps.hidden_values(hidden), ids, blocks, config)
+    steps.down_projection(routed, hidden, experts, blocks, config)
     combine(output, routed, weights, ids, experts.table, num_experts, config)
 
 
@@ -248,12 +284,21 @@ def num_stored(slot_map: torch.Tensor, experts: ExpertRows) -> int:
     return len(experts.table) - len(slot_map)
 
 
-def layer_shape(slot_map: torch.Tensor, experts: ExpertRows, top_k: int, dtype: torch.dtype) -> LayerShape:
+def layer_shape(
+    slot_map: torch.Tensor, experts: ExpertRows, top_k: int, dtype: torch.dtype, steps: Steps | None = None
+) -> LayerShape:
     """Returns the shape of a layer with stored experts; `dtype`: of its tokens."""
     num_slots = num_stored(slot_map, experts)
-    mean_width = len(experts.w2) // num_slots
-    scheme = scheme_of(experts)
-    return LayerShape(experts.hidden_size, top_k, num_slots, mean_width, experts.max_width, dtype, scheme)
+    return LayerShape(
+        experts.hidden_size,
+        top_k,
+        num_slots,
+        len(experts.w2) // num_slots,
+        experts.max_width,
+        dtype,
+        scheme_of(experts),
+        (steps or PLAIN).activation_bits,
+    )
 
 
 def scheme_of(experts: ExpertRows) -> ExpertScheme | None:
@@ -274,7 +319,12 @@ def group_size(experts: ExpertRows) -> int:
 
 
 def warm_up(
-    slot_map: torch.Tensor, experts: ExpertRows, top_k: int, max_tokens: int, dtype: torch.dtype | None = None
+    slot_map: torch.Tensor,
+    experts: ExpertRows,
+    top_k: int,
+    max_tokens: int,
+    dtype: torch.dtype | None = None,
+    steps: Steps | None = None,
 ) -> None:
     """Compiles the kernels for all tiles that calls of up to `max_tokens` tokens may choose.
 
@@ -284,8 +334,8 @@ def warm_up(
         return
     x = experts.table.new_zeros(1, experts.hidden_size, dtype=dtype or experts.w2.dtype)
     routes = Routes(x.new_ones(1, top_k, dtype=torch.float32), slot_map.new_zeros(1, top_k), slot_map)
-    for config in configs_up_to(layer_shape(slot_map, experts, top_k, x.dtype), max_tokens):
-        triton_ragged_moe(torch.empty_like(x), x, routes, experts, config=config)
+    for config in configs_up_to(layer_shape(slot_map, experts, top_k, x.dtype, steps), max_tokens):
+        triton_ragged_moe(torch.empty_like(x), x, routes, experts, config=config, steps=steps)
 
 
 def _is_by_channel(experts: ExpertRows) -> bool:
@@ -302,3 +352,14 @@ def _weights(weights: torch.Tensor, config: TileConfig) -> torch.Tensor:
 
 def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+PLAIN = Steps(
+    activation_bits=None,
+    pack=pack,
+    inputs=lambda x, experts, config: x,
+    empty_hidden=empty_hidden,
+    up_projection=up_projection,
+    down_projection=down_projection,
+    hidden_values=lambda hidden: hidden,
+)

@@ -24,6 +24,7 @@ import torch
 from heapr_vllm.formats.quantized import ExpertScheme
 
 TRITON_UNIT = 64  # the Triton kernels store widths in steps of it; also the slab of their w2
+ROUNDED_GROUP = 128  # inputs, at most, that share a scale once rounded
 
 CODES_PER_WORD = 4  # of 4 bits
 SHORTEST_PLANE, LONGEST_PLANE = 16, 64  # inputs: of a tensor core's step; 128 bytes of words, and of a token
@@ -52,11 +53,14 @@ class Tile:
 
     def meta(self) -> dict[str, int | bool]:
         """Launch arguments."""
+        return {**self.sizes(), "TMA": self.tma}
+
+    def sizes(self) -> dict[str, int]:
+        """Launch arguments of kernels without TMA."""
         return {
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
             "GROUP_M": self.group_m,
-            "TMA": self.tma,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
@@ -84,12 +88,17 @@ class TileConfig:
         """Launch arguments that all kernels share."""
         return {"CHAINED": True, "launch_pdl": True} if self.chained else {"CHAINED": False}
 
-    def check(self, hidden_size: int, group_size: int = 0, *, is_packed: bool = False) -> None:
+    def check(
+        self, hidden_size: int, group_size: int = 0, activation_bits: int | None = None, *, is_packed: bool = False
+    ) -> None:
         """Raises ValueError if the tiles do not fit the layout or each other.
 
         `group_size`: of the scales of codes along the hidden size, which it is by channel; 0 without. `is_packed`:
         whether codes are of 4 bits.
         """
+        if activation_bits:
+            self._check_rounded(hidden_size, group_size)
+            return
         if hidden_size % self.up.block_k or hidden_size % self.down.block_n:
             raise ValueError(f"hidden size {hidden_size} is no multiple of the tile {self}")
         if TRITON_UNIT % self.down.block_k:
@@ -111,10 +120,22 @@ class TileConfig:
         if self.prefetch and (self.down.tma or not self.chained):
             raise ValueError("prefetch needs chained, and down without tma")
 
-    def is_possible(self, hidden_size: int, group_size: int = 0, *, is_packed: bool = False) -> bool:
+    def _check_rounded(self, hidden_size: int, group_size: int) -> None:
+        """Does as `check` for rounded activations, whose groups and slabs are steps of the sums."""
+        wanted = (TRITON_UNIT, rounded_group(group_size), TRITON_UNIT)
+        if (self.up.block_n, self.up.block_k, self.down.block_k) != wanted:
+            raise ValueError(f"up.block_n, up.block_k and down.block_k have to be {wanted}, not those of {self}")
+        if hidden_size % self.down.block_n:
+            raise ValueError(f"hidden size {hidden_size} is no multiple of the tile {self}")
+        if not self.fused or self.prefetch or self.up.tma or self.down.tma:
+            raise ValueError("rounded activations need fused, and have neither tma nor prefetch")
+
+    def is_possible(
+        self, hidden_size: int, group_size: int = 0, activation_bits: int | None = None, *, is_packed: bool = False
+    ) -> bool:
         """Whether `check` finds nothing."""
         with suppress(ValueError):
-            self.check(hidden_size, group_size, is_packed=is_packed)
+            self.check(hidden_size, group_size, activation_bits, is_packed=is_packed)
             return True
         return False
 
@@ -130,7 +151,8 @@ class TileConfig:
 class LayerShape:
     """What the choice of tiles depends on, besides the token count. Widths are stored widths.
 
-    `dtype`: the model's. `scheme`: how experts of 8 or 4 bits are stored; None in `dtype`.
+    `dtype`: the model's. `scheme`: how experts of 8 or 4 bits are stored; None in `dtype`. `activation_bits`: as of the
+    kernel.
     """
 
     hidden_size: int
@@ -140,6 +162,7 @@ class LayerShape:
     max_width: int
     dtype: torch.dtype
     scheme: ExpertScheme | None = None
+    activation_bits: int | None = None
 
     @classmethod
     def of(
@@ -149,11 +172,13 @@ class LayerShape:
         top_k: int,
         dtype: torch.dtype,
         scheme: ExpertScheme | None = None,
+        activation_bits: int | None = None,
     ) -> LayerShape:
         """Shape of a layer with these stored widths, zeros included."""
         stored = [width for width in widths if width]
         mean_width = sum(stored) // max(len(stored), 1)
-        return cls(hidden_size, top_k, len(stored), mean_width, max(stored, default=0), dtype, scheme)
+        widest = max(stored, default=0)
+        return cls(hidden_size, top_k, len(stored), mean_width, widest, dtype, scheme, activation_bits)
 
     @property
     def group_size(self) -> int:
@@ -184,6 +209,8 @@ class LayerShape:
         kinds = [f"dtype={str(self.dtype).removeprefix('torch.')}"]
         if self.scheme:
             kinds.append(f"experts={self.scheme.name}_{self.scheme.strategy}{self.scheme.group_size or ''}")
+        if self.activation_bits:
+            kinds.append(f"activation_bits={self.activation_bits}")
         sizes = [f"hidden_size={self.hidden_size}", f"top_k={self.top_k}"]
         return ",".join([*sizes, *kinds, f"device={device.replace(' ', '_')}.json"])
 
@@ -226,6 +253,8 @@ def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = Non
     """
     hopper = _has_hoppers_memory() if hopper is None else hopper
     routes = num_tokens * shape.top_k / max(shape.num_experts, 1)
+    if shape.activation_bits:
+        return _default_rounded(num_tokens, shape, hopper)
     if shape.is_packed:
         config = _default_in_4_bits(routes, shape, hopper)
     elif shape.dtype.itemsize > 2:
@@ -266,6 +295,28 @@ def _default_in_4_bits(routes: float, shape: LayerShape, hopper: bool) -> TileCo
     if routes <= 40 or not hopper:
         return TileConfig(64, Tile(64, step, 4, 2 + more), Tile(64, TRITON_UNIT, 4, 4))
     return TileConfig(128, Tile(64, step, 8, 2 + more, 8), Tile(64, TRITON_UNIT, 4, 4, 8))
+
+
+def _default_rounded(num_tokens: int, shape: LayerShape, hopper: bool) -> TileConfig:
+    """`default_config` for rounded activations, in blocks of the same heights."""
+    routes = num_tokens * shape.top_k / max(shape.num_experts, 1)
+    group = rounded_group(shape.group_size)
+    if routes <= 10:
+        config = TileConfig(16, Tile(TRITON_UNIT, group, 4, 4), Tile(64, 64, 4, 4))
+    elif routes <= 40:
+        config = TileConfig(32 if routes <= 20 else 64, Tile(TRITON_UNIT, group, 4, 4), Tile(128, 64, 4, 4))
+    else:
+        config = TileConfig(128, Tile(TRITON_UNIT, group, 8, 3, 8), Tile(128 if hopper else 64, 64, 8, 4, 8))
+    return replace(
+        config,
+        down=replace(config.down, block_n=largest_divisor(shape.hidden_size, config.down.block_n)),
+        one_route=use_one_route_blocks(num_tokens, shape.top_k, shape.num_experts),
+    )
+
+
+def rounded_group(group_size: int) -> int:
+    """How many inputs share a scale once rounded, where `group_size` of them share one of each neuron."""
+    return largest_divisor(group_size, ROUNDED_GROUP)
 
 
 def use_one_route_blocks(num_tokens: int, top_k: int, num_experts: int) -> bool:
@@ -328,7 +379,7 @@ def _tuned(shape: LayerShape, device: str) -> dict[int, TileConfig]:
     try:
         configs = {int(tokens): TileConfig.from_dict(entry) for tokens, entry in profile["tokens"].items()}
         for config in configs.values():
-            config.check(shape.hidden_size, shape.group_size, is_packed=shape.is_packed)
+            config.check(shape.hidden_size, shape.group_size, shape.activation_bits, is_packed=shape.is_packed)
     except (KeyError, TypeError, ValueError) as error:
         _announce(f"default tiles, {path} is damaged ({type(error).__name__}: {error}); run `heapr tune` again")
         return {}

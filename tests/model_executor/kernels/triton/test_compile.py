@@ -20,6 +20,8 @@ EXAMPLE = """
     wgmma.wait_group.sync.aligned 0;
 """
 GEMMS = ("ragged_up_kernel", "ragged_down_kernel")
+A8_GEMMS = ("a8_up_kernel", "a8_down_kernel")
+KERNELS = (*GEMMS, *A8_GEMMS, "round_rows_kernel", "combine_kernel")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def test_the_table_covers_the_window(rows: list[dict[str, str]]) -> None:
     assert {row["triton"] for row in rows} == set(triton_window.versions())
     assert len({row["triton"] for row in rows}) >= 4
     kernels = {(row["triton"], row["arch"], row["kernel"]) for row in rows}
-    assert len(kernels) == 3 * len(compile_table.ARCHES) * len(triton_window.versions())
+    assert len(kernels) == len(KERNELS) * len(compile_table.ARCHES) * len(triton_window.versions())
     for switch in ("TMA", "CHAINED", "PREFETCH"):
         assert any(row[switch] not in ("", "0", "False") for row in rows), switch
     assert {row["FUSED"] for row in rows} == {"", "True", "False"}
@@ -50,8 +52,10 @@ def test_nothing_spills(rows: list[dict[str, str]]) -> None:
 
 
 def test_no_access_is_narrow(rows: list[dict[str, str]]) -> None:
-    """Of 2 bytes or less: single numbers instead of vectors."""
-    assert not [row for row in rows if int(row["narrow_loads"]) or int(row["narrow_stores"])]
+    """Of 2 bytes or less: single numbers instead of vectors. But the bf16 scales of a slab are as few as threads."""
+    assert not [row for row in rows if int(row["narrow_loads"]) > 4 or int(row["narrow_stores"])]
+    narrow = [row for row in rows if int(row["narrow_loads"])]
+    assert {(row["kernel"], row["BY_CHANNEL"]) for row in narrow} <= {("a8_down_kernel", "False")}
 
 
 def test_weights_come_by_wide_asynchronous_copies(rows: list[dict[str, str]]) -> None:
@@ -62,6 +66,19 @@ def test_weights_come_by_wide_asynchronous_copies(rows: list[dict[str, str]]) ->
             assert int(row["tma"]) > 0, row
             continue
         assert copied_bytes(row) == tile_bytes(row), row
+
+
+def test_products_of_8_by_8_bits_are_read_and_multiplied_as_such(rows: list[dict[str, str]]) -> None:
+    """By copies of 16 bytes, or 8 where a thread has no more; E4M3 in wgmma at every height, int8 from 64 rows on."""
+    for row in (row for row in rows if row["kernel"] in A8_GEMMS):
+        is_low = row["kernel"] == "a8_down_kernel" and row["BLOCK_M"] == "16"
+        assert (row["async_other"] != "0") == is_low, row
+        others = int(row["async_other"]) * 8 * 32 * int(row["num_warps"])
+        assert copied_bytes(row) + others == tile_bytes(row), row
+        uses_wgmma = row["arch"] == "sm_90a" and (row["weights"] == "fp8e4nv" or int(row["BLOCK_M"]) >= 64)
+        assert (int(row["wgmma"]) > 0) == uses_wgmma, row
+    found = {(row["arch"], row["weights"]) for row in rows if row["kernel"] in A8_GEMMS}
+    assert found == {("sm_80", "i8"), ("sm_90a", "i8"), ("sm_90a", "fp8e4nv")}, "sm_80 does not multiply E4M3"
 
 
 def test_scales_of_weights_come_with_them(rows: list[dict[str, str]]) -> None:
@@ -113,9 +130,10 @@ def copied_bytes(row: dict[str, str]) -> int:
 def tile_bytes(row: dict[str, str]) -> int:
     """Of both operands, in all stages."""
     block_m, block_n, block_k, stages = (int(row[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages"))
-    weight_rows = 2 * block_n if row["kernel"] == "ragged_up_kernel" else block_n
+    weight_rows = 2 * block_n if row["kernel"] in ("ragged_up_kernel", "a8_up_kernel") else block_n
     bytes_of_weights = {"bf16": 2, "u16": 0.5}.get(row["weights"], 1)
-    return int(stages * block_k * (2 * block_m + bytes_of_weights * weight_rows))
+    bytes_of_activations = 1 if row["kernel"] in A8_GEMMS else 2
+    return int(stages * block_k * (bytes_of_activations * block_m + bytes_of_weights * weight_rows))
 
 
 def test_instructions_are_counted() -> None:

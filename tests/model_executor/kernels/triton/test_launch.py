@@ -266,7 +266,7 @@ def test_few_routes_take_three_launches(monkeypatch: pytest.MonkeyPatch) -> None
 def test_warm_up_runs_every_configuration_once(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = build(Case(1, [64, 128] * 8, 2, 64), torch.float16)
     ran = []
-    monkeypatch.setattr(launch, "triton_ragged_moe", lambda *_, config: ran.append(config))
+    monkeypatch.setattr(launch, "triton_ragged_moe", lambda *_, config, steps: ran.append(config))
     launch.warm_up(layer.routes.slots, layer.experts, 2, 8192)
     assert ran == configs_up_to(layer.shape, 8192) and len(ran) > 4
     monkeypatch.undo()

@@ -21,6 +21,7 @@ from heapr_vllm.model_executor.kernels.triton.tiles import (
     default_config,
     plane_size,
     profile_entry,
+    rounded_group,
     token_entry,
 )
 
@@ -143,6 +144,39 @@ def test_default_tiles_in_4_bits(hidden: int, step: int, tokens: int) -> None:
             assert config.up.block_k == step and config.decode == "bits"
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 32, 64, 256, 1024, 4096, 8192])
+@pytest.mark.parametrize("hidden", [2048, 2880, 3584, 96])
+def test_default_tiles_for_rounded_activations(hidden: int, tokens: int) -> None:
+    for group_size in (gcd(hidden, 128), 32, None):
+        scheme = ExpertScheme("int", strategy="group" if group_size else "channel", group_size=group_size)
+        shape = LayerShape(hidden, 8, 128, 576, 768, torch.bfloat16, scheme, activation_bits=8)
+        config = default_config(tokens, shape)
+        config.check(hidden, shape.group_size, activation_bits=8)
+        assert config.up.block_k == rounded_group(group_size or hidden)
+        assert config.block_m == default_config(tokens, replace(shape, activation_bits=None)).block_m
+
+
+ROUNDED = TileConfig(16, Tile(64, 32), Tile(32, 64))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (replace(ROUNDED, up=Tile(64, 64)), "have to be"),
+        (replace(ROUNDED, down=Tile(32, 32)), "have to be"),
+        (replace(ROUNDED, up=Tile(32, 32)), "have to be"),
+        (replace(ROUNDED, down=Tile(64, 64)), "hidden size 96 is no multiple"),
+        (replace(ROUNDED, fused=False), "need fused"),
+        (replace(ROUNDED, chained=True, prefetch=True), "neither tma nor prefetch"),
+        (replace(ROUNDED, down=Tile(32, 64, tma=True)), "neither tma nor prefetch"),
+    ],
+)
+def test_tiles_that_do_not_fit_rounded_activations(config: TileConfig, message: str) -> None:
+    assert ROUNDED.is_possible(96, 96, activation_bits=8) and not config.is_possible(96, 96, activation_bits=8)
+    with pytest.raises(ValueError, match=message):
+        config.check(96, 96, activation_bits=8)
+
+
 def test_names_of_tuned_files() -> None:
     """Dense ones as they have been; those of codes say how experts are stored, beside the type of tokens."""
     by_channel = ExpertScheme("int", strategy="channel", group_size=None)
@@ -151,6 +185,8 @@ def test_names_of_tuned_files() -> None:
         replace(SHAPE, scheme=scheme).file_name("H 200")
         for scheme in (None, ExpertScheme("float"), by_channel, in_4_bits)
     ]
+    rounded = replace(SHAPE, scheme=by_channel, activation_bits=8).file_name("H 200")
+    assert rounded == names[2].replace(",device", ",activation_bits=8,device")
     assert names == [
         "hidden_size=2048,top_k=8,dtype=bfloat16,device=H_200.json",
         "hidden_size=2048,top_k=8,dtype=bfloat16,experts=fp8_group128,device=H_200.json",
