@@ -35,11 +35,11 @@ from benchmarks.roofline import Peaks, measure_peaks, work
 from benchmarks.rows import append_csv
 from benchmarks.stock_moe import UniformLayer
 from benchmarks.stock_quantized_moe import OPPONENTS as QUANTIZED_OPPONENTS
-from heapr_vllm.formats.quantized import NAMES, ExpertScheme
+from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels.triton.launch import triton_ragged_moe
 from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
-from heapr_vllm.model_executor.tuning.jobs import jobs_of_shapes
+from heapr_vllm.model_executor.tuning.jobs import Job, jobs_of_shapes, with_rounded_activations
 from heapr_vllm.model_executor.tuning.search import batches_for, tune
 from heapr_vllm.model_executor.tuning.stopwatch import interleave, stopwatch
 from heapr_vllm.model_executor.tuning.synthetic import PAPER_SHAPES, Batch, MoEShape, SyntheticLayer, ragged_widths
@@ -49,7 +49,10 @@ QUICK_TOKENS = (1, 64, 1024, 8192)
 COPIES = 2
 TUNED = "vllm tuned"
 UNPRUNED = "heapr unpruned"
-ROUNDING = {"fp8": 0.1, "int4": 0.25}  # of the largest output, against experts and activations that are not rounded
+A8 = "-a8"  # activations rounded to 8 bits too, as the kernel triton_a8 does
+QUANTIZE = ("int8", "fp8", "int4", f"int8{A8}", f"fp8{A8}")
+TOLERANCE = 0.02  # of the largest output
+ROUNDING = {"int8": 0.05, "fp8": 0.1, "int4": 0.25}  # the same, where experts or activations are rounded
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,13 @@ class Arm:
     sparsity: float | None
     config: stock_moe.Config | None = None
     scheme: ExpertScheme | None = None
-    tolerance: float = 0.02
+    tolerance: float = TOLERANCE
 
 
 def ours(layer: SyntheticLayer) -> Callable[[Batch, int], torch.Tensor]:
     def run(batch: Batch, copy: int) -> torch.Tensor:
         output = torch.empty_like(batch.x)
-        triton_ragged_moe(output, *layer.arguments(batch, copy))
+        triton_ragged_moe(output, *layer.arguments(batch, copy), steps=layer.steps)
         return output
 
     return run
@@ -111,10 +114,9 @@ class Contest:
             sparsity: SyntheticLayer.build(moe, ragged_widths(moe.num_experts, full, sparsity), dtype, device, COPIES)
             for sparsity in (0.0, *sparsities)
         }
-        schemes = [ExpertScheme.for_hidden_size(name, moe.hidden_size) for name in quantize]
         self.quantized = [
-            (sparsity, SyntheticLayer.build(moe, layer.widths, dtype, device, COPIES, scheme))
-            for scheme, (sparsity, layer) in product(schemes, self.ragged.items())
+            (sparsity, quantized_layer(moe, layer.widths, dtype, device, name))
+            for name, (sparsity, layer) in product(quantize, self.ragged.items())
         ]
         self.full: dict[float, UniformLayer] = {}
         self.narrow: dict[float, UniformLayer] = {}
@@ -139,10 +141,7 @@ class Contest:
         Raises RuntimeError if ours do not.
         """
         ragged = [Arm(_name(sparsity), layer.widths, ours(layer), sparsity) for sparsity, layer in self.ragged.items()]
-        quantized = [
-            (Arm(_name(sparsity, layer.scheme), layer.widths, ours(layer), None, scheme=layer.scheme), layer)
-            for sparsity, layer in self.quantized
-        ]
+        quantized = [(quantized_arm(sparsity, layer), layer) for sparsity, layer in self.quantized]
         expected = {sparsity: layer.expected(batches[0]) for sparsity, layer in self.ragged.items()}
         found = [
             arm
@@ -205,9 +204,26 @@ class Contest:
         return found
 
 
-def _name(sparsity: float, scheme: ExpertScheme | None = None) -> str:
-    name = f"heapr {sparsity:.0%} pruned" if sparsity else UNPRUNED
-    return f"{name} {scheme.name}" if scheme else name
+def quantized_layer(
+    moe: MoEShape, widths: list[int], dtype: torch.dtype, device: torch.device, name: str
+) -> SyntheticLayer:
+    """Our experts as `--quantize` names them."""
+    scheme = ExpertScheme.for_hidden_size(name.removesuffix(A8), moe.hidden_size)
+    activation_bits = 8 if name.endswith(A8) else None
+    return SyntheticLayer.build(moe, widths, dtype, device, COPIES, scheme, activation_bits)
+
+
+def quantized_arm(sparsity: float, layer: SyntheticLayer) -> Arm:
+    """Our arm on them, which must give what codes and scales say, but for the rounding of activations."""
+    assert layer.scheme is not None
+    rounds = layer.steps.activation_bits is not None
+    tolerance = ROUNDING[layer.scheme.name] if rounds else TOLERANCE
+    name = f"{_name(sparsity)} {layer.scheme.name}{A8 * rounds}"
+    return Arm(name, layer.widths, ours(layer), None, scheme=layer.scheme, tolerance=tolerance)
+
+
+def _name(sparsity: float) -> str:
+    return f"heapr {sparsity:.0%} pruned" if sparsity else UNPRUNED
 
 
 def _is_right(arm: Arm, batch: Batch, expected: torch.Tensor) -> bool:
@@ -222,6 +238,15 @@ def _is_right(arm: Arm, batch: Batch, expected: torch.Tensor) -> bool:
     if not error < arm.tolerance:
         print(f"{arm.name} is left out: its output is off by {error:.1%}")
     return error < arm.tolerance
+
+
+def tuning_jobs(shape: str, sparsities: list[float], dtype: torch.dtype, quantize: Sequence[str]) -> list[Job]:
+    """What to find tiles for: all of our arms."""
+    jobs = jobs_of_shapes([shape], sparsities, dtype)
+    for name in quantize:
+        found = jobs_of_shapes([shape], sparsities, dtype, quantize=name.removesuffix(A8))
+        jobs += with_rounded_activations(found) if name.endswith(A8) else found
+    return jobs
 
 
 def measure(arms: list[Arm], moe: MoEShape, batches: list[Batch], peaks: Peaks, rounds: int) -> list[dict]:
@@ -297,7 +322,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
-    parser.add_argument("--quantize", nargs="*", default=[], choices=tuple(NAMES.values()), help="ours, quantized, too")
+    parser.add_argument("--quantize", nargs="*", default=[], choices=QUANTIZE, help="ours, quantized, too")
     parser.add_argument("--rounds", type=int, default=51)
     parser.add_argument("--tune-seconds", type=float, default=6, help="per arm and token count; 0: tune nothing")
     parser.add_argument("--configs", type=Path, default=Path("build/tile_configs"), help="tuned tiles of both sides")
@@ -320,8 +345,7 @@ def main() -> None:
     for shape in args.shape:
         moe = PAPER_SHAPES[shape]
         if args.tune_seconds:
-            kinds = (None, *args.quantize)
-            jobs = [job for kind in kinds for job in jobs_of_shapes([shape], [0.0, *args.sparsity], dtype, 1, kind)]
+            jobs = tuning_jobs(shape, [0.0, *args.sparsity], dtype, args.quantize)
             tune(jobs, args.tokens, args.configs, args.tune_seconds * len(jobs) * len(args.tokens))
         contest = Contest(moe, args.sparsity, dtype, device, reason is None, args.quantize)
         if args.tune_seconds:

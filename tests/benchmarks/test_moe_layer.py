@@ -95,9 +95,11 @@ def test_rows_and_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
 def test_quantized_arms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(stock_moe, "why_missing", lambda: "no GPU")
     table = tmp_path / "rows.csv"
-    run(monkeypatch, "--tokens", "5", "--sparsity", "0.5", "--quantize", "int4", "--csv", str(table))
+    run(monkeypatch, "--tokens", "5", "--sparsity", "0.5", "--quantize", "int4", "int8-a8", "--csv", str(table))
     floors = {row["arm"]: float(row["floor_us"]) for row in csv.DictReader(table.open())}
-    assert list(floors) == ["heapr unpruned", "heapr 50% pruned", "heapr unpruned int4", "heapr 50% pruned int4"]
+    assert list(floors) == [
+        f"heapr {amount}{kind}" for kind in ("", " int4", " int8-a8") for amount in ("unpruned", "50% pruned")
+    ]
     assert floors["heapr unpruned int4"] <= floors["heapr unpruned"], "fewer bytes, as many products"
 
 
