@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from itertools import chain
 
 import torch
 
@@ -40,10 +41,10 @@ def former_fingerprint(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256()
     for name, header in sorted(checkpoint.headers.items()):
         digest.update(f"{name} {header}\n".encode())
-    for shard, names in checkpoint.shards.items():
-        with checkpoint.open(shard) as file:
-            for name in filter(_ROUTER.fullmatch, names):
-                digest.update(file.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
+    with TensorReader(checkpoint) as reader:
+        for name in filter(_ROUTER.fullmatch, chain.from_iterable(checkpoint.shards.values())):
+            for tensor in reader.verbatim(name).values():
+                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return f"{ALL_TENSORS}{digest.hexdigest()}"
 
 

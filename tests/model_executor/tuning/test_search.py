@@ -169,15 +169,16 @@ def test_a_synthetic_layer_of_codes(scheme: ExpertScheme) -> None:
     assert layer.shape.scheme == scheme and not layer.plain.w13.float().isnan().any()
 
 
-@pytest.mark.parametrize("kind", ["int", "float"])
-def test_a_synthetic_layer_with_rounded_activations(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "limit"), [("int", 0.03), ("float", 0.2)])
+def test_a_synthetic_layer_with_rounded_activations(kind: str, limit: float) -> None:
+    """Limits are almost twice the largest of 40 draws."""
     moe, scheme = MoEShape(3, 2, 64, 128), ExpertScheme(kind, group_size=32)
     layer = SyntheticLayer.build(moe, [64, 128, 0], torch.float16, torch.device("cpu"), 1, scheme, activation_bits=8)
     batch = random_batch(5, moe, torch.float16, torch.device("cpu"))
     output = torch.empty_like(batch.x)
     triton_ragged_moe(output, *layer.arguments(batch), steps=layer.steps)
     expected = layer.expected(batch)
-    assert 0 < (output - expected).norm() <= 0.1 * expected.norm() and layer.shape.activation_bits == 8
+    assert 0 < (output - expected).norm() <= limit * expected.norm() and layer.shape.activation_bits == 8
 
 
 def test_a_killed_run_continues(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

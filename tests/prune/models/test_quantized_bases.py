@@ -67,6 +67,14 @@ def test_siblings_have_one_fingerprint(pair: tuple[Path, Path], plain: Path) -> 
     assert matches(base, former_fingerprint(base)) and not matches(sibling, former_fingerprint(base))
 
 
+def test_routers_of_4_bits_have_fingerprints(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_models, "LINEARS", r".*\.mlp\.gate\.weight")
+    sibling = Checkpoint(quantized_models.quantized(plain, tmp_path / "sibling", "gptq-linears"))
+    assert any(name.endswith(".mlp.gate.weight") for name in sibling.packed)
+    for taken in (fingerprint(sibling), former_fingerprint(sibling)):
+        assert matches(sibling, taken) and not matches(Checkpoint(plain), taken)
+
+
 def test_blocks_at_the_edge_are_cut() -> None:
     weight = torch.ones(3, 5).to(torch.float8_e4m3fn)
     values = dequantize(weight, torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), (2, 2))
