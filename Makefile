@@ -44,7 +44,7 @@ PARALLEL := $(ENGINE) OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/
 check: lint  ## inner loop: style, types and what needs no engine and no long time; 3 minutes
 	$(PARALLEL) -m 'not vllm and not slow and not long'
 
-test: setup  ## what is worth running on every change; 11 minutes
+test: setup  ## what is worth running on every change; 14 minutes
 	$(PARALLEL) -m 'not slow'
 
 test-all: setup  ## the rest: every family in every mode, kill loops, soak, real sizes, mutants; 25 minutes

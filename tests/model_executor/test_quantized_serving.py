@@ -18,8 +18,8 @@ from tests.model_executor import engine
 from tools import families
 
 pytestmark = pytest.mark.vllm
-FP8, INT8 = "deepseek_v3+fp8-block", "qwen3_moe+int8"
-FAST = (FP8, INT8, "qwen3_moe+int8-channel", "qwen3_moe+gptq", "deepseek_v3+awq")
+FP8, INT8, GPTQ = "deepseek_v3+fp8-block", "qwen3_moe+int8", "qwen3_moe+gptq"
+FAST = (FP8, INT8, "qwen3_moe+int8-channel", GPTQ, "deepseek_v3+awq")
 RANKS = ("qwen3_moe+fp8-block", *FAST[1:])
 SLOW = [
     *(pytest.param(mode, RANKS, id=mode) for mode in ("TP=2", "EP=2", "compile")),
@@ -86,6 +86,16 @@ def test_real_weights_after_dummy_ones(prepared: Prepare, stock: dict[str, famil
     steps = ("load for real", "generate")
     process = engine.run(prepared(FP8) / "compact", **EAGER, load_format="dummy", steps=steps, env=families.ENVIRONMENT)
     assert_same(FP8, engine.results(process)[-1], stock)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["compact", "masks"])
+def test_base_in_4_bits_on_the_path_of_a_gpu(mode: str, prepared: Prepare, stock: dict[str, families.Output]) -> None:
+    """Gate and up in 4 bits are widened for a kernel that takes one width for all, and no value changes."""
+    folder, arguments = prepared(GPTQ) / families.MODES[mode].folder, families.MODES[mode].arguments
+    process = engine.run(folder, env={"HEAPR_KERNEL": "triton", "TRITON_INTERPRET": "1"}, **EAGER, **arguments)
+    assert "in int8, kernel triton" in process.stdout + process.stderr
+    assert_same(GPTQ, engine.results(process)[-1], stock)
 
 
 @pytest.mark.slow
