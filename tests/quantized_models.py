@@ -68,12 +68,16 @@ def block(name: str, ignore: list[str]) -> dict[str, Any]:
     }
 
 
-def quantized(plain: Path, folder: Path, name: str) -> Path:
-    """Writes the sibling of a tiny model whose experts, or all linear layers, are codes of a format of FORMATS."""
+def quantized(plain: Path, folder: Path, name: str, *, excluded: str = "nothing") -> Path:
+    """Writes the sibling of a tiny model whose experts, or all linear layers, are codes of a format of FORMATS.
+
+    Tensors whose name starts with `excluded` stay as they are.
+    """
     shutil.copytree(plain, folder)
     tensors, ignored = {}, []
     for key, tensor in load_file(plain / "model.safetensors").items():
-        if re.fullmatch(LINEARS if name.endswith("linears") else EXPERTS, key) is None:
+        is_linear = re.fullmatch(LINEARS if name.endswith("linears") else EXPERTS, key) is not None
+        if not is_linear or key.startswith(excluded):
             ignored.append(key.removesuffix(".weight"))
             tensors[key] = tensor
             continue
