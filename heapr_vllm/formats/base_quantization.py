@@ -227,7 +227,8 @@ class BaseQuantization:
         scheme = self.scheme(shape[1])
         repeats = self.packing.group_size // scheme.block(shard, shape)[1]
         codes = pack_nibbles(codes) if scheme.num_bits == 4 else codes
-        return codes, scale.repeat_interleave(repeats, 1)[:, : scheme.scale_shape(shard, shape)[1]].contiguous()
+        groups = scheme.scale_shape(shard, shape)[1]
+        return codes, scale.repeat_interleave(min(repeats, groups), 1)[:, :groups].contiguous()
 
     def neuron_scale(self, scale: torch.Tensor, shard: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Returns the same scales with every group inside one neuron, as `ExpertScheme.scale_shape` says.
@@ -238,9 +239,9 @@ class BaseQuantization:
             return scale
         scheme = self.scheme(shape[0] if shard == "w2" else shape[1])
         rows, columns = scheme.block(shard, shape)
-        spread = scale.repeat_interleave(self.blocks[0] // rows, 0).repeat_interleave(self.blocks[1] // columns, 1)
         wanted = scheme.scale_shape(shard, shape)
-        return spread[: wanted[0], : wanted[1]].contiguous()
+        spread = scale.repeat_interleave(min(self.blocks[0] // rows, wanted[0]), 0)[: wanted[0]]
+        return spread.repeat_interleave(min(self.blocks[1] // columns, wanted[1]), 1)[:, : wanted[1]].contiguous()
 
 
 def _unsupported(model: str, what: str) -> HeaprError:
