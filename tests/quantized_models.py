@@ -156,7 +156,7 @@ def stored(key: str, weight: torch.Tensor, name: str) -> dict[str, torch.Tensor]
     else:
         parts = {"qweight": _pack(codes).T, "qzeros": _pack(zeros.T - 1), "scales": scale.T}
         parts["g_idx"] = torch.arange(weight.shape[1], dtype=torch.int32) // BLOCK
-    return {f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+    return {f"{module}.{part}": tensor.clone(memory_format=torch.contiguous_format) for part, tensor in parts.items()}
 
 
 def rounded(plain: Path, folder: Path, scheme: ExpertScheme) -> Path:
