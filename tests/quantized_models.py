@@ -68,12 +68,16 @@ def block(name: str, ignore: list[str]) -> dict[str, Any]:
     }
 
 
-def quantized(plain: Path, folder: Path, name: str) -> Path:
-    """Writes the sibling of a tiny model whose experts, or all linear layers, are codes of a format of FORMATS."""
+def quantized(plain: Path, folder: Path, name: str, *, excluded: str = "nothing") -> Path:
+    """Writes the sibling of a tiny model whose experts, or all linear layers, are codes of a format of FORMATS.
+
+    Tensors whose name starts with `excluded` stay as they are.
+    """
     shutil.copytree(plain, folder)
     tensors, ignored = {}, []
     for key, tensor in load_file(plain / "model.safetensors").items():
-        if re.fullmatch(LINEARS if name.endswith("linears") else EXPERTS, key) is None:
+        is_linear = re.fullmatch(LINEARS if name.endswith("linears") else EXPERTS, key) is not None
+        if not is_linear or key.startswith(excluded):
             ignored.append(key.removesuffix(".weight"))
             tensors[key] = tensor
             continue
@@ -152,7 +156,7 @@ def stored(key: str, weight: torch.Tensor, name: str) -> dict[str, torch.Tensor]
     else:
         parts = {"qweight": _pack(codes).T, "qzeros": _pack(zeros.T - 1), "scales": scale.T}
         parts["g_idx"] = torch.arange(weight.shape[1], dtype=torch.int32) // BLOCK
-    return {f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+    return {f"{module}.{part}": tensor.clone(memory_format=torch.contiguous_format) for part, tensor in parts.items()}
 
 
 def rounded(plain: Path, folder: Path, scheme: ExpertScheme) -> Path:

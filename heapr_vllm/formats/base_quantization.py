@@ -17,12 +17,13 @@ import torch
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.four_bits import ZERO_POINT, Awq, Gptq, Packing, PackQuantized
-from heapr_vllm.formats.quantized import SCALE_SUFFIX, ExpertScheme, dequantize, pack_nibbles
+from heapr_vllm.formats.quantized import MIN_GROUP_SIZE, SCALE_SUFFIX, ExpertScheme, dequantize, pack_nibbles
 from heapr_vllm.formats.schema import Positive, convert
 
 FP8_SCALE_SUFFIX = "_scale_inv"
 PACKED_FORMAT = "pack-quantized"
-MAX_GROUP_SIZE = 1024  # of 4 bits; scales are spread over groups, whatever a config says they are
+MAX_GROUP_SIZE = 1024  # of a block's rows or columns too; scales are spread over them, whatever a config says
+GROUPS_BY_ACTIVATION = ("true", "group", "dynamic")  # what `actorder` may say
 GPTQ_EXCLUDES = "-:"  # what rules of `dynamic` start with that leave modules unquantized
 
 
@@ -108,7 +109,7 @@ class BaseQuantization:
 
     @classmethod
     def _packed(cls, packing: Packing, what: str, model: str) -> BaseQuantization:
-        if not 1 <= packing.group_size <= MAX_GROUP_SIZE:
+        if not 1 <= packing.group_size <= MAX_GROUP_SIZE or packing.group_size % MIN_GROUP_SIZE:
             raise _unsupported(model, f"{what} with a group_size of {packing.group_size}")
         return cls("int", (1, packing.group_size), SCALE_SUFFIX, packing)
 
@@ -144,7 +145,13 @@ class BaseQuantization:
             raise _unsupported(model, "FP8 with static activation scales")
         if not config.weight_block_size:
             raise _unsupported(model, "FP8 with one scale per tensor")
-        return cls("float", config.weight_block_size, FP8_SCALE_SUFFIX)
+        return cls._in_blocks("float", config.weight_block_size, FP8_SCALE_SUFFIX, model)
+
+    @classmethod
+    def _in_blocks(cls, kind: str, blocks: tuple[int, int], scale_suffix: str, model: str) -> BaseQuantization:
+        if max(blocks) > MAX_GROUP_SIZE:
+            raise _unsupported(model, f"scales of blocks of {blocks[0]} x {blocks[1]}")
+        return cls(kind, blocks, scale_suffix)
 
     @classmethod
     def _compressed_tensors(cls, block: dict[str, Any], model: str) -> BaseQuantization:
@@ -167,7 +174,7 @@ class BaseQuantization:
         if weights.strategy == "channel":
             return cls(weights.type, None, SCALE_SUFFIX)
         if weights.strategy == "block" and weights.block_structure:
-            return cls(weights.type, weights.block_structure, SCALE_SUFFIX)
+            return cls._in_blocks(weights.type, weights.block_structure, SCALE_SUFFIX, model)
         raise _unsupported(model, f"{what} and strategy {weights.strategy}")
 
     @classmethod
@@ -177,7 +184,7 @@ class BaseQuantization:
             raise _unsupported(model, f"{what} packed by {weights.strategy}")
         if group.input_activations:
             raise _unsupported(model, f"{what} packed, with quantized activations")
-        if weights.actorder in (True, "group"):
+        if str(weights.actorder).lower() in GROUPS_BY_ACTIVATION:
             raise _unsupported(model, f"{what} packed, groups in the order of activations")
         packing = PackQuantized(weights.group_size)
         if not weights.symmetric:
@@ -227,7 +234,8 @@ class BaseQuantization:
         scheme = self.scheme(shape[1])
         repeats = self.packing.group_size // scheme.block(shard, shape)[1]
         codes = pack_nibbles(codes) if scheme.num_bits == 4 else codes
-        return codes, scale.repeat_interleave(repeats, 1)[:, : scheme.scale_shape(shard, shape)[1]].contiguous()
+        groups = scheme.scale_shape(shard, shape)[1]
+        return codes, scale.repeat_interleave(min(repeats, groups), 1)[:, :groups].contiguous()
 
     def neuron_scale(self, scale: torch.Tensor, shard: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Returns the same scales with every group inside one neuron, as `ExpertScheme.scale_shape` says.
@@ -238,9 +246,9 @@ class BaseQuantization:
             return scale
         scheme = self.scheme(shape[0] if shard == "w2" else shape[1])
         rows, columns = scheme.block(shard, shape)
-        spread = scale.repeat_interleave(self.blocks[0] // rows, 0).repeat_interleave(self.blocks[1] // columns, 1)
         wanted = scheme.scale_shape(shard, shape)
-        return spread[: wanted[0], : wanted[1]].contiguous()
+        spread = scale.repeat_interleave(min(self.blocks[0] // rows, wanted[0]), 0)[: wanted[0]]
+        return spread.repeat_interleave(min(self.blocks[1] // columns, wanted[1]), 1)[:, : wanted[1]].contiguous()
 
 
 def _unsupported(model: str, what: str) -> HeaprError:

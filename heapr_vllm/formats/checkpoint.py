@@ -291,6 +291,21 @@ class Checkpoint:
         weights = filter(self.is_pruned_expert, self.weight_map)
         return self.base_quantization if any(map(self.is_codes, weights)) else None
 
+    @cached_property
+    def kept_quantization(self) -> BaseQuantization | None:
+        """`expert_quantization` for who keeps the codes. Raises HeaprError if experts are codes and others are not."""
+        kept = self.expert_quantization
+        if kept is None:
+            return None
+        others = [name for name in filter(self.is_pruned_expert, self.weight_map) if not self.is_codes(name)]
+        if others:
+            first = min(others, key=natural_order)
+            raise HeaprError(
+                f"{self.path}: {first} is {self.headers[first][0]} and other experts are codes, which cannot be kept "
+                "side by side; store all of them alike with `heapr export --quantize int8` (or fp8, int4, none)"
+            )
+        return kept
+
     @property
     def expert_scheme(self) -> ExpertScheme | None:
         """How the pruned experts of a compact checkpoint are stored; None in the model's dtype."""

@@ -14,13 +14,24 @@ from dataclasses import dataclass
 import torch
 
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.formats.quantized import BITWISE, ZERO_4_BITS, unpack_nibbles
+from heapr_vllm.formats.quantized import BITWISE, ZERO_4_BITS, are_finite, unpack_nibbles
 
 STORED_DTYPE = "I4"  # what a weight's header says; no file says it
 PER_WORD = 8  # codes in an int32
 WEIGHT = "weight"
 GPTQ_ZEROS = (7, 8)  # symmetric: stored less one, or by GPTQModel's second version as it is
 ZERO_POINT = "weight_zero_point"
+INT32 = (torch.int32,)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = {  # of what is needed of a weight
+    "qweight": INT32,
+    "qzeros": INT32,
+    "scales": FLOATS,
+    "weight_packed": INT32,
+    ZERO_POINT: INT32,
+    "weight_scale": FLOATS,
+    "weight_shape": (torch.int32, torch.int64),
+}
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # where in an int32 the next of eight outputs lies
 
 
@@ -93,8 +104,9 @@ class Packing(ABC):
         if inputs are in another order than that of their groups.
         """
         self.check_complete(parts, name)
-        if parts[self.codes].dtype != torch.int32:
-            raise _damaged(name, f"has codes of {parts[self.codes].dtype} instead of torch.int32")
+        for part in self.needed:
+            if parts[part].dtype not in DTYPES[part]:
+                raise _damaged(name, f"has {part} of {parts[part].dtype} instead of {DTYPES[part][-1]}")
         outputs, inputs = self.shape(tuple(parts[self.codes].shape), name)
         for part, wanted in self._part_shapes(outputs, inputs).items():
             if tuple(parts[part].shape) != wanted:
@@ -102,12 +114,13 @@ class Packing(ABC):
         if self.order in parts:
             self._check_order(parts[self.order], inputs, name)
         scale = self._scale(parts)
-        if not scale.is_floating_point() or not bool(scale.isfinite().all()):
+        if not are_finite(scale):
             raise _damaged(name, "holds scales that are not finite")
         return self._unpack(parts, name).contiguous(), scale
 
     def _check_order(self, group_of_input: torch.Tensor, inputs: int, name: str) -> None:
-        if not torch.equal(group_of_input.long(), torch.arange(inputs) // self.group_size):
+        is_integer = group_of_input.dtype in (torch.int32, torch.int64)
+        if not is_integer or not torch.equal(group_of_input.long(), torch.arange(inputs) // self.group_size):
             raise HeaprError(
                 f"{name} has its inputs in another order than that of their groups (activation order), which is not "
                 "supported; start from a base model that was quantized with desc_act false, or from the unquantized one"
@@ -208,12 +221,14 @@ class PackQuantized(Packing):
 
 def _nibbles(packed: torch.Tensor) -> torch.Tensor:
     """int32 [n, m] to codes int8 [n, 8 m] less 8, those in the lowest bits first."""
-    return unpack_nibbles(packed.contiguous().view(BITWISE))
+    rows = packed.clone(memory_format=torch.contiguous_format)  # with strides of rows, also if they have one word
+    return unpack_nibbles(rows.view(BITWISE))
 
 
 def _less_zeros(codes: torch.Tensor, zeros: torch.Tensor, group_size: int) -> torch.Tensor:
     """Subtracts zero points [O, ceil(I / group_size)] from codes [O, I]."""
-    return codes - zeros.repeat_interleave(group_size, 1)[:, : codes.shape[1]]
+    inputs = codes.shape[1]
+    return codes - zeros.repeat_interleave(min(group_size, inputs), 1)[:, :inputs]
 
 
 def _damaged(name: str, what: str) -> HeaprError:

@@ -206,8 +206,8 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int])
     `scale`: [ceil(O / block[0]), ceil(I / block[1])]; the last blocks may be cut short.
     """
     rows, columns = codes.shape
-    factors = scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-    return codes.float().mul_(factors)
+    factors = scale.float().repeat_interleave(min(block[0], rows), 0)[:rows]
+    return codes.float().mul_(factors.repeat_interleave(min(block[1], columns), 1)[:, :columns])
 
 
 def check_codes(codes: torch.Tensor, name: str) -> None:
@@ -216,12 +216,17 @@ def check_codes(codes: torch.Tensor, name: str) -> None:
         raise HeaprError(f"{name} is damaged: it holds codes that are not numbers; download or export it again")
 
 
+def are_finite(scale: torch.Tensor) -> bool:
+    """Tells whether scales, and in float32 the values of all codes with them, are finite numbers."""
+    return bool((scale.float() * LARGEST_CODE["float"]).isfinite().all())
+
+
 def check_scale(scale: torch.Tensor, shape: tuple[int, int], name: str) -> None:
-    """Raises HeaprError if scales have another shape, or are no finite numbers."""
+    """Raises HeaprError if scales have another shape, or are no finite numbers, as `are_finite` says."""
     if tuple(scale.shape) != shape:
         raise HeaprError(
             f"{name} is {list(scale.shape)} instead of {list(shape)}: scales and weights do not belong together; "
             "download or export the checkpoint again"
         )
-    if not bool(scale.isfinite().all()):
+    if not are_finite(scale):
         raise HeaprError(f"{name} is damaged: it holds scales that are not finite; download or export it again")

@@ -137,7 +137,7 @@ class HeaprConfig(QuantizationConfig):
     def storage_formats(self) -> tuple[ExpertScheme | None, BaseQuantization | None]:
         """Returns how experts are stored in memory, and the format of the codes that masks slice, if they do.
 
-        Raises HeaprError if the base model's experts are codes and other ones are asked for.
+        Raises HeaprError if the base model's experts are codes and other ones are asked for, or only some are codes.
         """
         wanted = self.pruning.expert_scheme
         base = self._base_codes()
@@ -158,7 +158,7 @@ class HeaprConfig(QuantizationConfig):
         if self.pruning.layout == "compact":
             return None
         if self.base is not None:
-            return self.base.expert_quantization
+            return self.base.kept_quantization
         block = self.pruning.inner
         return BaseQuantization.from_config(block, self.model_name) if block else None
 

@@ -43,7 +43,7 @@ class ExpertStorage:
         """Settles what None means: as the masks wish, else codes kept where the base model has any.
 
         Plain and zeroed checkpoints are for any engine, so None dequantises them. Raises HeaprError if `choice` and
-        `layout` do not go together or `base` has no codes to keep.
+        `layout` do not go together, or `base` has no codes to keep or, in a compact checkpoint, of some experts only.
         """
         if choice is None and layout == "compact":
             choice = wish.name if wish else "keep" if base.base_quantization else "none"
@@ -61,14 +61,14 @@ class ExpertStorage:
                 f"{layout} checkpoints cannot be written with --quantize {choice}{' and --repair' * repaired}; use "
                 "--layout compact, or --quantize none"
             )
-        return cls(base, choice, cls._scheme(base, choice), repaired)
+        return cls(base, choice, cls._scheme(base, choice, layout), repaired)
 
     @staticmethod
-    def _scheme(base: Checkpoint, choice: str) -> ExpertScheme | None:
+    def _scheme(base: Checkpoint, choice: str, layout: str) -> ExpertScheme | None:
         if choice == "none":
             return None
         if choice == "keep":
-            kept = base.expert_quantization
+            kept = base.kept_quantization if layout == "compact" else base.expert_quantization
             return kept.scheme(base.hidden_size) if kept else None
         return ExpertScheme.for_hidden_size(choice, base.hidden_size)
 

@@ -15,6 +15,7 @@ from heapr_vllm.formats.masks import NeuronMasks
 from heapr_vllm.formats.names import ExpertTensor
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.formats.reader import TensorReader
+from heapr_vllm.model_executor.quantization import HeaprConfig
 from heapr_vllm.prune import export_checkpoint, write_masks_repository
 from heapr_vllm.prune.export.masks_repository import read_pruning_config
 from heapr_vllm.prune.models.loading import load_model
@@ -110,6 +111,26 @@ def test_zeroed_codes_are_a_model_of_the_bases_format(sibling: Path, masks_repos
             removed = replace(masks, keep={prefix: ~keep for prefix, keep in masks.keep.items()})
             assert torch.equal(kept(masks, where, found[name]), kept(masks, where, tensor))
             assert not kept(removed, where, found[name]).any()
+
+
+@pytest.mark.parametrize("stored", ["gptq", "awq", "w4a16", "int8-channel"])
+def test_codes_of_some_experts_are_not_kept(stored: str, masks_repository: Path, qwen3: Path, tmp_path: Path) -> None:
+    """A layer may be left out of a quantization: nothing is rounded unasked, and what the message names works."""
+    base = quantized_models.quantized(qwen3, tmp_path / "base", stored, excluded=LAYER)
+    message = rf"{LAYER}.0.down_proj.weight is F32 and other experts are codes.*--quantize int8"
+    for choice in ("keep", None):
+        with pytest.raises(HeaprError, match=message):
+            export_checkpoint(masks_repository, tmp_path / "kept", model=str(base), quantize=choice)
+    config = HeaprConfig(read_pruning_config(masks_repository))
+    config.bases[None], config.hidden_size = Checkpoint(base), 64
+    with pytest.raises(HeaprError, match=message):
+        config.storage_formats()
+    for choice in ("int8", "fp8", "int4", "none"):
+        export_checkpoint(masks_repository, tmp_path / choice, model=str(base), quantize=choice)
+    masks = NeuronMasks.from_pretrained(masks_repository)
+    found, whole = values(tmp_path / "none"), values(base)
+    for name in filter(ExpertTensor.parse, whole):
+        assert torch.equal(found[name], kept(masks, ExpertTensor.parse(name), whole[name]))
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
