@@ -52,7 +52,7 @@ HELPERS = ("_place", "_tile", "_block", "_decode", "_scale_ptrs", "_step_scale",
 HELPERS_IN_4_BITS = ("_places", "_plane", "_scaled_plane")
 KERNELS = (*HELPERS, *HELPERS_IN_4_BITS, *LAUNCHED)
 A8_LAUNCHED = ("round_rows_kernel", "a8_up_kernel", "a8_down_kernel")
-A8_KERNELS = ("_rounded", "_product", "_slab_scale", *A8_LAUNCHED)
+A8_KERNELS = ("_rounded", "_product", "_scale", *A8_LAUNCHED)
 A8_LAUNCHER = ("pack", "_round_slabs", "slab_scales", "inputs", "empty_hidden", "up_projection", "down_projection")
 ROUTE_BLOCKS = ("align_routes", "max_blocks", "build")
 LAUNCHER = (
@@ -108,12 +108,13 @@ class Mutant(NamedTuple):
 
 
 def mutants(module: str, functions: tuple[str, ...]) -> Iterator[Mutant]:
-    """One mutant per operator inside `functions` of a module of `PACKAGE`."""
+    """One mutant per operator inside `functions` of a module of `PACKAGE`. Raises LookupError if one is not there."""
     tree = ast.parse(Path(str(sys.modules[f"{PACKAGE}.{module}"].__file__)).read_text())
+    listed = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in functions]
+    if absent := set(functions) - {function.name for function in listed}:
+        raise LookupError(f"{module}.py has no {', '.join(sorted(absent))}; correct the lists of tools/mutants.py")
     places: Counter[str] = Counter()
-    for function in ast.walk(tree):
-        if not isinstance(function, ast.FunctionDef) or function.name not in functions:
-            continue
+    for function in listed:
         for node in chain.from_iterable(map(ast.walk, function.body)):
             if not isinstance(node, ast.BinOp | ast.AugAssign | ast.Compare):
                 continue

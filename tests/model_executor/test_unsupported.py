@@ -70,6 +70,8 @@ def test_refused(monkeypatch, options: dict, message: str) -> None:
 
 def test_accepted(monkeypatch) -> None:
     refuse(monkeypatch)
+    refuse(monkeypatch, lora=SimpleNamespace(target_modules=["q_proj", "o_proj"]), load_format="runai_streamer")
+    refuse(monkeypatch, on_cpu=False, data_parallel_size=2, load_format="fastsafetensors")
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "w4a16"])
@@ -82,5 +84,3 @@ def test_loaders_that_do_not_unpack(name: str, monkeypatch) -> None:
         unsupported.refuse_other_loaders(base)
     refuse(monkeypatch, load_format="heapr")
     unsupported.refuse_other_loaders(base)
-    refuse(monkeypatch, lora=SimpleNamespace(target_modules=["q_proj", "o_proj"]), load_format="runai_streamer")
-    refuse(monkeypatch, on_cpu=False, data_parallel_size=2, load_format="fastsafetensors")

@@ -59,6 +59,7 @@ class ExpertRows:
 
     @property
     def hidden_size(self) -> int:
+        """Counts H, of which a byte of packed codes holds two."""
         return self.w2.shape[1] * (2 if self.is_packed else 1)
 
 

@@ -14,7 +14,7 @@ from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.names import natural_order
 from heapr_vllm.formats.pruned import read_masks
 from heapr_vllm.formats.quantized import ExpertScheme
-from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, LayerShape, scheme_obstacle
+from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, LayerShape, gpu_has_e4m3, layer_obstacle
 from heapr_vllm.model_executor.storage.layout import round_up
 from heapr_vllm.model_executor.storage.shares import tensor_parallel_shares
 from heapr_vllm.model_executor.tuning.synthetic import PAPER_SHAPES, MoEShape, ragged_widths
@@ -50,7 +50,7 @@ def jobs_of_shapes(
 ) -> list[Job]:
     """One job per named shape of the paper and sparsity, for experts in `dtype`, or "int8", "fp8" or "int4".
 
-    Raises HeaprError for an unknown name.
+    Raises HeaprError for an unknown name, or if the kernel does not run such experts.
     """
     jobs = []
     for name in names:
@@ -61,7 +61,7 @@ def jobs_of_shapes(
         for sparsity in sparsities:
             widths = ragged_widths(moe.num_experts, moe.moe_intermediate_size, sparsity)
             jobs.append(Job(moe, _stored(widths, tp_size), dtype, scheme))
-    return jobs
+    return _checked(jobs)
 
 
 def jobs_of_model(
@@ -70,7 +70,7 @@ def jobs_of_model(
     """Jobs for a masks repository or compact checkpoint: layers of similar mean width share one.
 
     `dtype` None and `quantize` None ("int8", "fp8", "int4") take the model's. Raises HeaprError if `directory` holds no
-    masks, or its config names no top-k or experts that the kernel does not decode.
+    masks, or its config names no top-k or experts that the kernel does not run.
     """
     masks = read_masks(directory)
     config_file = directory / "config.json"
@@ -89,25 +89,33 @@ def jobs_of_model(
     if quantize:
         scheme = ExpertScheme.for_hidden_size(quantize, hidden_size)
     scheme = scheme.widened() if scheme else None  # as the kernel that is tuned gets it
-    if obstacle := scheme_obstacle(scheme, hidden_size):
-        raise HeaprError(obstacle)
     jobs: list[Job] = []
     for prefix in sorted(masks.keep, key=lambda prefix: (int(masks.widths[prefix].sum()), natural_order(prefix))):
         widths = _stored(masks.widths[prefix].tolist(), tp_size)
         job = Job(MoEShape(len(widths), top_k, hidden_size, masks.keep[prefix].shape[1]), widths, dtype, scheme)
         if any(widths) and not (jobs and job.shape.distance(jobs[-1].shape) < SIMILAR):
             jobs.append(job)
-    return jobs
+    return _checked(jobs)
 
 
 def with_rounded_activations(jobs: Sequence[Job]) -> list[Job]:
     """Returns the jobs for the kernel that rounds activations to 8 bits.
 
-    Raises HeaprError if experts are not stored in 8 bits.
+    Raises HeaprError if it does not run their layers here.
     """
-    if any(job.scheme is None or job.scheme.num_bits != 8 for job in jobs):
-        raise HeaprError("activations are rounded for experts in 8 bits only; add --quantize int8 (or fp8)")
-    return [replace(job, activation_bits=8) for job in jobs]
+    return _checked([replace(job, activation_bits=8) for job in jobs])
+
+
+def _checked(jobs: list[Job]) -> list[Job]:
+    """Returns the jobs. Raises HeaprError if the kernel does not run their layers here."""
+    for job in jobs:
+        obstacle = layer_obstacle(
+            job.dtype, job.moe.hidden_size, job.scheme, job.activation_bits, has_e4m3=gpu_has_e4m3()
+        )
+        if obstacle:
+            kernel, remedy = ("triton_a8", "; or drop --round-activations") if job.activation_bits else ("triton", "")
+            raise HeaprError(f"there are no tiles to tune for {kernel}: {obstacle}{remedy}")
+    return jobs
 
 
 def _stored(widths: list[int], tp_size: int) -> tuple[int, ...]:

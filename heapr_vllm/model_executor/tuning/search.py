@@ -40,6 +40,7 @@ from heapr_vllm.model_executor.kernels.triton.tiles import (
     TileConfig,
     default_config,
     device_name,
+    gpu_has_e4m3,
     profile_entry,
     read_profiles,
     rounded_group,
@@ -190,7 +191,7 @@ def changes(shape: LayerShape, num_tokens: int) -> list[Callable[[TileConfig], T
         found.append(lambda config: replace(config, one_route=not config.one_route))
     if shape.activation_bits:
         return [*found, lambda config: replace(config, chained=True)] if _has_hopper() else found
-    if shape.weight_dtype == torch.float8_e4m3fn and _has_cast():
+    if shape.weight_dtype == torch.float8_e4m3fn and gpu_has_e4m3():
         found.append(lambda config: replace(config, decode="bits" if config.decode == "cast" else "cast"))
     if _has_hopper():
         found += [
@@ -206,11 +207,6 @@ def changes(shape: LayerShape, num_tokens: int) -> list[Callable[[TileConfig], T
 @cache
 def _has_hopper() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
-
-
-@cache
-def _has_cast() -> bool:
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
 
 
 def batches_for(layer: SyntheticLayer, num_tokens: int) -> list[Batch]:

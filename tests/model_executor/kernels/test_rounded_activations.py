@@ -69,12 +69,13 @@ def expected(x: torch.Tensor, routes: Routes, experts: ExpertRows) -> torch.Tens
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"T{case[0]}-H{case[3]}-g{case[4]}")
 def test_arithmetic(case: tuple, dtype: torch.dtype, kind: str) -> None:
-    """Against the same rounding in fp64, and against none: rounding costs 2.1 % at most of these random layers."""
+    """Against the same rounding in fp64, and against none: rounding costs 2 %, of two widths 2.1 %."""
     built, plain = (layer(case, dtype, kind, kernel) for kernel in (KERNEL, Unpacked()))
     output, wanted = built.run(), expected(built.x, plain.routes, plain.experts)
     own_rounding = 8e-3 if dtype == torch.bfloat16 else 3e-3  # of the output; h may fall to another integer
     assert (output - wanted).norm() <= own_rounding * wanted.norm()
-    assert (output - built.expected).norm() <= 2.1e-2 * built.expected.norm()
+    limit = 2.1e-2 if kind == "int4-int8" else 2e-2
+    assert (output - built.expected).norm() <= limit * built.expected.norm()
     assert torch.equal(output, built.run()), "not repeatable"
 
 

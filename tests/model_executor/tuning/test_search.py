@@ -100,6 +100,36 @@ def test_tuning_for_rounded_activations(folder: Path, monkeypatch: pytest.Monkey
     assert results(folder)["3"]["microseconds"] > 0
 
 
+@pytest.mark.parametrize(
+    ("dtype", "quantize", "message"),
+    [
+        (torch.float16, None, "for triton_a8: .*experts in 8 bits, not unquantized ones"),
+        (torch.float16, "int4", "experts in 8 bits, not int4 ones"),
+        (torch.float32, "int8", "computes in float32; choose triton; or drop --round-activations"),
+        (torch.float16, "fp8", "does not multiply FP8"),
+    ],
+)
+def test_what_cannot_be_rounded(
+    dtype: torch.dtype, quantize: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU before compute capability 8.9."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    right = jobs_of_shapes(["tiny"], [0], torch.float16, quantize="int8")
+    assert with_rounded_activations(right)
+    with pytest.raises(HeaprError, match=message):
+        with_rounded_activations(jobs_of_shapes(["tiny"], [0], dtype, quantize=quantize))
+    with pytest.raises(HeaprError, match="groups of 128 at most, not of 256"):
+        with_rounded_activations([replace(right[0], scheme=ExpertScheme(group_size=256))])
+
+
+def test_shapes_that_the_kernel_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PAPER_SHAPES, "odd", MoEShape(4, 2, 96, 64))
+    assert jobs_of_shapes(["odd"], [0], torch.float16, quantize="int8")
+    with pytest.raises(HeaprError, match="for triton: int4 experts on GPUs need a hidden size in multiples of 64"):
+        jobs_of_shapes(["odd"], [0], torch.float16, quantize="int4")
+
+
 @pytest.mark.parametrize("quantize", ["int8", "fp8"])
 @pytest.mark.parametrize("tokens", [1, 512, 8192])
 def test_candidates_for_rounded_activations(quantize: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +151,7 @@ def test_both_decodes_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     config = default_config(200, fp8)
     tried = {change(config).decode for change in search.changes(fp8, 200)}
     assert tried == {"bits", "cast"} - {config.decode} and not search.changes(int8, 200)
-    monkeypatch.setattr(search, "_has_cast", lambda: False)
+    monkeypatch.setattr(search, "gpu_has_e4m3", lambda: False)
     assert not search.changes(fp8, 200)
 
 

@@ -13,7 +13,7 @@ from vllm.platforms import current_platform
 
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, Scales
-from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, scheme_obstacle
+from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, layer_obstacle
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
 if TYPE_CHECKING:
@@ -39,11 +39,11 @@ class TritonKernel(RaggedKernel):
         return None
 
     def layer_obstacle(self, dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None) -> str | None:
-        if hidden_size % 16:
-            return f"the hidden size {hidden_size} is no multiple of 16; choose reference"
+        if obstacle := layer_obstacle(dtype, hidden_size, scheme):
+            return obstacle
         if dtype == torch.bfloat16 and is_interpreted():
             return "Triton's interpreter gets bfloat16 wrong; add --dtype float32"
-        return scheme_obstacle(scheme, hidden_size)
+        return None
 
     def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scales | None = None) -> None:
         self.steps().pack(w13, w2, layout, scales)
