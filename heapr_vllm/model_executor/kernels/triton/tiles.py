@@ -255,7 +255,7 @@ def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = Non
     hopper = _has_hoppers_memory() if hopper is None else hopper
     routes = num_tokens * shape.top_k / max(shape.num_experts, 1)
     if shape.activation_bits:
-        return _default_rounded(num_tokens, shape, hopper)
+        return _default_rounded(num_tokens, routes, shape, hopper)
     if shape.is_packed:
         config = _default_in_4_bits(routes, shape, hopper)
     elif shape.dtype.itemsize > 2:
@@ -298,9 +298,8 @@ def _default_in_4_bits(routes: float, shape: LayerShape, hopper: bool) -> TileCo
     return TileConfig(128, Tile(64, step, 8, 2 + more, 8), Tile(64, TRITON_UNIT, 4, 4, 8))
 
 
-def _default_rounded(num_tokens: int, shape: LayerShape, hopper: bool) -> TileConfig:
+def _default_rounded(num_tokens: int, routes: float, shape: LayerShape, hopper: bool) -> TileConfig:
     """`default_config` for rounded activations, in blocks of the same heights."""
-    routes = num_tokens * shape.top_k / max(shape.num_experts, 1)
     group = rounded_group(shape.group_size)
     if routes <= 10:
         config = TileConfig(16, Tile(TRITON_UNIT, group, 4, 4), Tile(64, 64, 4, 4))
