@@ -86,7 +86,7 @@ class Trial:
     def is_whole(self, output: Contents) -> bool:
         """Whether what is under the final name is nothing, what it was before, or what an undisturbed run writes."""
         if self.command.is_timed:
-            from heapr_vllm.model_executor.kernels.triton.tiles import read_profiles
+            from heapr_vllm.model_executor.kernels.triton.tuned_files import read_profiles
 
             profiles = [self.work / name for name in output if name.endswith(".json")]
             return all(isinstance(read_profiles(path), list) for path in profiles)

@@ -28,13 +28,8 @@ from heapr_vllm.formats.quantized import CODE_DTYPES, GROUP_SIZE, GROUP_SIZE_4_B
 from heapr_vllm.model_executor.kernels.triton.a8_jit import a8_down_kernel, a8_up_kernel, round_rows_kernel
 from heapr_vllm.model_executor.kernels.triton.jit import combine_kernel, ragged_down_kernel, ragged_up_kernel
 from heapr_vllm.model_executor.kernels.triton.launch import PREFETCHED_SLABS
-from heapr_vllm.model_executor.kernels.triton.tiles import (
-    DECODES,
-    PACKAGED_FOLDER,
-    LayerShape,
-    TileConfig,
-    default_config,
-)
+from heapr_vllm.model_executor.kernels.triton.tiles import DECODES, LayerShape, TileConfig, default_config
+from heapr_vllm.model_executor.kernels.triton.tuned_files import PACKAGED_FOLDER
 from heapr_vllm.model_executor.tuning.synthetic import PAPER_SHAPES
 from tools import ptx
 

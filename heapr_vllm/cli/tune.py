@@ -69,7 +69,7 @@ def add_tune(commands: options.Commands) -> None:
 def run_tune(args: argparse.Namespace) -> None:
     import torch
 
-    from heapr_vllm.model_executor.kernels.triton.tiles import user_folder
+    from heapr_vllm.model_executor.kernels.triton.tuned_files import user_folder
     from heapr_vllm.model_executor.tuning.jobs import jobs_of_model, jobs_of_shapes, with_rounded_activations
     from heapr_vllm.model_executor.tuning.search import tune
 

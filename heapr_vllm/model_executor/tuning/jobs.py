@@ -14,7 +14,8 @@ from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.names import natural_order
 from heapr_vllm.formats.pruned import read_masks
 from heapr_vllm.formats.quantized import ExpertScheme
-from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, LayerShape, gpu_has_e4m3, layer_obstacle
+from heapr_vllm.model_executor.kernels.triton.obstacles import gpu_has_e4m3, layer_obstacle
+from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, LayerShape
 from heapr_vllm.model_executor.storage.layout import round_up
 from heapr_vllm.model_executor.storage.shares import tensor_parallel_shares
 from heapr_vllm.model_executor.tuning.synthetic import PAPER_SHAPES, MoEShape, ragged_widths

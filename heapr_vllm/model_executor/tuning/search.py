@@ -31,21 +31,23 @@ from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.atomic import atomic_file, check_writable
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels.triton.launch import triton_ragged_moe
+from heapr_vllm.model_executor.kernels.triton.obstacles import gpu_has_e4m3
 from heapr_vllm.model_executor.kernels.triton.route_blocks import RouteBlocks
 from heapr_vllm.model_executor.kernels.triton.tiles import (
-    FORMAT_VERSION,
     TRITON_UNIT,
     LayerShape,
     Tile,
     TileConfig,
     default_config,
+    rounded_group,
+    use_one_route_blocks,
+)
+from heapr_vllm.model_executor.kernels.triton.tuned_files import (
+    FORMAT_VERSION,
     device_name,
-    gpu_has_e4m3,
     profile_entry,
     read_profiles,
-    rounded_group,
     token_entry,
-    use_one_route_blocks,
 )
 from heapr_vllm.model_executor.tuning.jobs import Job
 from heapr_vllm.model_executor.tuning.stopwatch import stopwatch

@@ -16,15 +16,10 @@ import torch
 from heapr_vllm.cli.main import main
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.quantized import ExpertScheme
-from heapr_vllm.model_executor.kernels.triton import tiles
+from heapr_vllm.model_executor.kernels.triton import tuned_files
 from heapr_vllm.model_executor.kernels.triton.launch import triton_ragged_moe
-from heapr_vllm.model_executor.kernels.triton.tiles import (
-    LayerShape,
-    Tile,
-    choose_config,
-    default_config,
-    use_one_route_blocks,
-)
+from heapr_vllm.model_executor.kernels.triton.tiles import LayerShape, Tile, default_config, use_one_route_blocks
+from heapr_vllm.model_executor.kernels.triton.tuned_files import choose_config, device_name
 from heapr_vllm.model_executor.tuning import search
 from heapr_vllm.model_executor.tuning.jobs import Job, jobs_of_model, jobs_of_shapes, with_rounded_activations
 from heapr_vllm.model_executor.tuning.synthetic import (
@@ -44,9 +39,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty HEAPR_CONFIG_FOLDER, and three candidates per GEMM."""
     monkeypatch.setenv("HEAPR_CONFIG_FOLDER", str(tmp_path))
     monkeypatch.setattr(search, "candidates", lambda *_: TILES)
-    tiles._tuned.cache_clear()
+    tuned_files._tuned.cache_clear()
     yield tmp_path
-    tiles._tuned.cache_clear()
+    tuned_files._tuned.cache_clear()
 
 
 def results(folder: Path) -> dict[str, dict]:
@@ -77,7 +72,7 @@ def test_tuning_for_experts_as_codes(quantize: str, folder: Path, monkeypatch: p
     assert main([*command, "--quantize", quantize, "--dtype", "float16"]) == 0
     (job,) = jobs_of_shapes(["tiny"], [0], torch.float16, quantize=quantize)
     (path,) = folder.glob("*.json")
-    assert path.name == job.shape.file_name(tiles.device_name()) and f"experts={quantize}_group" in path.name
+    assert path.name == job.shape.file_name(device_name()) and f"experts={quantize}_group" in path.name
     config = choose_config(job.shape, 3)
     config.check(128, job.shape.group_size, is_packed=quantize == "int4")
     entry = results(folder)["3"]
@@ -95,7 +90,7 @@ def test_tuning_for_rounded_activations(folder: Path, monkeypatch: pytest.Monkey
     (plain,) = jobs_of_shapes(["tiny"], [0], torch.float16, quantize="int8")
     (job,) = with_rounded_activations([plain])
     (path,) = folder.glob("*.json")
-    assert path.name == job.shape.file_name(tiles.device_name()) != plain.shape.file_name(tiles.device_name())
+    assert path.name == job.shape.file_name(device_name()) != plain.shape.file_name(device_name())
     choose_config(job.shape, 3).check(128, 128, activation_bits=8)
     assert results(folder)["3"]["microseconds"] > 0
 

@@ -10,7 +10,7 @@ from vllm.platforms import current_platform
 
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels.triton.kernel import TritonKernel, is_interpreted
-from heapr_vllm.model_executor.kernels.triton.tiles import HAS_E4M3, layer_obstacle
+from heapr_vllm.model_executor.kernels.triton.obstacles import HAS_E4M3, layer_obstacle
 
 if TYPE_CHECKING:
     from heapr_vllm.model_executor.kernels.triton.launch import Steps

@@ -13,7 +13,8 @@ from vllm.platforms import current_platform
 
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels.base import ExpertRows, RaggedKernel, Routes, Scales
-from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, layer_obstacle
+from heapr_vllm.model_executor.kernels.triton.obstacles import layer_obstacle
+from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
 if TYPE_CHECKING:

@@ -24,10 +24,9 @@ from heapr_vllm.model_executor.kernels.triton.tiles import (
     TRITON_UNIT,
     LayerShape,
     TileConfig,
-    choose_config,
-    configs_up_to,
     plane_size,
 )
+from heapr_vllm.model_executor.kernels.triton.tuned_files import choose_config, configs_up_to
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 from heapr_vllm.model_executor.storage.traffic_sums import TrafficSums
 

@@ -1,41 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tiles the Triton kernels use: tuned ones from JSON where there are any, otherwise by routes per expert.
-
-A tuned file covers one hidden size, top-k, dtype, way to store experts and GPU, and holds per width profile and token
-count the fastest tiles found by `heapr tune`. Folders are searched in this order: HEAPR_CONFIG_FOLDER, the user's
-cache, the package.
-"""
+"""Tiles of the Triton kernels: what they may be for the shape of a layer, and the defaults by routes per expert."""
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import os
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from heapr_vllm.formats.quantized import GROUP_SIZE, MIN_GROUP_SIZE, ExpertScheme
+from heapr_vllm.formats.quantized import ExpertScheme
 
 TRITON_UNIT = 64  # the Triton kernels store widths in steps of it; also the slab of their w2
 ROUNDED_GROUP = 128  # inputs, at most, that share a scale once rounded
-HAS_E4M3 = 89  # compute capability from which GPUs convert it, and their tensor cores multiply it
 
 CODES_PER_WORD = 4  # of 4 bits
 SHORTEST_PLANE, LONGEST_PLANE = 16, 64  # inputs: of a tensor core's step; 128 bytes of words, and of a token
 
-FORMAT_VERSION = 2
-PACKAGED_FOLDER = Path(__file__).parent / "tile_configs"
 DECODES = ("bits", "cast")
-BATCH_INVARIANT_ROUTES = 40  # per expert: the middle of the default tiles
-MAX_RATIO = 1.6  # a tuned profile serves shapes whose number of experts times mean width differ by less than this
-logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures loggers below its own name only
 
 
 @dataclass(frozen=True)
@@ -222,29 +206,6 @@ class LayerShape:
         )
 
 
-def choose_config(shape: LayerShape, num_tokens: int) -> TileConfig:
-    """Tiles for `num_tokens` tokens of this layer: tuned for the nearest profile and token count, or the defaults.
-
-    With vLLM's VLLM_BATCH_INVARIANT=1 one configuration serves every token count: the sums of a token then run in the
-    same order, whoever it shares a batch with.
-    """
-    if os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0":
-        return default_config(BATCH_INVARIANT_ROUTES * shape.num_experts // shape.top_k, shape)
-    tuned = _tuned(shape, device_name())
-    if not tuned:
-        return default_config(num_tokens, shape)
-    config = tuned[min(tuned, key=lambda tokens: abs(math.log(tokens / max(num_tokens, 1))))]
-    is_crowded = num_tokens * shape.top_k > shape.num_experts  # a block per route would read experts several times
-    return replace(config, one_route=False) if is_crowded else config
-
-
-def configs_up_to(shape: LayerShape, max_tokens: int) -> list[TileConfig]:
-    """All configurations that batches of up to `max_tokens` tokens get; token counts are tried in steps of 5 %."""
-    steps = math.ceil(math.log(max_tokens, 1.05))
-    counts = {min(math.ceil(1.05**power), max_tokens) for power in range(steps + 1)}
-    return list(dict.fromkeys(choose_config(shape, tokens) for tokens in sorted(counts)))
-
-
 def default_config(num_tokens: int, shape: LayerShape, hopper: bool | None = None) -> TileConfig:
     """Tiles by routes per expert, for shapes without a tuned configuration.
 
@@ -314,6 +275,13 @@ def _default_rounded(num_tokens: int, routes: float, shape: LayerShape, hopper: 
     )
 
 
+@cache
+def _has_hoppers_memory() -> bool:
+    if not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_properties().shared_memory_per_block_optin >= 224 * 1024
+
+
 def rounded_group(group_size: int) -> int:
     """How many inputs share a scale once rounded, where `group_size` of them share one of each neuron."""
     return largest_divisor(group_size, ROUNDED_GROUP)
@@ -336,139 +304,3 @@ def plane_size(hidden_size: int, group_size: int) -> int:
     """
     plane = largest_divisor(math.gcd(hidden_size // CODES_PER_WORD, group_size), LONGEST_PLANE)
     return plane if plane >= SHORTEST_PLANE else 0
-
-
-def layer_obstacle(
-    dtype: torch.dtype,
-    hidden_size: int,
-    scheme: ExpertScheme | None,
-    activation_bits: int | None = None,
-    *,
-    has_e4m3: bool = True,
-) -> str | None:
-    """Why the kernels run no such layer, wherever they are, with the remedy; None if they do.
-
-    `scheme`: how experts are stored as the kernels get them; None in `dtype`. `activation_bits`: as of the kernel.
-    `has_e4m3`: whether the GPU multiplies it.
-    """
-    if activation_bits:
-        return _obstacle_to_rounding(dtype, hidden_size, scheme, has_e4m3)
-    if hidden_size % 16:
-        return f"the hidden size {hidden_size} is no multiple of 16; choose reference"
-    if scheme is None or scheme.num_bits != 4 or plane_size(hidden_size, scheme.group_size or hidden_size):
-        return None
-    unit = CODES_PER_WORD * SHORTEST_PLANE
-    return f"int4 experts on GPUs need a hidden size in multiples of {unit}, not {hidden_size}; use --quantize int8"
-
-
-def _obstacle_to_rounding(
-    dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None, has_e4m3: bool
-) -> str | None:
-    """`layer_obstacle` for rounded activations."""
-    if scheme is None or scheme.num_bits != 8:
-        stored = scheme.name if scheme else "unquantized"
-        return f"it is for experts in 8 bits, not {stored} ones; choose triton, or prune with --quantize int8"
-    if dtype == torch.float32:
-        return "it rounds activations to 8 bits, and the model computes in float32; choose triton"
-    if (scheme.group_size or 0) > GROUP_SIZE:
-        return f"it takes scales in groups of {GROUP_SIZE} at most, not of {scheme.group_size}; choose triton"
-    if hidden_size % MIN_GROUP_SIZE:
-        return f"the hidden size {hidden_size} is no multiple of {MIN_GROUP_SIZE}; choose triton"
-    if scheme.type == "float" and not has_e4m3:
-        return "this GPU does not multiply FP8; choose triton, or export with --quantize int8"
-    return None
-
-
-def gpu_has_e4m3() -> bool:
-    """Whether the GPU at hand converts and multiplies E4M3; True without one, as Triton's interpreter does."""
-    if not torch.cuda.is_available():
-        return True
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor >= HAS_E4M3
-
-
-def user_folder() -> Path:
-    """Where `heapr tune` writes and the plugin looks: HEAPR_CONFIG_FOLDER, or the user's cache."""
-    if folder := os.environ.get("HEAPR_CONFIG_FOLDER"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "heapr_vllm" / "tile_configs"
-
-
-@cache
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-@cache
-def _tuned(shape: LayerShape, device: str) -> dict[int, TileConfig]:
-    """Token count to tuned tiles of the nearest profile, the first folder winning ties; empty if none is near."""
-    profiles = [
-        (
-            shape.distance(replace(shape, num_experts=profile["num_experts"], mean_width=profile["mean_width"])),
-            path,
-            profile,
-        )
-        for path, profile in _profiles(shape, device)
-    ]
-    distance, path, profile = min(profiles, key=lambda entry: entry[0], default=(math.inf, None, {}))
-    if distance > MAX_RATIO:
-        _announce(
-            f"default tiles, none are tuned for hidden size {shape.hidden_size}, top-{shape.top_k} and these "
-            f"widths on {device}; `heapr tune` finds faster ones"
-        )
-        return {}
-    try:
-        configs = {int(tokens): TileConfig.from_dict(entry) for tokens, entry in profile["tokens"].items()}
-        for config in configs.values():
-            config.check(shape.hidden_size, shape.group_size, shape.activation_bits, is_packed=shape.is_packed)
-    except (KeyError, TypeError, ValueError) as error:
-        _announce(f"default tiles, {path} is damaged ({type(error).__name__}: {error}); run `heapr tune` again")
-        return {}
-    _announce(f"tiles tuned on {device}, from {path}")
-    return configs
-
-
-def _profiles(shape: LayerShape, device: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    for folder in (user_folder(), PACKAGED_FOLDER):
-        path = folder / shape.file_name(device)
-        if path.is_file():
-            for profile in read_profiles(path):
-                if profile["tokens"]:
-                    yield path, profile
-
-
-def read_profiles(path: Path) -> list[dict[str, Any]]:
-    """Profiles of a tuned file; none if it is missing, damaged or of another format."""
-    try:
-        content = json.loads(path.read_text())
-        return content["profiles"] if content["format_version"] == FORMAT_VERSION else []
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-
-
-@cache
-def _announce(message: str) -> None:
-    """Logs `message` once, however many layers ask."""
-    logger.info("heapr::ragged_moe: %s", message)
-
-
-@cache
-def _has_hoppers_memory() -> bool:
-    if not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_properties().shared_memory_per_block_optin >= 224 * 1024
-
-
-def profile_entry(shape: LayerShape) -> dict[str, Any]:
-    """A new, empty profile of a tuned file."""
-    return {
-        "num_experts": shape.num_experts,
-        "mean_width": shape.mean_width,
-        "max_width": shape.max_width,
-        "tokens": {},
-    }
-
-
-def token_entry(config: TileConfig, microseconds: float) -> dict[str, Any]:
-    """One token count of a profile: the tiles and the time of the layer with them."""
-    return {**asdict(config), "microseconds": round(microseconds, 2)}

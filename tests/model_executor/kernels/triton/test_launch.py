@@ -23,7 +23,8 @@ from heapr_vllm.model_executor.kernels.triton import launch, route_blocks
 from heapr_vllm.model_executor.kernels.triton.jit import BF16_OVER_E4M3, _decode, _plane
 from heapr_vllm.model_executor.kernels.triton.launch import index_tables, pack
 from heapr_vllm.model_executor.kernels.triton.route_blocks import align_routes, max_blocks
-from heapr_vllm.model_executor.kernels.triton.tiles import LayerShape, configs_up_to, use_one_route_blocks
+from heapr_vllm.model_executor.kernels.triton.tiles import LayerShape, use_one_route_blocks
+from heapr_vllm.model_executor.kernels.triton.tuned_files import configs_up_to
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 from heapr_vllm.model_executor.storage.traffic_sums import TrafficSums
 from tests.model_executor.engine import ROOT

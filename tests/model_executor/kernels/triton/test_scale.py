@@ -15,7 +15,8 @@ import torch
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels.triton import route_blocks
 from heapr_vllm.model_executor.kernels.triton.launch import triton_ragged_moe
-from heapr_vllm.model_executor.kernels.triton.tiles import Tile, TileConfig, choose_config
+from heapr_vllm.model_executor.kernels.triton.tiles import Tile, TileConfig
+from heapr_vllm.model_executor.kernels.triton.tuned_files import choose_config
 from heapr_vllm.model_executor.tuning.search import block_sizes, candidates, changes
 from heapr_vllm.model_executor.tuning.synthetic import PAPER_SHAPES, MoEShape
 from tests.model_executor.kernels.moe_cases import DEVICE, STRATEGIES, TOLERANCE, Case, Layer, build
