@@ -34,7 +34,6 @@ from heapr_vllm.model_executor.kernels.triton.launch import triton_ragged_moe
 from heapr_vllm.model_executor.kernels.triton.obstacles import gpu_has_e4m3
 from heapr_vllm.model_executor.kernels.triton.route_blocks import RouteBlocks
 from heapr_vllm.model_executor.kernels.triton.tiles import (
-    TRITON_UNIT,
     LayerShape,
     Tile,
     TileConfig,
@@ -168,17 +167,13 @@ def fastest(layer: SyntheticLayer, num_tokens: int, deadline: float) -> tuple[Ti
             best, best_seconds = config, seconds
     for change in changes(layer.shape, num_tokens):
         config = change(best)
-        if time.monotonic() > deadline or not _is_possible(config, layer.shape):
+        if time.monotonic() > deadline or not config.is_possible(layer.shape):
             continue
         if (seconds := layer_seconds(config)) < best_seconds:
             best, best_seconds = config, seconds
     if math.isinf(best_seconds):
         raise HeaprError(f"no tile runs on {device_name()}; run make test-gpu")
     return best, best_seconds
-
-
-def _is_possible(config: TileConfig, shape: LayerShape) -> bool:
-    return config.is_possible(shape.hidden_size, shape.group_size, shape.activation_bits, is_packed=shape.is_packed)
 
 
 def changes(shape: LayerShape, num_tokens: int) -> list[Callable[[TileConfig], TileConfig]]:
@@ -233,7 +228,7 @@ def block_sizes(shape: LayerShape, num_tokens: int) -> list[int]:
 
 
 def candidates(kind: str, shape: LayerShape, block_m: int, num_tokens: int) -> list[Tile]:
-    """Tiles for the "up" or "down" GEMM that fit registers and shared memory.
+    """Tiles for the "up" or "down" GEMM that fit the layer, registers and shared memory.
 
     What stock vLLM's tuned files choose comes first, then what differs least from the default.
     """
@@ -244,17 +239,19 @@ def candidates(kind: str, shape: LayerShape, block_m: int, num_tokens: int) -> l
         lengths = (rounded_group(shape.group_size),)
     elif kind == "up" and shape.is_packed:
         lengths = (shape.packed_step,)
-    elif kind == "up" and _inputs_of_a_step(shape) % 64:
+    elif kind == "up" and (shape.group_size or shape.hidden_size) % 64:
         lengths = (32,)
     warps = (2, 4, 8) if shape.is_packed else (4, 8)
     axes = ((16, 32, 64, 128, 256), lengths, warps, (2, 3, 4, 5), group_sizes)
-    default = getattr(default_config(num_tokens, shape), kind).meta()
+    default = default_config(num_tokens, shape)
+    usual = getattr(default, kind).meta()
     ordinary = sorted(
         (Tile(*sizes) for sizes in itertools.product(*axes)),
-        key=lambda tile: sum(default[name] != value for name, value in tile.meta().items()),
+        key=lambda tile: sum(usual[name] != value for name, value in tile.meta().items()),
     )
     tiles = dict.fromkeys([*stock_tiles(kind, block_m), *ordinary])
-    return [tile for tile in tiles if _fits(kind, tile, shape, block_m)][:MAX_CANDIDATES]
+    possible = [tile for tile in tiles if replace(default, **{kind: tile}).is_possible(shape)]
+    return [tile for tile in possible if _fits(kind, tile, shape, block_m)][:MAX_CANDIDATES]
 
 
 def stock_tiles(kind: str, block_m: int) -> list[Tile]:
@@ -270,7 +267,7 @@ def stock_tiles(kind: str, block_m: int) -> list[Tile]:
 
 
 def _fits(kind: str, tile: Tile, shape: LayerShape, block_m: int) -> bool:
-    """Whether hidden size, registers and shared memory allow this tile."""
+    """Whether registers and shared memory allow this tile."""
     is_up = kind == "up"
     halves = 2 if is_up else 1
     rounded = shape.activation_bits is not None
@@ -281,20 +278,7 @@ def _fits(kind: str, tile: Tile, shape: LayerShape, block_m: int) -> bool:
     item_bytes = 1 if rounded else shape.dtype.itemsize
     step = block_m * item_bytes + halves * tile.block_n * bits_per_weight / 8
     shared = tile.num_stages * tile.block_k * step
-    if rounded and is_up:
-        fits_hidden_size = (tile.block_n, tile.block_k) == (TRITON_UNIT, rounded_group(shape.group_size))
-    elif rounded:
-        fits_hidden_size = shape.hidden_size % tile.block_n == 0
-    elif is_up and shape.is_packed:
-        fits_hidden_size = tile.block_k == shape.packed_step
-    else:
-        fits_hidden_size = _inputs_of_a_step(shape) % (tile.block_k if is_up else tile.block_n) == 0
-    return fits_hidden_size and accumulators <= MAX_ACCUMULATORS and shared <= SHARED_MEMORY
-
-
-def _inputs_of_a_step(shape: LayerShape) -> int:
-    """What tiles must divide along the hidden size."""
-    return shape.group_size or shape.hidden_size
+    return accumulators <= MAX_ACCUMULATORS and shared <= SHARED_MEMORY
 
 
 def _gemm_calls(layer: SyntheticLayer, batches: list[Batch], block_m: int) -> tuple[Callable, Callable]:

@@ -74,7 +74,7 @@ def test_tuning_for_experts_as_codes(quantize: str, folder: Path, monkeypatch: p
     (path,) = folder.glob("*.json")
     assert path.name == job.shape.file_name(device_name()) and f"experts={quantize}_group" in path.name
     config = choose_config(job.shape, 3)
-    config.check(128, job.shape.group_size, is_packed=quantize == "int4")
+    config.check(job.shape)
     entry = results(folder)["3"]
     assert (entry["up"]["block_n"], entry["decode"]) == (config.up.block_n, config.decode)
 
@@ -91,7 +91,7 @@ def test_tuning_for_rounded_activations(folder: Path, monkeypatch: pytest.Monkey
     (job,) = with_rounded_activations([plain])
     (path,) = folder.glob("*.json")
     assert path.name == job.shape.file_name(device_name()) != plain.shape.file_name(device_name())
-    choose_config(job.shape, 3).check(128, 128, activation_bits=8)
+    choose_config(job.shape, 3).check(job.shape)
     assert results(folder)["3"]["microseconds"] > 0
 
 
@@ -136,9 +136,9 @@ def test_candidates_for_rounded_activations(quantize: str, tokens: int, monkeypa
         ups, downs = (search.candidates(kind, shape, block_m, tokens) for kind in ("up", "down"))
         assert len(ups) >= 4 and len(downs) >= 8
         for up, down in itertools.product(ups[:8], downs[:8]):
-            replace(default, block_m=block_m, up=up, down=down).check(2048, 128, activation_bits=8)
+            replace(default, block_m=block_m, up=up, down=down).check(shape)
         for change in search.changes(shape, tokens):
-            change(default).check(2048, 128, activation_bits=8)
+            change(default).check(shape)
 
 
 def test_both_decodes_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def test_candidates_of_codes(quantize: str, tokens: int) -> None:
             assert len(tiles) > 3
             for tile in tiles:
                 config = replace(default_config(tokens, shape), **{kind: tile})
-                config.check(2048, shape.group_size, is_packed=shape.is_packed)
+                config.check(shape)
                 assert halves * block_m * tile.block_n <= search.MAX_ACCUMULATORS * 32 * tile.num_warps
 
 

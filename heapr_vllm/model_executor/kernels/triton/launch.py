@@ -248,9 +248,9 @@ def triton_ragged_moe(
         output.zero_()
         return
     weights, ids = routes.weights.contiguous(), routes.ids.contiguous()
-    if config is None:
-        config = choose_config(layer_shape(routes.slots, experts, top_k, x.dtype, steps), num_tokens)
-    config.check(hidden_size, group_size(experts), steps.activation_bits, is_packed=experts.is_packed)
+    shape = layer_shape(routes.slots, experts, top_k, x.dtype, steps)
+    config = config or choose_config(shape, num_tokens)
+    config.check(shape)
     blocks = RouteBlocks.build(ids, routes.slots, experts.table, config)
     hidden = steps.empty_hidden(x, experts, blocks)
     routed = x.new_empty(num_tokens * top_k, hidden_size)

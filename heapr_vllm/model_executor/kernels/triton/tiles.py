@@ -73,17 +73,12 @@ class TileConfig:
         """Launch arguments that all kernels share."""
         return {"CHAINED": True, "launch_pdl": True} if self.chained else {"CHAINED": False}
 
-    def check(
-        self, hidden_size: int, group_size: int = 0, activation_bits: int | None = None, *, is_packed: bool = False
-    ) -> None:
-        """Raises ValueError if the tiles do not fit the layout or each other.
-
-        `group_size`: of the scales of codes along the hidden size, which it is by channel; 0 without. `is_packed`:
-        whether codes are of 4 bits.
-        """
-        if activation_bits:
-            self._check_rounded(hidden_size, group_size)
+    def check(self, shape: LayerShape) -> None:
+        """Raises ValueError if the tiles do not fit the layer or each other."""
+        if shape.activation_bits:
+            self._check_rounded(shape)
             return
+        hidden_size, group_size, is_packed = shape.hidden_size, shape.group_size, shape.is_packed
         if hidden_size % self.up.block_k or hidden_size % self.down.block_n:
             raise ValueError(f"hidden size {hidden_size} is no multiple of the tile {self}")
         if TRITON_UNIT % self.down.block_k:
@@ -105,22 +100,20 @@ class TileConfig:
         if self.prefetch and (self.down.tma or not self.chained):
             raise ValueError("prefetch needs chained, and down without tma")
 
-    def _check_rounded(self, hidden_size: int, group_size: int) -> None:
+    def _check_rounded(self, shape: LayerShape) -> None:
         """Does as `check` for rounded activations, whose groups and slabs are steps of the sums."""
-        wanted = (TRITON_UNIT, rounded_group(group_size), TRITON_UNIT)
+        wanted = (TRITON_UNIT, rounded_group(shape.group_size), TRITON_UNIT)
         if (self.up.block_n, self.up.block_k, self.down.block_k) != wanted:
             raise ValueError(f"up.block_n, up.block_k and down.block_k have to be {wanted}, not those of {self}")
-        if hidden_size % self.down.block_n:
-            raise ValueError(f"hidden size {hidden_size} is no multiple of the tile {self}")
+        if shape.hidden_size % self.down.block_n:
+            raise ValueError(f"hidden size {shape.hidden_size} is no multiple of the tile {self}")
         if not self.fused or self.prefetch or self.up.tma or self.down.tma:
             raise ValueError("rounded activations need fused, and have neither tma nor prefetch")
 
-    def is_possible(
-        self, hidden_size: int, group_size: int = 0, activation_bits: int | None = None, *, is_packed: bool = False
-    ) -> bool:
+    def is_possible(self, shape: LayerShape) -> bool:
         """Whether `check` finds nothing."""
         with suppress(ValueError):
-            self.check(hidden_size, group_size, activation_bits, is_packed=is_packed)
+            self.check(shape)
             return True
         return False
 

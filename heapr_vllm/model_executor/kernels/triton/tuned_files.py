@@ -85,7 +85,7 @@ def _tuned(shape: LayerShape, device: str) -> dict[int, TileConfig]:
     try:
         configs = {int(tokens): TileConfig.from_dict(entry) for tokens, entry in profile["tokens"].items()}
         for config in configs.values():
-            config.check(shape.hidden_size, shape.group_size, shape.activation_bits, is_packed=shape.is_packed)
+            config.check(shape)
     except (KeyError, TypeError, ValueError) as error:
         _announce(f"default tiles, {path} is damaged ({type(error).__name__}: {error}); run `heapr tune` again")
         return {}

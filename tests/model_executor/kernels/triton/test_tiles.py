@@ -19,6 +19,12 @@ from heapr_vllm.model_executor.kernels.triton.tiles import (
 
 SHAPE = LayerShape(2048, 8, 128, 576, 768, torch.bfloat16)
 PAPER_SHAPES = [(128, 8, 2048), (64, 6, 2048), (60, 4, 2048), (64, 8, 3584)]
+BY_CHANNEL = ExpertScheme(strategy="channel", group_size=None)
+ROUNDED = TileConfig(16, Tile(64, 32), Tile(32, 64))
+
+
+def shape_of(hidden_size: int, scheme: ExpertScheme | None = None, activation_bits: int | None = None) -> LayerShape:
+    return replace(SHAPE, hidden_size=hidden_size, scheme=scheme, activation_bits=activation_bits)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 32, 64, 256, 1024, 4096, 8192])
@@ -26,7 +32,8 @@ PAPER_SHAPES = [(128, 8, 2048), (64, 6, 2048), (60, 4, 2048), (64, 8, 3584)]
 def test_default_tiles_fit_the_paper_models(tokens: int, shape: tuple[int, int, int]) -> None:
     num_experts, top_k, hidden = shape
     for hopper in (True, False):
-        default_config(tokens, LayerShape(hidden, top_k, num_experts, 576, 768, torch.bfloat16), hopper).check(hidden)
+        layer = LayerShape(hidden, top_k, num_experts, 576, 768, torch.bfloat16)
+        default_config(tokens, layer, hopper).check(layer)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 32, 64, 256, 1024, 4096, 8192])
@@ -40,7 +47,7 @@ def test_default_tiles_in_8_bits(kind: str, hidden: int, tokens: int) -> None:
             scheme = ExpertScheme(kind, strategy="group" if group_size else "channel", group_size=group_size)
             shape = replace(dense, scheme=scheme)
             config = default_config(tokens, shape, hopper)
-            config.check(hidden, shape.group_size)
+            config.check(shape)
             assert config.decode == ("cast" if hopper and kind == "float" else "bits")
             if group_size is None:
                 assert replace(config, decode="bits") == default_config(tokens, dense, hopper)
@@ -58,7 +65,7 @@ def test_default_tiles_in_4_bits(hidden: int, step: int, tokens: int) -> None:
     for hopper in (True, False):
         for dtype in (torch.bfloat16, torch.float32):
             config = default_config(tokens, replace(shape, dtype=dtype), hopper)
-            config.check(hidden, 64, is_packed=True)
+            config.check(shape)
             assert config.up.block_k == step and config.decode == "bits"
 
 
@@ -69,12 +76,9 @@ def test_default_tiles_for_rounded_activations(hidden: int, tokens: int) -> None
         scheme = ExpertScheme("int", strategy="group" if group_size else "channel", group_size=group_size)
         shape = LayerShape(hidden, 8, 128, 576, 768, torch.bfloat16, scheme, activation_bits=8)
         config = default_config(tokens, shape)
-        config.check(hidden, shape.group_size, activation_bits=8)
+        config.check(shape)
         assert config.up.block_k == rounded_group(group_size or hidden)
         assert config.block_m == default_config(tokens, replace(shape, activation_bits=None)).block_m
-
-
-ROUNDED = TileConfig(16, Tile(64, 32), Tile(32, 64))
 
 
 @pytest.mark.parametrize(
@@ -90,20 +94,20 @@ ROUNDED = TileConfig(16, Tile(64, 32), Tile(32, 64))
     ],
 )
 def test_tiles_that_do_not_fit_rounded_activations(config: TileConfig, message: str) -> None:
-    assert ROUNDED.is_possible(96, 96, activation_bits=8) and not config.is_possible(96, 96, activation_bits=8)
+    shape = shape_of(96, BY_CHANNEL, activation_bits=8)
+    assert ROUNDED.is_possible(shape) and not config.is_possible(shape)
     with pytest.raises(ValueError, match=message):
-        config.check(96, 96, activation_bits=8)
+        config.check(shape)
 
 
 def test_names_of_tuned_files() -> None:
     """Dense ones as they have been; those of codes say how experts are stored, beside the type of tokens."""
-    by_channel = ExpertScheme("int", strategy="channel", group_size=None)
     in_4_bits = ExpertScheme(num_bits=4, group_size=64)
     names = [
         replace(SHAPE, scheme=scheme).file_name("H 200")
-        for scheme in (None, ExpertScheme("float"), by_channel, in_4_bits)
+        for scheme in (None, ExpertScheme("float"), BY_CHANNEL, in_4_bits)
     ]
-    rounded = replace(SHAPE, scheme=by_channel, activation_bits=8).file_name("H 200")
+    rounded = replace(SHAPE, scheme=BY_CHANNEL, activation_bits=8).file_name("H 200")
     assert rounded == names[2].replace(",device", ",activation_bits=8,device")
     assert names == [
         "hidden_size=2048,top_k=8,dtype=bfloat16,device=H_200.json",
@@ -124,9 +128,10 @@ def test_names_of_tuned_files() -> None:
     ],
 )
 def test_tiles_that_do_not_fit_codes(config: TileConfig, message: str) -> None:
-    assert not config.is_possible(64, 32)
+    shape = shape_of(64, ExpertScheme(group_size=32))
+    assert not config.is_possible(shape)
     with pytest.raises(ValueError, match=message):
-        config.check(64, 32)
+        config.check(shape)
 
 
 @pytest.mark.parametrize(
@@ -140,9 +145,10 @@ def test_tiles_that_do_not_fit_codes(config: TileConfig, message: str) -> None:
     ],
 )
 def test_tiles_that_do_not_fit_codes_of_4_bits(config: TileConfig, message: str) -> None:
-    assert not config.is_possible(128, 32, is_packed=True)
+    shape = shape_of(128, ExpertScheme(num_bits=4, group_size=32))
+    assert not config.is_possible(shape)
     with pytest.raises(ValueError, match=message):
-        config.check(128, 32, is_packed=True)
+        config.check(shape)
 
 
 @pytest.mark.parametrize(
@@ -173,4 +179,4 @@ def test_default_blocks_are_as_tall_as_stock_vllms() -> None:
 )
 def test_tiles_that_do_not_fit(config: TileConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        config.check(64)
+        config.check(shape_of(64))
