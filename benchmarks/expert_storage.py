@@ -32,10 +32,8 @@ from heapr_vllm.model_executor.storage.layout import RaggedLayout
 from heapr_vllm.prune import Selector, collect_moments
 from heapr_vllm.prune.models.experts import StackedExperts, expert_modules, expert_shapes
 from heapr_vllm.prune.models.pruned import applied, round_experts
-from heapr_vllm.prune.repair.fit import BITS_TO_ROUND
-from heapr_vllm.prune.repair.least_squares import compensate, compensation, ridged
-from heapr_vllm.prune.repair.rounding import rounded_down
-from heapr_vllm.prune.repair.second_moments import SecondMoment, SecondMoments, collect_second_moments
+from heapr_vllm.prune.repair.fit import fit_expert, rounding_of
+from heapr_vllm.prune.repair.second_moments import SecondMoments, collect_second_moments
 from heapr_vllm.prune.report.plot import new_figure
 from heapr_vllm.prune.selection.budget import Budget
 from heapr_vllm.prune.text.documents import read_documents
@@ -108,7 +106,9 @@ def changed(model: PreTrainedModel, masks: NeuronMasks, storage: str, moments: S
     try:
         for prefix, of_experts in (moments or {}).items():
             for expert, moment in of_experts.items():
-                refit(modules[prefix].down_proj.data[expert], moment, masks.keep[prefix][expert], scheme)
+                weight, keep = modules[prefix].down_proj.data[expert], masks.keep[prefix][expert]
+                if keep.any():
+                    weight[:, keep] = fit_expert(weight, moment, keep, rounding_of(scheme))[1].float()
         if scheme:
             round_experts(model, scheme)
         yield
@@ -116,17 +116,6 @@ def changed(model: PreTrainedModel, masks: NeuronMasks, storage: str, moments: S
         for module, (gate_up, down) in zip(modules.values(), saved, strict=True):
             module.gate_up_proj.data.copy_(gate_up)
             module.down_proj.data.copy_(down)
-
-
-def refit(weight: torch.Tensor, moment: SecondMoment, keep: torch.Tensor, scheme: ExpertScheme | None) -> None:
-    """Repairs a down_proj [H, I] in place, as `heapr export --repair` does."""
-    seen = ridged(moment, keep) if keep.any() else None
-    if seen is None:
-        return
-    fitted = compensate(weight.double(), keep, compensation(moment, keep))[:, keep]
-    if scheme and scheme.num_bits == BITS_TO_ROUND:
-        fitted = rounded_down(fitted, seen, scheme)
-    weight[:, keep] = fitted.float()
 
 
 def relative_bytes(storage: str, sparsity: float, hidden_size: int) -> float:

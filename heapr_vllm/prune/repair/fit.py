@@ -40,7 +40,7 @@ from heapr_vllm.prune.models.experts import expert_modules
 from heapr_vllm.prune.models.hidden_states import ActivationStore
 from heapr_vllm.prune.models.layered import LayeredModel
 from heapr_vllm.prune.models.loading import check_device, load_model
-from heapr_vllm.prune.repair.least_squares import PRIOR, compensate, compensation, output_error, repairable, ridged
+from heapr_vllm.prune.repair.least_squares import PRIOR, compensate, output_error, repairable, ridged, solved
 from heapr_vllm.prune.repair.rounding import rounded_down
 from heapr_vllm.prune.repair.second_moments import SecondMoment, collect_second_moments, stream_second_moments
 from heapr_vllm.prune.text.batches import Batch
@@ -147,7 +147,7 @@ def fit_repair(
     if settings.method not in METHODS:
         raise HeaprError(f"repair {settings.method!r} is not one of {', '.join(METHODS)}")
     check_device(settings.device)
-    rounding = scheme if scheme and scheme.of("w2").num_bits == BITS_TO_ROUND else None
+    rounding = rounding_of(scheme)
     experts = repairable(masks, whole=rounding is not None)
     if not experts:
         raise HeaprError(
@@ -189,6 +189,11 @@ def fit_repair(
     before, after = torch.tensor(list(errors.values())).double().sum(0).tolist()
     record = replace(record, output_error_removed=1 - after / before if before else 0.0)
     return Repair(folder, masks, record, rounding)
+
+
+def rounding_of(scheme: ExpertScheme | None) -> ExpertScheme | None:
+    """Returns how experts will be stored if a repair is to round their down_proj; None if it only refits it."""
+    return scheme if scheme and scheme.of("w2").num_bits == BITS_TO_ROUND else None
 
 
 def _identity(
@@ -338,14 +343,13 @@ def _fit_module(
     before = after = 0.0
     for expert, moment in moments.items():
         weight, kept = weights[expert], keep[expert].to(weights.device)
-        matrix = compensation(moment, kept)
-        fitted = compensate(weight.double(), kept, matrix)[:, kept]
+        matrix, fitted = fit_expert(weight, moment, kept, rounding)
         unfitted = weight[:, kept]
         if rounding is None:
             tensors[str(expert)] = matrix.float()
         else:
             unfitted = rounding.dequantize(*rounding.quantize(unfitted, "w2"), "w2")
-            codes, scale = _codes(fitted, ridged(moment, kept), rounding)
+            codes, scale = rounding.quantize(fitted, "w2")
             tensors |= {str(expert): codes, f"{expert}{SCALE_SUFFIX}": scale}
             fitted = rounding.dequantize(codes, scale, "w2")
         before += output_error(weight, moment, kept, unfitted)
@@ -354,11 +358,18 @@ def _fit_module(
     return before, after
 
 
-def _codes(
-    weight: torch.Tensor, moment: torch.Tensor | None, rounding: ExpertScheme
+def fit_expert(
+    weight: torch.Tensor, moment: SecondMoment, keep: torch.Tensor, rounding: ExpertScheme | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of refitted columns [H, K]: the nearest ones where no token says what they add up to."""
-    return rounding.quantize(weight if moment is None else rounded_down(weight, moment, rounding), "w2")
+    """Computes B float64 [|R|, |K|] for a down_proj [H, I] and `keep` bool [I], and the refitted columns [H, |K|].
+
+    These are float64, or if there is a `rounding` float32 values of codes, unless no token says what they add up to:
+    then the nearest codes will do. Raises HeaprError if the second moment is not finite.
+    """
+    seen = ridged(moment, keep)
+    matrix = solved(seen, moment, keep)
+    columns = compensate(weight.double(), keep, matrix)[:, keep]
+    return matrix, columns if rounding is None or seen is None else rounded_down(columns, seen, rounding)
 
 
 def _module_file(folder: Path, prefix: str) -> Path:

@@ -61,7 +61,11 @@ def ridged(moment: SecondMoment, keep: torch.Tensor, prior: float = PRIOR) -> to
 
 def compensation(moment: SecondMoment, keep: torch.Tensor, prior: float = PRIOR) -> torch.Tensor:
     """Computes B float64 [|R|, |K|] for `keep` bool [I]. Raises HeaprError if the second moment is not finite."""
-    kept = ridged(moment, keep, prior)
+    return solved(ridged(moment, keep, prior), moment, keep)
+
+
+def solved(kept: torch.Tensor | None, moment: SecondMoment, keep: torch.Tensor) -> torch.Tensor:
+    """Does as `compensation`, from what `ridged` computed."""
     keep = keep.to(moment.sums.device)
     crossed = moment.sums[keep][:, ~keep]
     if kept is None:
