@@ -15,6 +15,7 @@ from heapr_vllm.model_executor.kernels.cpu_compiled import build
 from heapr_vllm.model_executor.kernels.cpu_compiled.a8_kernel import CompiledA8Kernel
 from heapr_vllm.model_executor.kernels.reference import expert_weights
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
+from tests.model_executor.kernels.largest_sums import check_largest_sums
 from tests.model_executor.kernels.test_quantized_op import CASES, layer, scheme_of
 from tests.model_executor.kernels.thread_counts import outputs_by_threads
 
@@ -82,32 +83,15 @@ def test_arithmetic(case: tuple, dtype: torch.dtype, kind: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 3, 8, 20, 97])
 @pytest.mark.parametrize("group_size", [32, 128, None])
 def test_sums_of_integers_are_exact(group_size: int | None, tokens: int) -> None:
-    """The largest products there are: -128 times 127 or -127 over all of K, and random codes.
+    def run(x: torch.Tensor, experts: ExpertRows, layout: RaggedLayout) -> torch.Tensor:
+        KERNEL.pack(experts.w13, experts.w2, layout, experts.scales)
+        slots, table = KERNEL.index_tables([0], layout)
+        routes = Routes(torch.ones(tokens, 1), torch.zeros(tokens, 1, dtype=torch.int32), slots)
+        output = torch.empty_like(x)
+        KERNEL.run(output, x, routes, replace(experts, table=table))
+        return output
 
-    Activations are integers up to 127, so rounding changes none. silu(g) is g for such g, one neuron's product passes
-    on as 127 steps, and a column of down with code 1 shows it.
-    """
-    hidden, width = 512, 16
-    generator = torch.Generator().manual_seed(tokens)
-    groups = hidden // group_size if group_size else 1
-    x = torch.randint(-127, 128, (tokens, hidden), generator=generator).float()
-    x[:, ::32] = 127
-    x[0] = -127
-    w13, w2 = torch.zeros(2 * width, hidden, dtype=torch.int8), torch.zeros(width, hidden, dtype=torch.int8)
-    w13[3] = torch.randint(-128, 128, (hidden,), generator=generator) | (x[-1] > 0)
-    w13[3, x[-1] <= 0] = -128
-    w13[width + 3] = -128
-    w2[3] = 1
-    gate, up = (x.double() @ w13[row].double() for row in (3, width + 3))
-    scales = Scales(torch.ones(2 * width, groups), torch.ones(width, groups) if group_size else torch.ones(1, hidden))
-    layout = RaggedLayout.build([width], [width])
-    KERNEL.pack(w13, w2, layout, scales)
-    slots, table = KERNEL.index_tables([0], layout)
-    routes = Routes(torch.ones(tokens, 1), torch.zeros(tokens, 1, dtype=torch.int32), slots)
-    output = torch.empty_like(x)
-    KERNEL.run(output, x, routes, ExpertRows(w13, w2, table, width, scales=scales))
-    wanted = (F.silu(gate) * up)[:, None].expand(-1, hidden)
-    torch.testing.assert_close(output.double(), wanted, rtol=5e-7, atol=1e-6)
+    check_largest_sums(run, tokens, 16, group_size, down_code=1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

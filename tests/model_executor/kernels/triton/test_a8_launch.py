@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from heapr_vllm.formats.quantized import LARGEST_CODE, ExpertScheme
-from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes, Scales
+from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes
 from heapr_vllm.model_executor.kernels.reference import expert_weights, ragged_moe_reference
 from heapr_vllm.model_executor.kernels.triton import a8_launch
 from heapr_vllm.model_executor.kernels.triton.a8_launch import A8, Rounded
@@ -34,6 +34,7 @@ from tests.model_executor.kernels.a8_cases import (
     rounded_slabs,
     stored_codes,
 )
+from tests.model_executor.kernels.largest_sums import check_largest_sums
 from tests.model_executor.kernels.moe_cases import (
     DEVICE,
     STRATEGIES,
@@ -124,36 +125,19 @@ def weights_of(layer, kind: str, slot: int) -> tuple[torch.Tensor, torch.Tensor]
 @pytest.mark.parametrize("tokens", [1, 20])
 @pytest.mark.parametrize("group_size", [32, 128, None])
 def test_sums_of_integers_are_exact(group_size: int | None, tokens: int) -> None:
-    """The largest products there are: -128 times 127 or -127 over all of K, and random codes.
+    def run(x: torch.Tensor, experts: ExpertRows, layout: RaggedLayout) -> torch.Tensor:
+        experts = copied(experts, lambda tensor: tensor.to(DEVICE))
+        A8.pack(experts.w13, experts.w2, layout, experts.scales)
+        slots, table = (tensor.to(DEVICE) for tensor in index_tables([0], layout))
+        ids = torch.zeros(tokens, 1, dtype=torch.int32, device=DEVICE)
+        routes = Routes(torch.ones(tokens, 1, device=DEVICE), ids, slots)
+        output = torch.empty_like(x, device=DEVICE)
+        config = TileConfig(16, Tile(64, min(group_size or 128, 128)), Tile(32, 64))
+        experts = replace(experts, table=table)
+        triton_ragged_moe(output, x.to(DEVICE), routes, experts, config=config, steps=A8)
+        return output
 
-    Activations are integers up to 127, so rounding changes none. silu(g) is g for such g, one neuron's product passes
-    on as 127 steps, and a column of down with code 127 shows it.
-    """
-    hidden, width = 512, 64
-    generator = torch.Generator().manual_seed(tokens)
-    groups = hidden // group_size if group_size else 1
-    x = torch.randint(-127, 128, (tokens, hidden), generator=generator).float()
-    x[:, ::32] = 127
-    x[0] = -127
-    w13, w2 = torch.zeros(2 * width, hidden, dtype=torch.int8), torch.zeros(width, hidden, dtype=torch.int8)
-    w13[3] = torch.randint(-128, 128, (hidden,), generator=generator) | (x[-1] > 0)
-    w13[3, x[-1] <= 0] = -128
-    w13[width + 3] = -128
-    w2[3] = 127
-    gate, up = (x.double() @ w13[row].double() for row in (3, width + 3))
-    scales = Scales(torch.ones(2 * width, groups), torch.ones(width, groups) if group_size else torch.ones(1, hidden))
-    layout = RaggedLayout.build([width], [width])
-    w13, w2, scales = w13.to(DEVICE), w2.to(DEVICE), Scales(scales.w13.to(DEVICE), scales.w2.to(DEVICE))
-    A8.pack(w13, w2, layout, scales)
-    slots, table = (tensor.to(DEVICE) for tensor in index_tables([0], layout))
-    ids = torch.zeros(tokens, 1, dtype=torch.int32, device=DEVICE)
-    routes = Routes(torch.ones(tokens, 1, device=DEVICE), ids, slots)
-    output = torch.empty_like(x, device=DEVICE)
-    config = TileConfig(16, Tile(64, min(group_size or 128, 128)), Tile(32, 64))
-    experts = ExpertRows(w13, w2, table, width, scales=scales)
-    triton_ragged_moe(output, x.to(DEVICE), routes, experts, config=config, steps=A8)
-    wanted = (127 * F.silu(gate) * up)[:, None].expand(-1, hidden)
-    torch.testing.assert_close(output.double().cpu(), wanted, rtol=5e-7, atol=1e-6)
+    check_largest_sums(run, tokens, 64, group_size, down_code=127)
 
 
 @pytest.mark.parametrize("case", [FEW[0], FEW[-1]], ids=str)  # both ways to make blocks
