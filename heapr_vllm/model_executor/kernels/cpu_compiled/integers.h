@@ -43,18 +43,27 @@ inline int64_t rounded_size(int64_t depth, int64_t group) {
 }
 
 #ifdef __AVX512VNNI__
+inline __m512 load_lanes(const float* values, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, values); }
+inline __m512 load_lanes(const at::Half* values, __mmask16 lanes) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, values));
+}
+inline __m512 load_lanes(const at::BFloat16* values, __mmask16 lanes) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, values));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
 // Rounds a group of at most 64 * kBlocks activations, times factors unless they are null, to integers of at most 127.
 // Where a value is not finite, the scale is no number.
-template <int kBlocks, bool kFull>
-RowGroup round_group(const float* values, const float* factors, int64_t count, int32_t bias, int8_t* out) {
+template <int kBlocks, bool kFull, typename T>
+RowGroup round_group(const T* values, const float* factors, int64_t count, int32_t bias, int8_t* out) {
   const auto lanes = [&](int64_t k) -> __mmask16 { return kFull || k < count ? 0xffff : 0; };
   __m512 products[kBlocks * 4];
   __m512i largest_bits = _mm512_setzero_si512();  // as integers, so that not-a-number is the largest
 #pragma GCC unroll 8
   for (int v = 0; v < kBlocks * 4; ++v) {
     const int64_t k = v * kWidth;
-    products[v] = _mm512_maskz_loadu_ps(lanes(k), values + k);
-    if (factors) products[v] *= _mm512_maskz_loadu_ps(lanes(k), factors + k);
+    products[v] = load_lanes(values + k, lanes(k));
+    if (factors) products[v] *= load_lanes(factors + k, lanes(k));
     largest_bits = _mm512_max_epu32(largest_bits, _mm512_castps_si512(_mm512_abs_ps(products[v])));
   }
   const uint32_t bits = _mm512_reduce_max_epu32(largest_bits);
@@ -79,12 +88,14 @@ RowGroup round_group(const float* values, const float* factors, int64_t count, i
 }
 
 // Rounds a row, whose last group may be cut short.
-inline void round_row(const float* values, const float* factors, int64_t depth, int64_t group, int32_t bias,
-                      int8_t* out) {
+template <typename T>
+void round_row(const T* values, const float* factors, int64_t depth, int64_t group, int32_t bias, int8_t* out) {
   auto* groups = reinterpret_cast<RowGroup*>(out + depth);
   for (int64_t begin = 0; begin < depth; begin += group, ++groups) {
     const int64_t count = std::min(group, depth - begin);
-    const auto round = count == 128 ? round_group<2, true> : count == 64 ? round_group<1, true> : round_group<2, false>;
+    const auto round = count == 128  ? round_group<2, true, T>
+                       : count == 64 ? round_group<1, true, T>
+                                     : round_group<2, false, T>;
     *groups = round(values + begin, factors ? factors + begin : nullptr, count, bias, out + begin);
   }
 }

@@ -51,7 +51,7 @@ void silu_and_mul(const float* gate_up, Row* h) {
     const V gate = V::loadu(gate_up + i);
     (gate * V::loadu(gate_up + kLanes + i) / (V(1.f) + gate.neg().exp())).store(result + i);
   }
-  for (int64_t i = 0; i < kLanes; ++i) h[i] = static_cast<Row>(result[i]);
+  at::vec::convert(result, h, kLanes);
 }
 
 // Every thread makes a worker and calls it with one task after another; they take the next one as they get free.
@@ -89,8 +89,8 @@ struct Traffic {
 };
 
 // A row of activations [depth] times factors, or without any as they are, as products with weights W take it.
-template <typename W, typename Row>
-void convert_row(const float* values, const float* factors, int64_t depth, int64_t group, Row* out) {
+template <typename W, typename T, typename Row>
+void convert_row(const T* values, const float* factors, int64_t depth, int64_t group, Row* out) {
   if constexpr (kIntegers<W>)
     round_row(values, factors, depth, group, W::kBias, out);
   else
@@ -110,7 +110,8 @@ struct Layer {
   static_assert(kIntegers<W> == kIntegers<D>);
   static constexpr bool kCodes = !std::is_same_v<T, W>;
   using Row = std::conditional_t<kIntegers<W>, int8_t, typename Step<T>::Row>;
-  using Hidden = std::conditional_t<kCodes, float, Row>;  // of silu(gate) * up, where factors are still to come
+  using Exact = std::conditional_t<kIntegers<W>, T, float>;  // where factors, and then a rounding, are still to come
+  using Hidden = std::conditional_t<kCodes, Exact, Row>;     // of silu(gate) * up
   const Row* x;
   const W* w13;
   const D* w2;
@@ -308,18 +309,17 @@ struct Arguments {
 };
 
 // Rows [tokens, hidden] as products with weights W take them.
-template <typename W, typename Row>
+template <typename T, typename W, typename Row>
 at::Tensor converted(const at::Tensor& x, int64_t group) {
   if constexpr (!kIntegers<W>) {
     return x.contiguous().to(c10::CppTypeToScalarType<Row>::value);
   } else {
     const int64_t hidden = x.size(1), size = row_size<Row>(hidden, group);
-    const at::Tensor values = x.to(at::kFloat).contiguous();
-    const at::Tensor rows = at::empty({x.size(0), size}, values.options().dtype(at::kChar));
+    const at::Tensor values = x.contiguous(), rows = at::empty({x.size(0), size}, x.options().dtype(at::kChar));
     at::parallel_for(0, x.size(0), 16, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r)
-        convert_row<W>(values.const_data_ptr<float>() + r * hidden, nullptr, hidden, group,
-                    rows.mutable_data_ptr<int8_t>() + r * size);
+        convert_row<W>(values.const_data_ptr<T>() + r * hidden, nullptr, hidden, group,
+                       rows.mutable_data_ptr<int8_t>() + r * size);
     });
     return rows;
   }
@@ -329,7 +329,7 @@ template <typename T, typename W, typename D = W>
 void run(const Arguments& a) {
   using Row = typename Layer<T, W, D>::Row;
   const int64_t tokens = a.x.size(0), row_group = std::gcd(kInputGroup, a.x.size(1) / a.scales.groups);
-  const at::Tensor rows = converted<W, Row>(a.x, row_group);
+  const at::Tensor rows = converted<T, W, Row>(a.x, row_group);
   const Layer<T, W, D> layer{rows.const_data_ptr<Row>(),
                           static_cast<const W*>(a.w13.const_data_ptr()),
                           static_cast<const D*>(a.w2.const_data_ptr()),
