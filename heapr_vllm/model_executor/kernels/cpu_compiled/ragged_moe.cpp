@@ -34,7 +34,7 @@
 namespace {
 
 constexpr int64_t kChunk = 1024;    // tokens sorted and computed together; bounds the scratch
-constexpr int64_t kDownPanels = 4;  // at most, of a task of outputs
+constexpr int64_t kDownPanels = 16;  // at most, of a task of outputs
 
 constexpr std::array<float, kPanel> filled(float value) {
   std::array<float, kPanel> values{};
@@ -252,12 +252,10 @@ struct Layer {
             const Hidden* h) const {
     const int64_t panels = hidden / kPanel;
     const int64_t same = kCodes && !scales.by_channel ? panels / scales.groups : panels;  // with the same scales
-    const int64_t group = std::clamp<int64_t>(panels / (8 * at::get_num_threads()), 1, std::min(same, kDownPanels));
-    const int64_t parts = at::divup(same, group);
+    const int64_t group = std::clamp<int64_t>(panels / (4 * at::get_num_threads()), 1, kDownPanels);
     const auto work = [&](int64_t task) {
       static thread_local std::vector<float> sums;
-      const int64_t first_panel = task / parts * same + task % parts * group;
-      const int64_t last_panel = std::min(first_panel + group, (task / parts + 1) * same);
+      const int64_t first_panel = task * group, last_panel = std::min(first_panel + group, panels);
       const int64_t columns = (last_panel - first_panel) * kPanel;
       sums.assign((end - begin) * columns, 0.f);
       float out[kRowBlock * kPanel];
@@ -265,10 +263,12 @@ struct Layer {
         for (int64_t first = e.begin; first < e.end; first += kRowBlock) {
           const int64_t count = std::min(kRowBlock, e.end - first);
           const Row* rows[kRowBlock];
-          rows[0] = converted(h + e.h + (first - e.begin) * e.width, count, e, task / parts);
-          for (int64_t r = 1; r < count; ++r) rows[r] = rows[r - 1] + row_size<Row>(e.width, kHiddenGroup);
-          const Block<Row> block{rows, count, e.width, !kIntegers<W> && on_tiles<T>(e.end - e.begin), kHiddenGroup};
+          Block<Row> block{rows, count, e.width, !kIntegers<W> && on_tiles<T>(e.end - e.begin), kHiddenGroup};
           for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+            if (panel == first_panel || panel % same == 0) {
+              rows[0] = converted(h + e.h + (first - e.begin) * e.width, count, e, panel / same);
+              for (int64_t r = 1; r < count; ++r) rows[r] = rows[r - 1] + row_size<Row>(e.width, kHiddenGroup);
+            }
             product<T>(block, e.width, codes(w2, e.row * hidden + panel * kPanel * e.width), w2_scales(e, panel), out);
             for (int64_t r = 0; r < count; ++r) {
               const int64_t route = routes[first + r];
@@ -281,7 +281,7 @@ struct Layer {
         for (int64_t i = 0; i < columns; ++i)
           output[token * hidden + first_panel * kPanel + i] = static_cast<T>(sums[(token - begin) * columns + i]);
     };
-    for_tasks(panels / same * parts, [&] { return work; });
+    for_tasks(at::divup(panels, group), [&] { return work; });
   }
 
   // Rows of hidden activations of an expert, times its factors for a group of outputs, as this thread keeps them until
