@@ -117,7 +117,8 @@ inline Fours load_fours(const Biased<Nibbles>* codes) {
 }
 
 // A part of a panel along K, whole groups of it, times several runs of rows. Where there are more than one, each of them
-// prefetches its share of the next part, so that memory is read all the time and not during the first run only.
+// prefetches its share of the next part, so that memory is read all the time and not during the first run only: `Lines`
+// of 64 bytes per step of kWidth along K, known to the compiler, since a loop's end would be guessed wrong.
 template <typename Code>
 struct Part {
   int64_t depth, group, begin, end;  // of rows
@@ -131,27 +132,33 @@ struct Part {
 constexpr int64_t kIntegerRows = 8;  // 12 need more registers for their addresses than there are
 constexpr int64_t kPart = 512;       // of K, whose codes stay in the L1 cache
 
+template <typename Code>
+constexpr int64_t kFour = 4 * kPanel / kCodesPerByte<Code>;  // bytes of four neighbours along K
+template <typename Code>
+constexpr int64_t kLines = kWidth / 4 * kFour<Code> / 64;  // lines of a step
+
 // out[r][32] += rows[r] times a part of a panel, for `Rows` rounded rows.
-template <typename Code, bool kAlone, int Rows>
+template <typename Code, int Lines, int Rows>
 void multiply_part(const int8_t* const* rows, const Part<Code>& part, float* out) {
-  constexpr int64_t step = 4 * kPanel / kCodesPerByte<Code>;
+  constexpr bool is_alone = Lines == kLines<Code>;
   const auto* codes = part.codes;
   const float* scale = part.scale;
   int64_t number = part.number;
   const auto of_row = [&](int r) { return reinterpret_cast<const RowGroup*>(rows[r] + part.depth)[number]; };
   for (int64_t begin = part.begin, end; begin < part.end; begin = end, ++number, scale += part.scale_step) {
     end = std::min(begin + part.group, part.end);
-    const int64_t share = kAlone ? 0 : (end - begin) / 4 * step / part.runs;
-    const uint8_t* next = &codes->byte + kPart / 4 * step + share * part.run;
-    for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(next + byte);
+    const int64_t ahead = is_alone ? kPrefetch : kPart / 4 * kFour<Code> + (end - begin) / 4 * kFour<Code> / part.runs * part.run;
+    const uint8_t* next = &codes->byte + ahead;
     Sums acc[Rows][2];
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) acc[r][0] = acc[r][1] = reinterpret_cast<Sums>(_mm512_set1_epi32(of_row(r).start));
     for (int64_t k = begin; k < end; k += kWidth) {  // few times, so that the loop's end is foreseen
+#pragma GCC unroll 8
+      for (int line = 0; line < (is_alone ? 0 : Lines); ++line, next += 64) __builtin_prefetch(next);
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < kWidth; i += 4, codes += step) {
+      for (int64_t i = 0; i < kWidth; i += 4, codes += kFour<Code>) {
 #pragma GCC unroll 2
-        for (int64_t line = 0; kAlone && line < step; line += 64)
+        for (int64_t line = 0; is_alone && line < kFour<Code>; line += 64)
           __builtin_prefetch(&codes->byte + line + kPrefetch);
         const Fours fours = load_fours(codes);
 #pragma GCC unroll 12
@@ -176,11 +183,11 @@ void multiply_part(const int8_t* const* rows, const Part<Code>& part, float* out
   }
 }
 
-template <typename Code, bool kAlone, int Rows = kIntegerRows>
+template <typename Code, int Lines, int Rows = kIntegerRows>
 void multiply_part(int64_t count, const int8_t* const* rows, const Part<Code>& part, float* out) {
   if constexpr (Rows > 0) {
-    if (count == Rows) return multiply_part<Code, kAlone, Rows>(rows, part, out);
-    multiply_part<Code, kAlone, Rows - 1>(count, rows, part, out);
+    if (count == Rows) return multiply_part<Code, Lines, Rows>(rows, part, out);
+    multiply_part<Code, Lines, Rows - 1>(count, rows, part, out);
   }
 }
 
@@ -196,8 +203,13 @@ void product(const Block<int8_t>& block, int64_t depth, const Biased<Code>* pane
     Part<Code> part{depth, block.group, begin, end, begin / block.group, codes, scales.values + number * kPanel,
                     same_groups ? kPanel : 0, at::divup(block.count, kIntegerRows), 0};
     for_runs(block.count, kIntegerRows, [&](int64_t first, int64_t count) {
-      if (part.runs == 1) return multiply_part<Code, true>(count, block.rows + first, part, out + first * kPanel);
-      multiply_part<Code, false>(count, block.rows + first, part, out + first * kPanel);
+      if (part.runs == 1) return multiply_part<Code, kLines<Code>>(count, block.rows + first, part, out + first * kPanel);
+      switch (at::divup(kLines<Code>, part.runs)) {
+        case 4: multiply_part<Code, 4>(count, block.rows + first, part, out + first * kPanel); break;
+        case 3: multiply_part<Code, 3>(count, block.rows + first, part, out + first * kPanel); break;
+        case 2: multiply_part<Code, 2>(count, block.rows + first, part, out + first * kPanel); break;
+        default: multiply_part<Code, 1>(count, block.rows + first, part, out + first * kPanel);
+      }
       ++part.run;
     });
   }
