@@ -117,8 +117,7 @@ inline Fours load_fours(const Biased<Nibbles>* codes) {
 }
 
 // A part of a panel along K, whole groups of it, times several runs of rows. Where there are more than one, each of them
-// prefetches its share of the next part, so that memory is read all the time and not during the first run only: `Lines`
-// of 64 bytes per step of kWidth along K, known to the compiler, since a loop's end would be guessed wrong.
+// prefetches its share of the next part, so that memory is read all the time and not during the first run only.
 template <typename Code>
 struct Part {
   int64_t depth, group, begin, end;  // of rows
@@ -131,40 +130,36 @@ struct Part {
 
 constexpr int64_t kIntegerRows = 8;  // 12 need more registers for their addresses than there are
 constexpr int64_t kPart = 512;       // of K, whose codes stay in the L1 cache
-
 template <typename Code>
 constexpr int64_t kFour = 4 * kPanel / kCodesPerByte<Code>;  // bytes of four neighbours along K
 template <typename Code>
-constexpr int64_t kLines = kWidth / 4 * kFour<Code> / 64;  // lines of a step
+constexpr int64_t kLines = kWidth / 4 * kFour<Code> / 64;  // of 64 bytes, of kWidth neighbours
 
-// out[r][32] += rows[r] times a part of a panel, for `Rows` rounded rows.
+// out[r][32] += rows[r] times a part of a panel, for `Rows` rounded rows. Per kWidth of K it prefetches so many lines,
+// one now and one then: a burst of them, or a loop whose end is guessed wrong, costs up to a fifth of the time.
 template <typename Code, int Lines, int Rows>
 void multiply_part(const int8_t* const* rows, const Part<Code>& part, float* out) {
-  constexpr bool is_alone = Lines == kLines<Code>;
   const auto* codes = part.codes;
   const float* scale = part.scale;
   int64_t number = part.number;
   const auto of_row = [&](int r) { return reinterpret_cast<const RowGroup*>(rows[r] + part.depth)[number]; };
   for (int64_t begin = part.begin, end; begin < part.end; begin = end, ++number, scale += part.scale_step) {
     end = std::min(begin + part.group, part.end);
-    const int64_t ahead = is_alone ? kPrefetch : kPart / 4 * kFour<Code> + (end - begin) / 4 * kFour<Code> / part.runs * part.run;
-    const uint8_t* next = &codes->byte + ahead;
+    const int64_t share = (end - begin) / 4 * kFour<Code> / part.runs;
+    const uint8_t* next = &codes->byte + (part.runs == 1 ? kPrefetch : kPart / 4 * kFour<Code> + share * part.run);
     Sums acc[Rows][2];
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) acc[r][0] = acc[r][1] = reinterpret_cast<Sums>(_mm512_set1_epi32(of_row(r).start));
     for (int64_t k = begin; k < end; k += kWidth) {  // few times, so that the loop's end is foreseen
-#pragma GCC unroll 8
-      for (int line = 0; line < (is_alone ? 0 : Lines); ++line, next += 64) __builtin_prefetch(next);
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < kWidth; i += 4, codes += kFour<Code>) {
+      for (int i = 0; i < 4; ++i, codes += kFour<Code>) {
 #pragma GCC unroll 2
-        for (int64_t line = 0; is_alone && line < kFour<Code>; line += 64)
-          __builtin_prefetch(&codes->byte + line + kPrefetch);
+        for (int line = i * Lines / 4; line < (i + 1) * Lines / 4; ++line, next += 64) __builtin_prefetch(next);
         const Fours fours = load_fours(codes);
 #pragma GCC unroll 12
         for (int r = 0; r < Rows; ++r) {
           int32_t four;
-          std::memcpy(&four, rows[r] + k + i, sizeof(four));
+          std::memcpy(&four, rows[r] + k + 4 * i, sizeof(four));
           const __m512i activations = _mm512_set1_epi32(four);
 #pragma GCC unroll 2
           for (int v = 0; v < 2; ++v)
@@ -184,11 +179,19 @@ void multiply_part(const int8_t* const* rows, const Part<Code>& part, float* out
 }
 
 template <typename Code, int Lines, int Rows = kIntegerRows>
-void multiply_part(int64_t count, const int8_t* const* rows, const Part<Code>& part, float* out) {
+void multiply_run(int64_t count, const int8_t* const* rows, const Part<Code>& part, float* out) {
   if constexpr (Rows > 0) {
     if (count == Rows) return multiply_part<Code, Lines, Rows>(rows, part, out);
-    multiply_part<Code, Lines, Rows - 1>(count, rows, part, out);
+    multiply_run<Code, Lines, Rows - 1>(count, rows, part, out);
   }
+}
+
+// With as few lines, in powers of two, as all runs need to prefetch the next part.
+template <typename Code, int Lines = kLines<Code>>
+void multiply_part(int64_t count, const int8_t* const* rows, const Part<Code>& part, float* out) {
+  if constexpr (Lines > 1)
+    if (Lines / 2 * part.runs >= kLines<Code>) return multiply_part<Code, Lines / 2>(count, rows, part, out);
+  multiply_run<Code, Lines>(count, rows, part, out);
 }
 
 // out[r][32] = rounded rows[r] times a panel.
@@ -203,13 +206,7 @@ void product(const Block<int8_t>& block, int64_t depth, const Biased<Code>* pane
     Part<Code> part{depth, block.group, begin, end, begin / block.group, codes, scales.values + number * kPanel,
                     same_groups ? kPanel : 0, at::divup(block.count, kIntegerRows), 0};
     for_runs(block.count, kIntegerRows, [&](int64_t first, int64_t count) {
-      if (part.runs == 1) return multiply_part<Code, kLines<Code>>(count, block.rows + first, part, out + first * kPanel);
-      switch (at::divup(kLines<Code>, part.runs)) {
-        case 4: multiply_part<Code, 4>(count, block.rows + first, part, out + first * kPanel); break;
-        case 3: multiply_part<Code, 3>(count, block.rows + first, part, out + first * kPanel); break;
-        case 2: multiply_part<Code, 2>(count, block.rows + first, part, out + first * kPanel); break;
-        default: multiply_part<Code, 1>(count, block.rows + first, part, out + first * kPanel);
-      }
+      multiply_part<Code>(count, block.rows + first, part, out + first * kPanel);
       ++part.run;
     });
   }
