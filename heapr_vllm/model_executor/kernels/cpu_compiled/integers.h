@@ -116,8 +116,7 @@ inline Fours load_fours(const Biased<Nibbles>* codes) {
   return {both & mask, _mm512_srli_epi16(both, 4) & mask};
 }
 
-// A part of a panel along K, whole groups of it, times several runs of rows. Where there are more than one, each of them
-// prefetches its share of the next part, so that memory is read all the time and not during the first run only.
+// A part of a panel along K, whole groups of it, times several runs of rows.
 template <typename Code>
 struct Part {
   int64_t depth, group, begin, end;  // of rows
@@ -129,14 +128,13 @@ struct Part {
 };
 
 constexpr int64_t kIntegerRows = 8;  // 12 need more registers for their addresses than there are
-constexpr int64_t kPart = 512;       // of K, whose codes stay in the L1 cache
+constexpr int64_t kPart = 512;       // of K
 template <typename Code>
 constexpr int64_t kFour = 4 * kPanel / kCodesPerByte<Code>;  // bytes of four neighbours along K
 template <typename Code>
-constexpr int64_t kLines = kWidth / 4 * kFour<Code> / 64;  // of 64 bytes, of kWidth neighbours
+constexpr int kLines<Biased<Code>> = kUnrolled * kFour<Code> / 64;
 
-// out[r][32] += rows[r] times a part of a panel, for `Rows` rounded rows. Per kWidth of K it prefetches so many lines,
-// one now and one then: a burst of them, or a loop whose end is guessed wrong, costs up to a fifth of the time.
+// out[r][32] += rows[r] times a part of a panel, for `Rows` rounded rows; prefetches as `multiply` does.
 template <typename Code, int Lines, int Rows>
 void multiply_part(const int8_t* const* rows, const Part<Code>& part, float* out) {
   const auto* codes = part.codes;
@@ -145,16 +143,17 @@ void multiply_part(const int8_t* const* rows, const Part<Code>& part, float* out
   const auto of_row = [&](int r) { return reinterpret_cast<const RowGroup*>(rows[r] + part.depth)[number]; };
   for (int64_t begin = part.begin, end; begin < part.end; begin = end, ++number, scale += part.scale_step) {
     end = std::min(begin + part.group, part.end);
-    const int64_t share = (end - begin) / 4 * kFour<Code> / part.runs;
-    const uint8_t* next = &codes->byte + (part.runs == 1 ? kPrefetch : kPart / 4 * kFour<Code> + share * part.run);
+    const int64_t bytes = (end - begin) / 4 * kFour<Code>;
+    const uint8_t* next = &codes->byte + bytes_ahead(kPart / 4 * kFour<Code>, bytes, part.runs, part.run);
     Sums acc[Rows][2];
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) acc[r][0] = acc[r][1] = reinterpret_cast<Sums>(_mm512_set1_epi32(of_row(r).start));
-    for (int64_t k = begin; k < end; k += kWidth) {  // few times, so that the loop's end is foreseen
+    for (int64_t k = begin; k < end; k += 4 * kUnrolled) {  // few times, so that the loop's end is foreseen
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i, codes += kFour<Code>) {
+      for (int i = 0; i < kUnrolled; ++i, codes += kFour<Code>) {
 #pragma GCC unroll 2
-        for (int line = i * Lines / 4; line < (i + 1) * Lines / 4; ++line, next += 64) __builtin_prefetch(next);
+        for (int line = i * Lines / kUnrolled; line < (i + 1) * Lines / kUnrolled; ++line, next += 64)
+          __builtin_prefetch(next);
         const Fours fours = load_fours(codes);
 #pragma GCC unroll 12
         for (int r = 0; r < Rows; ++r) {
@@ -178,22 +177,6 @@ void multiply_part(const int8_t* const* rows, const Part<Code>& part, float* out
   }
 }
 
-template <typename Code, int Lines, int Rows = kIntegerRows>
-void multiply_run(int64_t count, const int8_t* const* rows, const Part<Code>& part, float* out) {
-  if constexpr (Rows > 0) {
-    if (count == Rows) return multiply_part<Code, Lines, Rows>(rows, part, out);
-    multiply_run<Code, Lines, Rows - 1>(count, rows, part, out);
-  }
-}
-
-// With as few lines, in powers of two, as all runs need to prefetch the next part.
-template <typename Code, int Lines = kLines<Code>>
-void multiply_part(int64_t count, const int8_t* const* rows, const Part<Code>& part, float* out) {
-  if constexpr (Lines > 1)
-    if (Lines / 2 * part.runs >= kLines<Code>) return multiply_part<Code, Lines / 2>(count, rows, part, out);
-  multiply_run<Code, Lines>(count, rows, part, out);
-}
-
 // out[r][32] = rounded rows[r] times a panel.
 template <typename T, typename Code>
 void product(const Block<int8_t>& block, int64_t depth, const Biased<Code>* panel, PanelScales scales, float* out) {
@@ -205,9 +188,14 @@ void product(const Block<int8_t>& block, int64_t depth, const Biased<Code>* pane
     const Biased<Code>* codes = panel + begin * kPanel / kCodesPerByte<Code>;
     Part<Code> part{depth, block.group, begin, end, begin / block.group, codes, scales.values + number * kPanel,
                     same_groups ? kPanel : 0, at::divup(block.count, kIntegerRows), 0};
-    for_runs(block.count, kIntegerRows, [&](int64_t first, int64_t count) {
-      multiply_part<Code>(count, block.rows + first, part, out + first * kPanel);
-      ++part.run;
+    with_lines<kLines<Biased<Code>>>(part.runs, [&](auto lines) {
+      for_runs(block.count, kIntegerRows, [&](int64_t first, int64_t count) {
+        constexpr int64_t least = lines() < kLines<Biased<Code>> ? kIntegerRows / 2 : 1;
+        with_constant<least, kIntegerRows>(count, [&](auto rows) {
+          multiply_part<Code, lines(), rows()>(block.rows + first, part, out + first * kPanel);
+        });
+        ++part.run;
+      });
     });
   }
 }
