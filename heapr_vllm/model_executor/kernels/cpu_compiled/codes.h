@@ -199,14 +199,6 @@ void multiply_codes(const at::BFloat16* const* rows, int64_t begin, int64_t end,
     for (int v = 0; v < kVectors; ++v) finish(acc[r][v], scale + v * kWidth, out + r * kPanel + v * kWidth);
 }
 
-template <typename Code, int Rows = kRows>
-void multiply_codes(int64_t count, const at::BFloat16* const* rows, int64_t begin, int64_t end, const uint8_t* codes,
-                    const float* scale, at::BFloat16* decoded, float* out) {
-  if constexpr (Rows > 0) {
-    if (count == Rows) return multiply_codes<Code, Rows>(rows, begin, end, codes, scale, decoded, out);
-    multiply_codes<Code, Rows - 1>(count, rows, begin, end, codes, scale, decoded, out);
-  }
-}
 #endif
 
 // Decodes a panel along K. Returns of how many rows it has computed the product meanwhile: a first run if the CPU
@@ -218,7 +210,10 @@ int64_t decode(const Block<Row>& block, int64_t begin, int64_t end, const uint8_
   if constexpr (std::is_same_v<Row, at::BFloat16>)
     if (!block.tiled) {
       const int64_t count = at::divup(block.count, at::divup(block.count, kRows));
-      multiply_codes<Code>(count, block.rows, begin, end, codes, scale, count < block.count ? decoded : nullptr, out);
+      Row* kept = count < block.count ? decoded : nullptr;
+      with_constant<1, kRows>(count, [&](auto rows) {
+        multiply_codes<Code, rows()>(block.rows, begin, end, codes, scale, kept, out);
+      });
       return count;
     }
 #endif
@@ -239,7 +234,7 @@ template <typename T, typename Code>
 void multiply_decoded(const Block<typename Step<T>::Row>& block, int64_t depth, const Code* panel, PanelScales scales,
                       float* out) {
   using Row = typename Step<T>::Row;
-  constexpr int64_t longest = kDecodedBytes / (kPanel * sizeof(Row));
+  constexpr int64_t longest = kPartBytes / (kPanel * sizeof(Row));
   alignas(64) Row decoded[longest * kPanel];
   const auto* codes = reinterpret_cast<const uint8_t*>(panel);
   std::fill_n(out, block.count * kPanel, 0.f);
@@ -249,7 +244,8 @@ void multiply_decoded(const Block<typename Step<T>::Row>& block, int64_t depth, 
     const float* scale = scales.values + group * kPanel;
     const int64_t done = decode<Code>(block, begin, end, codes + begin * kPanel / kCodesPerByte<Code>, scale, decoded, out);
     const Block<Row> rest{block.rows + done, block.count - done, block.stride, block.tiled};
-    multiply<Row, false>(rest, begin, end, decoded, scale, out + done * kPanel);
+    if (!multiply_if_tiled(rest, begin, end, decoded, scale, out + done * kPanel))
+      multiply<Row, 0>(rest, begin, end, decoded, scale, out + done * kPanel);
   }
 }
 
@@ -257,10 +253,10 @@ void multiply_decoded(const Block<typename Step<T>::Row>& block, int64_t depth, 
 template <typename T, typename W>
 void product(const Block<typename Step<T>::Row>& block, int64_t depth, const W* panel, PanelScales scales,
              float* out) {
-  if constexpr (std::is_same_v<T, W>)
-    multiply<T, true>(block, 0, depth, panel, nullptr, out);
-  else
+  if constexpr (!std::is_same_v<T, W>)
     multiply_decoded<T>(block, depth, panel, scales, out);
+  else if (!multiply_if_tiled(block, 0, depth, panel, nullptr, out))
+    multiply(block, depth, panel, out);
 }
 
 // Rounds kWidth values to the type of activations.

@@ -43,18 +43,27 @@ inline int64_t rounded_size(int64_t depth, int64_t group) {
 }
 
 #ifdef __AVX512VNNI__
+inline __m512 load_lanes(const float* values, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, values); }
+inline __m512 load_lanes(const at::Half* values, __mmask16 lanes) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, values));
+}
+inline __m512 load_lanes(const at::BFloat16* values, __mmask16 lanes) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, values));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
 // Rounds a group of at most 64 * kBlocks activations, times factors unless they are null, to integers of at most 127.
 // Where a value is not finite, the scale is no number.
-template <int kBlocks, bool kFull>
-RowGroup round_group(const float* values, const float* factors, int64_t count, int32_t bias, int8_t* out) {
+template <int kBlocks, bool kFull, typename T>
+RowGroup round_group(const T* values, const float* factors, int64_t count, int32_t bias, int8_t* out) {
   const auto lanes = [&](int64_t k) -> __mmask16 { return kFull || k < count ? 0xffff : 0; };
   __m512 products[kBlocks * 4];
   __m512i largest_bits = _mm512_setzero_si512();  // as integers, so that not-a-number is the largest
 #pragma GCC unroll 8
   for (int v = 0; v < kBlocks * 4; ++v) {
     const int64_t k = v * kWidth;
-    products[v] = _mm512_maskz_loadu_ps(lanes(k), values + k);
-    if (factors) products[v] *= _mm512_maskz_loadu_ps(lanes(k), factors + k);
+    products[v] = load_lanes(values + k, lanes(k));
+    if (factors) products[v] *= load_lanes(factors + k, lanes(k));
     largest_bits = _mm512_max_epu32(largest_bits, _mm512_castps_si512(_mm512_abs_ps(products[v])));
   }
   const uint32_t bits = _mm512_reduce_max_epu32(largest_bits);
@@ -79,12 +88,14 @@ RowGroup round_group(const float* values, const float* factors, int64_t count, i
 }
 
 // Rounds a row, whose last group may be cut short.
-inline void round_row(const float* values, const float* factors, int64_t depth, int64_t group, int32_t bias,
-                      int8_t* out) {
+template <typename T>
+void round_row(const T* values, const float* factors, int64_t depth, int64_t group, int32_t bias, int8_t* out) {
   auto* groups = reinterpret_cast<RowGroup*>(out + depth);
   for (int64_t begin = 0; begin < depth; begin += group, ++groups) {
     const int64_t count = std::min(group, depth - begin);
-    const auto round = count == 128 ? round_group<2, true> : count == 64 ? round_group<1, true> : round_group<2, false>;
+    const auto round = count == 128  ? round_group<2, true, T>
+                       : count == 64 ? round_group<1, true, T>
+                                     : round_group<2, false, T>;
     *groups = round(values + begin, factors ? factors + begin : nullptr, count, bias, out + begin);
   }
 }
@@ -105,8 +116,7 @@ inline Fours load_fours(const Biased<Nibbles>* codes) {
   return {both & mask, _mm512_srli_epi16(both, 4) & mask};
 }
 
-// A part of a panel along K, whole groups of it, times several runs of rows. Where there are more than one, each of them
-// prefetches its share of the next part, so that memory is read all the time and not during the first run only.
+// A part of a panel along K, whole groups of it, times several runs of rows.
 template <typename Code>
 struct Part {
   int64_t depth, group, begin, end;  // of rows
@@ -118,35 +128,37 @@ struct Part {
 };
 
 constexpr int64_t kIntegerRows = 8;  // 12 need more registers for their addresses than there are
-constexpr int64_t kPart = 512;       // of K, whose codes stay in the L1 cache
+constexpr int64_t kPart = 512;       // of K
+template <typename Code>
+constexpr int64_t kFour = 4 * kPanel / kCodesPerByte<Code>;  // bytes of four neighbours along K
+template <typename Code>
+constexpr int kLines<Biased<Code>> = kUnrolled * kFour<Code> / 64;
 
-// out[r][32] += rows[r] times a part of a panel, for `Rows` rounded rows.
-template <typename Code, bool kAlone, int Rows>
+// out[r][32] += rows[r] times a part of a panel, for `Rows` rounded rows; prefetches as `multiply` does.
+template <typename Code, int Lines, int Rows>
 void multiply_part(const int8_t* const* rows, const Part<Code>& part, float* out) {
-  constexpr int64_t step = 4 * kPanel / kCodesPerByte<Code>;
   const auto* codes = part.codes;
   const float* scale = part.scale;
   int64_t number = part.number;
   const auto of_row = [&](int r) { return reinterpret_cast<const RowGroup*>(rows[r] + part.depth)[number]; };
   for (int64_t begin = part.begin, end; begin < part.end; begin = end, ++number, scale += part.scale_step) {
     end = std::min(begin + part.group, part.end);
-    const int64_t share = kAlone ? 0 : (end - begin) / 4 * step / part.runs;
-    const uint8_t* next = &codes->byte + kPart / 4 * step + share * part.run;
-    for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(next + byte);
+    const int64_t bytes = (end - begin) / 4 * kFour<Code>;
+    const uint8_t* next = &codes->byte + bytes_ahead(kPart / 4 * kFour<Code>, bytes, part.runs, part.run);
     Sums acc[Rows][2];
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) acc[r][0] = acc[r][1] = reinterpret_cast<Sums>(_mm512_set1_epi32(of_row(r).start));
-    for (int64_t k = begin; k < end; k += kWidth) {  // few times, so that the loop's end is foreseen
+    for (int64_t k = begin; k < end; k += 4 * kUnrolled) {  // few times, so that the loop's end is foreseen
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < kWidth; i += 4, codes += step) {
+      for (int i = 0; i < kUnrolled; ++i, codes += kFour<Code>) {
 #pragma GCC unroll 2
-        for (int64_t line = 0; kAlone && line < step; line += 64)
-          __builtin_prefetch(&codes->byte + line + kPrefetch);
+        for (int line = i * Lines / kUnrolled; line < (i + 1) * Lines / kUnrolled; ++line, next += 64)
+          __builtin_prefetch(next);
         const Fours fours = load_fours(codes);
 #pragma GCC unroll 12
         for (int r = 0; r < Rows; ++r) {
           int32_t four;
-          std::memcpy(&four, rows[r] + k + i, sizeof(four));
+          std::memcpy(&four, rows[r] + k + 4 * i, sizeof(four));
           const __m512i activations = _mm512_set1_epi32(four);
 #pragma GCC unroll 2
           for (int v = 0; v < 2; ++v)
@@ -165,14 +177,6 @@ void multiply_part(const int8_t* const* rows, const Part<Code>& part, float* out
   }
 }
 
-template <typename Code, bool kAlone, int Rows = kIntegerRows>
-void multiply_part(int64_t count, const int8_t* const* rows, const Part<Code>& part, float* out) {
-  if constexpr (Rows > 0) {
-    if (count == Rows) return multiply_part<Code, kAlone, Rows>(rows, part, out);
-    multiply_part<Code, kAlone, Rows - 1>(count, rows, part, out);
-  }
-}
-
 // out[r][32] = rounded rows[r] times a panel.
 template <typename T, typename Code>
 void product(const Block<int8_t>& block, int64_t depth, const Biased<Code>* panel, PanelScales scales, float* out) {
@@ -184,10 +188,14 @@ void product(const Block<int8_t>& block, int64_t depth, const Biased<Code>* pane
     const Biased<Code>* codes = panel + begin * kPanel / kCodesPerByte<Code>;
     Part<Code> part{depth, block.group, begin, end, begin / block.group, codes, scales.values + number * kPanel,
                     same_groups ? kPanel : 0, at::divup(block.count, kIntegerRows), 0};
-    for_runs(block.count, kIntegerRows, [&](int64_t first, int64_t count) {
-      if (part.runs == 1) return multiply_part<Code, true>(count, block.rows + first, part, out + first * kPanel);
-      multiply_part<Code, false>(count, block.rows + first, part, out + first * kPanel);
-      ++part.run;
+    with_lines<kLines<Biased<Code>>>(part.runs, [&](auto lines) {
+      for_runs(block.count, kIntegerRows, [&](int64_t first, int64_t count) {
+        constexpr int64_t least = lines() < kLines<Biased<Code>> ? kIntegerRows / 2 : 1;
+        with_constant<least, kIntegerRows>(count, [&](auto rows) {
+          multiply_part<Code, lines(), rows()>(block.rows + first, part, out + first * kPanel);
+        });
+        ++part.run;
+      });
     });
   }
 }

@@ -33,7 +33,8 @@ constexpr int64_t kAmxRows = 32;          // rows of a product on AMX tiles, two
 constexpr int64_t kAmxUnit = 16;          // rows of a tile; what is missing is computed and thrown away
 constexpr int64_t kFewRows = 5;           // with fewer rows reading weights dominates; not timed on AMX
 constexpr int64_t kPrefetch = 8192;       // bytes ahead in the stream of weights; 2048 and 32768 were slower
-constexpr int64_t kDecodedBytes = 16384;  // of weights that are decoded at a time: they stay in the L1 cache
+constexpr int64_t kPartBytes = 16384;     // of weights that several runs of rows take in turn: they stay in the L1 cache
+constexpr int kUnrolled = 4;              // steps along K
 constexpr int64_t kVectors = kPanel / kWidth;
 
 typedef float Vec __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
@@ -111,31 +112,70 @@ inline void finish(const Vec& sum, const float* scale, float* out) {
     vector_at(out) = sum;
 }
 
-// out[r][32] = rows[r][begin : end] times a panel, for `Rows` rows, finished with the columns' scales; in two passes if
-// there are accumulators for half of it. Weights that come from memory are prefetched.
-template <typename T, bool kFromMemory, int Rows>
+// Calls f with a number from `Least` to `Most`, as a constant.
+template <int Least, int Most, typename F>
+void with_constant(int64_t number, const F& f) {
+  if constexpr (Least < Most)
+    if (number < Most) return with_constant<Least, Most - 1>(number, f);
+  f(std::integral_constant<int, Most>());
+}
+
+// Calls f with as many lines, as a constant, as each of `runs` runs of rows prefetches so that together they fetch at
+// least `Most`; a power of two.
+template <int Most, int Lines = Most, typename F>
+void with_lines(int64_t runs, const F& f) {
+  if constexpr (Lines > 1)
+    if (Lines / 2 * runs >= Most) return with_lines<Most, Lines / 2>(runs, f);
+  f(std::integral_constant<int, Lines>());
+}
+
+// How many bytes ahead one of `runs` runs of rows over a part of a panel, `stride` bytes before the next one, starts to
+// prefetch: alone it stays ahead of itself; of several each takes its share of so many bytes of the next part, so that
+// memory is read all the time and not during the first run only.
+inline int64_t bytes_ahead(int64_t stride, int64_t bytes, int64_t runs, int64_t run) {
+  return runs == 1 ? kPrefetch : stride + bytes / runs * run;
+}
+
+template <typename T>
+constexpr int64_t kStepBytes = kPanel * Step<T>::kPairs * sizeof(T);  // of a panel
+template <typename T>
+constexpr int kLines = kUnrolled * kStepBytes<T> / 64;  // of 64 bytes, of kUnrolled steps
+
+// out[r][32] = rows[r][begin : end] times a panel, for `Rows` rows, finished with the columns' scales, or without them
+// added to the product with [0 : begin]; in two passes if there are accumulators for half of it. In kUnrolled steps it
+// prefetches so many lines from `next` on, one now and one then: a burst of them, or a loop whose end is guessed wrong,
+// costs up to a fifth of the time.
+template <typename T, int Lines, int Rows>
 void multiply(const typename Step<T>::Row* const* rows, int64_t begin, int64_t end, const T* panel, const float* scale,
-              float* out) {
+              const char* next, float* out) {
   constexpr int64_t pairs = Step<T>::kPairs;
   constexpr int64_t vectors = kVectors * Rows <= kAccumulators ? kVectors : kLanes / kWidth;
+  const bool continues = !scale && begin > 0;
   for (int64_t column = 0; column < kPanel; column += vectors * kWidth) {
     Vec acc[Rows][vectors] = {};
-    const T* b = panel + column * pairs;
-    for (int64_t k = begin; k < end; k += pairs, b += kPanel * pairs) {
-#pragma GCC unroll 4
-      for (int first = 0; first < vectors; first += kHeld) {
-        const T* part = b + first * kWidth * pairs;
-        typename Step<T>::Columns columns[kHeld];
-#pragma GCC unroll 2
-        for (int v = 0; v < kHeld; ++v) {
-          if (kFromMemory && (first + v) * kWidth % kLanes == 0)
-            __builtin_prefetch(reinterpret_cast<const char*>(part + v * kWidth * pairs) + kPrefetch);
-          columns[v] = Step<T>::load(part + v * kWidth * pairs);
-        }
+    if (continues)
 #pragma GCC unroll 12
-        for (int r = 0; r < Rows; ++r)
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) acc[r][v] = vector_at(out + r * kPanel + column + v * kWidth);
+    const T* b = panel + column * pairs;
+    for (int64_t k = begin; k < end; k += kUnrolled * pairs) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kUnrolled; ++i, b += kPanel * pairs) {
 #pragma GCC unroll 2
-          for (int v = 0; v < kHeld; ++v) Step<T>::fma(acc[r][first + v], rows[r] + k, columns[v]);
+        for (int line = i * Lines / kUnrolled; line < (i + 1) * Lines / kUnrolled; ++line, next += 64)
+          __builtin_prefetch(next);
+#pragma GCC unroll 4
+        for (int first = 0; first < vectors; first += kHeld) {
+          const T* part = b + first * kWidth * pairs;
+          typename Step<T>::Columns columns[kHeld];
+#pragma GCC unroll 2
+          for (int v = 0; v < kHeld; ++v) columns[v] = Step<T>::load(part + v * kWidth * pairs);
+#pragma GCC unroll 12
+          for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < kHeld; ++v) Step<T>::fma(acc[r][first + v], rows[r] + k + i * pairs, columns[v]);
+        }
       }
     }
 #pragma GCC unroll 12
@@ -145,15 +185,6 @@ void multiply(const typename Step<T>::Row* const* rows, int64_t begin, int64_t e
         const int64_t first = column + v * kWidth;
         finish(acc[r][v], scale ? scale + first : nullptr, out + r * kPanel + first);
       }
-  }
-}
-
-template <typename T, bool kFromMemory, int Rows = kRows>
-void multiply(int64_t count, const typename Step<T>::Row* const* rows, int64_t begin, int64_t end, const T* panel,
-              const float* scale, float* out) {
-  if constexpr (Rows > 0) {
-    if (count == Rows) return multiply<T, kFromMemory, Rows>(rows, begin, end, panel, scale, out);
-    multiply<T, kFromMemory, Rows - 1>(count, rows, begin, end, panel, scale, out);
   }
 }
 
@@ -200,20 +231,46 @@ void for_runs(int64_t end, int64_t longest, const F& f) {
   }
 }
 
-// out[r][32] = block.rows[r][begin : end] times a panel, in runs.
-template <typename T, bool kFromMemory>
+// out[r][32] = block.rows[r][begin : end] times a panel, in runs, as `multiply` of a run does.
+template <typename T, int Lines>
 void multiply(const Block<typename Step<T>::Row>& block, int64_t begin, int64_t end, const T* panel,
               const float* scale, float* out) {
+  const int64_t runs = at::divup(block.count, kRows);
+  int64_t run = 0;
+  for_runs(block.count, kRows, [&](int64_t first, int64_t count) {
+    const int64_t bytes = (end - begin) * kPanel * static_cast<int64_t>(sizeof(T));
+    const char* next = reinterpret_cast<const char*>(panel) + bytes_ahead(kPartBytes, bytes, runs, run++);
+    constexpr int64_t least = Lines > 0 && Lines < kLines<T> ? kRows / 2 : 1;  // of several runs, which are even
+    with_constant<least, kRows>(count, [&](auto rows) {
+      multiply<T, Lines, rows()>(block.rows + first, begin, end, panel, scale, next, out + first * kPanel);
+    });
+  });
+}
+
+// out[r][32] = block.rows[r][0 : depth] times a panel that comes from memory; by parts along K if there are several runs
+// of rows.
+template <typename T>
+void multiply(const Block<typename Step<T>::Row>& block, int64_t depth, const T* panel, float* out) {
+  const int64_t runs = at::divup(block.count, kRows);
+  const int64_t longest = runs == 1 ? depth : kPartBytes / (kPanel * sizeof(T));
+  with_lines<kLines<T>>(runs, [&](auto lines) {
+    for (int64_t begin = 0; begin < depth; begin += longest)
+      multiply<T, lines()>(block, begin, std::min(begin + longest, depth), panel + begin * kPanel, nullptr, out);
+  });
+}
+
+// As `multiply` with AMX tiles where they are used.
+template <typename T>
+bool multiply_if_tiled(const Block<typename Step<T>::Row>& block, int64_t begin, int64_t end, const T* panel,
+                       const float* scale, float* out) {
   if constexpr (std::is_same_v<typename Step<T>::Row, at::BFloat16>)
     if (block.tiled) {
       for (int64_t first = 0; first < block.count; first += kAmxRows)
         multiply_tiles(std::min(kAmxRows, block.count - first), block.rows[first] + begin, block.stride, end - begin,
                        panel, scale, out + first * kPanel);
-      return;
+      return true;
     }
-  for_runs(block.count, kRows, [&](int64_t first, int64_t count) {
-    multiply<T, kFromMemory>(count, block.rows + first, begin, end, panel, scale, out + first * kPanel);
-  });
+  return false;
 }
 
 // Scales of a panel of codes: [depth / group][32].

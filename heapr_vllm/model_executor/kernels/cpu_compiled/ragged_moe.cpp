@@ -34,7 +34,7 @@
 namespace {
 
 constexpr int64_t kChunk = 1024;    // tokens sorted and computed together; bounds the scratch
-constexpr int64_t kDownPanels = 4;  // at most, of a task of outputs
+constexpr int64_t kDownPanels = 16;  // at most, of a task of outputs
 
 constexpr std::array<float, kPanel> filled(float value) {
   std::array<float, kPanel> values{};
@@ -51,7 +51,7 @@ void silu_and_mul(const float* gate_up, Row* h) {
     const V gate = V::loadu(gate_up + i);
     (gate * V::loadu(gate_up + kLanes + i) / (V(1.f) + gate.neg().exp())).store(result + i);
   }
-  for (int64_t i = 0; i < kLanes; ++i) h[i] = static_cast<Row>(result[i]);
+  at::vec::convert(result, h, kLanes);
 }
 
 // Every thread makes a worker and calls it with one task after another; they take the next one as they get free.
@@ -89,8 +89,8 @@ struct Traffic {
 };
 
 // A row of activations [depth] times factors, or without any as they are, as products with weights W take it.
-template <typename W, typename Row>
-void convert_row(const float* values, const float* factors, int64_t depth, int64_t group, Row* out) {
+template <typename W, typename T, typename Row>
+void convert_row(const T* values, const float* factors, int64_t depth, int64_t group, Row* out) {
   if constexpr (kIntegers<W>)
     round_row(values, factors, depth, group, W::kBias, out);
   else
@@ -110,7 +110,8 @@ struct Layer {
   static_assert(kIntegers<W> == kIntegers<D>);
   static constexpr bool kCodes = !std::is_same_v<T, W>;
   using Row = std::conditional_t<kIntegers<W>, int8_t, typename Step<T>::Row>;
-  using Hidden = std::conditional_t<kCodes, float, Row>;  // of silu(gate) * up, where factors are still to come
+  using Exact = std::conditional_t<kIntegers<W>, T, float>;  // where factors, and then a rounding, are still to come
+  using Hidden = std::conditional_t<kCodes, Exact, Row>;     // of silu(gate) * up
   const Row* x;
   const W* w13;
   const D* w2;
@@ -251,12 +252,10 @@ struct Layer {
             const Hidden* h) const {
     const int64_t panels = hidden / kPanel;
     const int64_t same = kCodes && !scales.by_channel ? panels / scales.groups : panels;  // with the same scales
-    const int64_t group = std::clamp<int64_t>(panels / (8 * at::get_num_threads()), 1, std::min(same, kDownPanels));
-    const int64_t parts = at::divup(same, group);
+    const int64_t group = std::clamp<int64_t>(panels / (4 * at::get_num_threads()), 1, kDownPanels);
     const auto work = [&](int64_t task) {
       static thread_local std::vector<float> sums;
-      const int64_t first_panel = task / parts * same + task % parts * group;
-      const int64_t last_panel = std::min(first_panel + group, (task / parts + 1) * same);
+      const int64_t first_panel = task * group, last_panel = std::min(first_panel + group, panels);
       const int64_t columns = (last_panel - first_panel) * kPanel;
       sums.assign((end - begin) * columns, 0.f);
       float out[kRowBlock * kPanel];
@@ -264,10 +263,12 @@ struct Layer {
         for (int64_t first = e.begin; first < e.end; first += kRowBlock) {
           const int64_t count = std::min(kRowBlock, e.end - first);
           const Row* rows[kRowBlock];
-          rows[0] = converted(h + e.h + (first - e.begin) * e.width, count, e, task / parts);
-          for (int64_t r = 1; r < count; ++r) rows[r] = rows[r - 1] + row_size<Row>(e.width, kHiddenGroup);
-          const Block<Row> block{rows, count, e.width, !kIntegers<W> && on_tiles<T>(e.end - e.begin), kHiddenGroup};
+          Block<Row> block{rows, count, e.width, !kIntegers<W> && on_tiles<T>(e.end - e.begin), kHiddenGroup};
           for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+            if (panel == first_panel || panel % same == 0) {
+              rows[0] = converted(h + e.h + (first - e.begin) * e.width, count, e, panel / same);
+              for (int64_t r = 1; r < count; ++r) rows[r] = rows[r - 1] + row_size<Row>(e.width, kHiddenGroup);
+            }
             product<T>(block, e.width, codes(w2, e.row * hidden + panel * kPanel * e.width), w2_scales(e, panel), out);
             for (int64_t r = 0; r < count; ++r) {
               const int64_t route = routes[first + r];
@@ -280,7 +281,7 @@ struct Layer {
         for (int64_t i = 0; i < columns; ++i)
           output[token * hidden + first_panel * kPanel + i] = static_cast<T>(sums[(token - begin) * columns + i]);
     };
-    for_tasks(panels / same * parts, [&] { return work; });
+    for_tasks(at::divup(panels, group), [&] { return work; });
   }
 
   // Rows of hidden activations of an expert, times its factors for a group of outputs, as this thread keeps them until
@@ -308,18 +309,17 @@ struct Arguments {
 };
 
 // Rows [tokens, hidden] as products with weights W take them.
-template <typename W, typename Row>
+template <typename T, typename W, typename Row>
 at::Tensor converted(const at::Tensor& x, int64_t group) {
   if constexpr (!kIntegers<W>) {
     return x.contiguous().to(c10::CppTypeToScalarType<Row>::value);
   } else {
     const int64_t hidden = x.size(1), size = row_size<Row>(hidden, group);
-    const at::Tensor values = x.to(at::kFloat).contiguous();
-    const at::Tensor rows = at::empty({x.size(0), size}, values.options().dtype(at::kChar));
+    const at::Tensor values = x.contiguous(), rows = at::empty({x.size(0), size}, x.options().dtype(at::kChar));
     at::parallel_for(0, x.size(0), 16, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r)
-        convert_row<W>(values.const_data_ptr<float>() + r * hidden, nullptr, hidden, group,
-                    rows.mutable_data_ptr<int8_t>() + r * size);
+        convert_row<W>(values.const_data_ptr<T>() + r * hidden, nullptr, hidden, group,
+                       rows.mutable_data_ptr<int8_t>() + r * size);
     });
     return rows;
   }
@@ -329,7 +329,7 @@ template <typename T, typename W, typename D = W>
 void run(const Arguments& a) {
   using Row = typename Layer<T, W, D>::Row;
   const int64_t tokens = a.x.size(0), row_group = std::gcd(kInputGroup, a.x.size(1) / a.scales.groups);
-  const at::Tensor rows = converted<W, Row>(a.x, row_group);
+  const at::Tensor rows = converted<T, W, Row>(a.x, row_group);
   const Layer<T, W, D> layer{rows.const_data_ptr<Row>(),
                           static_cast<const W*>(a.w13.const_data_ptr()),
                           static_cast<const D*>(a.w2.const_data_ptr()),
