@@ -120,6 +120,15 @@ def test_attention_of_4_bits_runs_in_the_engines_kernel(mode: str, name: str, pr
     assert families.distance(engine.results(process)[0], expected) < ROUNDING
 
 
+@pytest.mark.parametrize(("mode", "name"), [("compact", "gptq-linears"), ("masks", "w4a16-linears")])
+def test_attention_of_4_bits_is_refused_in_fp32(mode: str, name: str, prepared: Prepare) -> None:
+    """Experts of 4 bits are not: `test_output_equals_stock`."""
+    arguments = families.MODES[mode].arguments
+    process = engine.run(prepared(f"qwen3_moe+{name}") / families.MODES[mode].folder, **arguments)
+    message = "qkv_proj has weights of 4 bits, which vLLM does not run in float32; pass --dtype bfloat16"
+    assert process.returncode and message in process.stderr
+
+
 def test_masks_of_the_unquantized_model_serve_its_sibling(prepared: Prepare, corpus: Path, tmp_path: Path) -> None:
     """One calibration for all: the router is the same, so is the fingerprint."""
     plain, sibling = prepared(FAST[2]) / "plain", prepared(FAST[2]) / "base"
