@@ -99,6 +99,13 @@ def test_base_in_4_bits_on_the_path_of_a_gpu(mode: str, prepared: Prepare, stock
 
 
 @pytest.mark.slow
+def test_each_rank_unpacks_its_own_experts(prepared: Prepare, stock: dict[str, families.Output]) -> None:
+    arguments, env = families.MODES["masks"].arguments | families.MODES["EP=2"].arguments, families.MODES["EP=2"].env
+    process = engine.run(prepared(GPTQ) / "masks", env=families.ENVIRONMENT | env, **EAGER, **arguments)
+    assert_same(GPTQ, engine.results(process)[0], stock)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "names"), SLOW)
 def test_other_modes(mode: str, names: list[str], prepared: Prepare) -> None:
     folders = [prepared(name) for name in names]
