@@ -78,7 +78,7 @@ def run_tune(args: argparse.Namespace) -> None:
         jobs_of_model(args.model, dtype, args.tensor_parallel_size, args.quantize)
         if args.model
         else jobs_of_shapes(
-            args.shape, args.sparsity, dtype or torch.bfloat16, args.tensor_parallel_size, args.quantize or "none"
+            args.shape, args.sparsity, dtype or torch.bfloat16, args.tensor_parallel_size, args.quantize
         )
     )
     if args.round_activations:

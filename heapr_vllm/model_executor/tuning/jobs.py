@@ -46,9 +46,9 @@ def jobs_of_shapes(
     sparsities: Sequence[float],
     dtype: torch.dtype,
     tp_size: int = 1,
-    quantize: str = "none",
+    quantize: str | None = None,
 ) -> list[Job]:
-    """One job per named shape of the paper and sparsity, for experts in `dtype` ("none"), or "int8", "fp8" or "int4".
+    """One job per named shape of the paper and sparsity, for experts in `dtype`, or "int8", "fp8" or "int4".
 
     Raises HeaprError for an unknown name, or if the kernel does not run such experts.
     """
@@ -94,8 +94,8 @@ def jobs_of_model(
     return _checked(jobs)
 
 
-def _wanted(quantize: str, hidden_size: int) -> ExpertScheme | None:
-    return None if quantize == "none" else ExpertScheme.for_hidden_size(quantize, hidden_size)
+def _wanted(quantize: str | None, hidden_size: int) -> ExpertScheme | None:
+    return None if quantize in (None, "none") else ExpertScheme.for_hidden_size(quantize, hidden_size)
 
 
 def with_rounded_activations(jobs: Sequence[Job]) -> list[Job]:
