@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fuzzes the readers of files, guided by coverage: `python -m tools.fuzz --seconds 600`; needs the package atheris.
 
-The fuzzer's bytes choose one of the files of `tools/hostile.py`, places in it and values for them. A reader may return
-or raise a HeaprError of one line; anything else stops the run, and libFuzzer keeps the input, which
-`python -m tools.fuzz --replay FILE` repeats. `tests/formats/test_fuzz.py` does the same in seconds, without guidance.
+The fuzzer's bytes choose one of the files of `tools/hostile.py`, places in it and values for them, or change tensors of
+4 bits as `tools/packed_tensors.py` does; `--only WORD` takes those with the word in their names. A reader may return,
+or raise a HeaprError of one line; anything else stops the run, and libFuzzer keeps the input, which `python -m
+tools.fuzz --replay FILE` repeats. `tests/formats/test_fuzz.py` does the same in seconds, without guidance.
 """
 
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import atheris
@@ -16,9 +18,10 @@ import atheris
 with atheris.instrument_imports(include=["heapr_vllm"]):
     from heapr_vllm.errors import HeaprError
     from tools.hostile import Target, targets
+    from tools.packed_tensors import PackedTensors, packed_tensors
 
 
-def attack(files: list[Target], content: bytes) -> None:
+def attack(files: Sequence[Target | PackedTensors], content: bytes) -> None:
     """Reads one hostile file."""
     choose = atheris.FuzzedDataProvider(content)
     target = files[choose.ConsumeIntInRange(0, len(files) - 1)]
@@ -32,9 +35,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.fuzz")
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--replay", type=Path, help="an input that libFuzzer kept, instead")
+    parser.add_argument("--only", default="", metavar="WORD")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        files = targets(Path(work))
+        files = [each for each in (*targets(Path(work)), *packed_tensors(Path(work))) if arguments.only in each.name]
         if arguments.replay:
             attack(files, arguments.replay.read_bytes())
             return

@@ -42,8 +42,8 @@ def add_tune(commands: options.Commands) -> None:
     command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the model's")
     command.add_argument(
         "--quantize",
-        choices=("int8", "fp8", "int4"),
-        help="experts in 8 or 4 bits; default: as the model has them",
+        choices=("none", "int8", "fp8", "int4"),
+        help="experts in 8 or 4 bits, or in the model's dtype; default: as the model has them",
     )
     command.add_argument(
         "--round-activations", action="store_true", help="for HEAPR_KERNEL=triton_a8, with experts in 8 bits"

@@ -295,16 +295,18 @@ class Checkpoint:
     def kept_quantization(self) -> BaseQuantization | None:
         """`expert_quantization` for who keeps the codes. Raises HeaprError if experts are codes and others are not."""
         kept = self.expert_quantization
-        if kept is None:
-            return None
-        others = [name for name in filter(self.is_pruned_expert, self.weight_map) if not self.is_codes(name)]
-        if others:
-            first = min(others, key=natural_order)
+        if kept is not None and self.uncoded_experts:
+            first = min(self.uncoded_experts, key=natural_order)
             raise HeaprError(
                 f"{self.path}: {first} is {self.headers[first][0]} and other experts are codes, which cannot be kept "
                 "side by side; store all of them alike with `heapr export --quantize int8` (or fp8, int4, none)"
             )
         return kept
+
+    @cached_property
+    def uncoded_experts(self) -> list[str]:
+        """Names the weights of experts that are not stored as codes."""
+        return [name for name in filter(self.is_pruned_expert, self.weight_map) if not self.is_codes(name)]
 
     @property
     def expert_scheme(self) -> ExpertScheme | None:

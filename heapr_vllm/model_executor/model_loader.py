@@ -57,7 +57,8 @@ class CompleteModelLoader(DefaultModelLoader):
         tensors: Iterator[tuple[str, torch.Tensor]] = super().get_all_weights(model_config, model)
         config = config_of(model)
         if config is not None and config.pruning.layout == "masks":
-            tensors = unpacked(tensors, Checkpoint.resolve(model_config.model, model_config.revision))
+            base = Checkpoint.resolve(model_config.model, model_config.revision)
+            tensors = unpacked(tensors, base, held_experts(model))
         for name, tensor in tensors:
             if self.pruned_model:
                 self.seen.add(name)
@@ -84,6 +85,14 @@ def config_of(model: nn.Module) -> HeaprConfig | None:
     """Finds the config of a pruned model."""
     configs = (getattr(module, "quant_config", None) for module in model.modules())
     return next((config for config in configs if isinstance(config, HeaprConfig)), None)
+
+
+def held_experts(model: nn.Module) -> dict[str, set[int]]:
+    """Lists the pruned experts of which this rank has neurons: prefix in the checkpoint -> ids."""
+    from heapr_vllm.model_executor.moe_method import HeaprMoEMethod
+
+    methods = [getattr(module, "quant_method", None) for module in model.modules()]
+    return {method.masks.name: method.storage.held for method in methods if isinstance(method, HeaprMoEMethod)}
 
 
 def missing_parts(names: set[str], fused: dict[str, list[str]], modules: set[str]) -> Iterator[str]:

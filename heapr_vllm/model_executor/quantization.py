@@ -183,20 +183,35 @@ class HeaprConfig(QuantizationConfig):
         return NeuronMasks.load(self.masks_path)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The ragged method for a pruned MoE layer, the base model's for everything else."""
+        """The ragged method for a pruned MoE layer, the base model's for everything else.
+
+        Raises HeaprError for what neither can run.
+        """
         from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
+        from heapr_vllm.model_executor.unsupported import (
+            refuse_float32,
+            refuse_other_loaders,
+            refuse_unsupported,
+        )
+
         if not isinstance(layer, RoutedExperts) or self.is_draft_layer(prefix):
+            block = self.inner_block
             if (base := self.base) is None:
-                self.inner.build(self.inner_block, self.model_name, self.revision)
+                self.inner.build(block, self.model_name, self.revision)
             else:
-                self.inner.build(self.inner_block, str(base.path), None)
+                self.inner.build(block, str(base.path), None)
             method = self.inner.method(layer, prefix, self.packed_modules_mapping)
-            return UnquantizedLinearMethod() if method is None and isinstance(layer, LinearBase) else method
+            if not isinstance(layer, LinearBase):
+                return method
+            if block is None or method is None:
+                return UnquantizedLinearMethod()
+            if not isinstance(method, UnquantizedLinearMethod):
+                refuse_float32(block, prefix)
+            return method
         from heapr_vllm.model_executor.moe_method import HeaprMoEMethod
         from heapr_vllm.model_executor.pruned_layer import as_pruned
-        from heapr_vllm.model_executor.unsupported import refuse_other_loaders, refuse_unsupported
 
         pruned = as_pruned(layer)
         refuse_unsupported(pruned, self)

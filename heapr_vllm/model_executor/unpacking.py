@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 
@@ -12,10 +12,13 @@ from heapr_vllm.formats.names import ExpertTensor
 from heapr_vllm.formats.quantized import SCALE_SUFFIX
 
 
-def unpacked(tensors: Iterable[tuple[str, torch.Tensor]], base: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+def unpacked(
+    tensors: Iterable[tuple[str, torch.Tensor]], base: Checkpoint, held: Mapping[str, Collection[int]]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the tensors of `base` as they come, but of experts that masks prune X.weight and X.weight_scale.
 
-    Tensors of such a weight wait until the last of them has come. Raises HeaprError if they are damaged.
+    Tensors of such a weight wait until the last of them has come. `held`: prefix -> experts that this rank holds, of
+    the others nothing comes. Raises HeaprError if tensors are damaged.
     """
     form = base.base_quantization
     if form is None or form.packing is None:
@@ -27,6 +30,8 @@ def unpacked(tensors: Iterable[tuple[str, torch.Tensor]], base: Checkpoint) -> I
         where = ExpertTensor.parse(weight)
         if where is None or weight not in base.packed or base.is_draft(where.prefix):
             yield name, tensor
+            continue
+        if where.expert not in held.get(where.prefix, ()):
             continue
         parts = waiting.setdefault(weight, {})
         parts[part] = tensor

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.platforms import current_platform
@@ -73,4 +74,18 @@ def refuse_other_loaders(base: BaseQuantization | None) -> None:
         raise HeaprError(
             f"--load-format {load_format} does not unpack a base model of 4 bits; use heapr, or write a checkpoint "
             "with `heapr export`"
+        )
+
+
+def refuse_float32(block: dict[str, Any], prefix: str) -> None:
+    """Raises HeaprError in float32 if a layer that is not pruned has 4 bits, which vLLM's kernels do not multiply so.
+
+    `block`: `quantization_config` by which vLLM runs the layer called `prefix`.
+    """
+    if get_current_vllm_config().model_config.dtype != torch.float32:
+        return
+    if BaseQuantization.from_config(block, prefix).packing is not None:
+        raise HeaprError(
+            f"{prefix} has weights of 4 bits, which vLLM does not run in float32; pass --dtype bfloat16, or write a "
+            "checkpoint with `heapr export --quantize none`"
         )

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from heapr_vllm.prune.report.summary import FRONTIER_FILE, format_report, load_r
 from heapr_vllm.prune.selection.selector import Selector
 from tests import quantized_models
 from tests.formats.strategies import REPAIR, documents, metadata, with_metadata
+from tools.hostile import Dice
+from tools.packed_tensors import packed_tensors
 
 EXAMPLES = int(os.environ.get("HEAPR_FUZZ", "40"))  # per reader
 fuzzed = settings(
@@ -52,12 +55,14 @@ def repository(masks_repository: Path, qwen3: Path, tmp_path_factory: pytest.Tem
     return folder
 
 
-def survives(read: Callable[[], Any]) -> None:
-    """`read` gives a result, or says in one line what is wrong."""
+def survives(read: Callable[[], Any]) -> bool:
+    """Whether `read` gives a result; else it must say in one line what is wrong."""
     try:
         read()
     except HeaprError as error:
         assert str(error) and "\n" not in str(error)
+        return False
+    return True
 
 
 def rewritten(path: Path, text: str) -> Callable[[], None]:
@@ -225,6 +230,14 @@ def test_blocks(data: st.DataObject, repository: Path) -> None:
         document = json.loads(data.draw(documents(block)))
     if isinstance(document, dict):
         survives(lambda: PruningConfig.from_dict(document))
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_tensors_of_4_bits(number: int, tmp_path: Path) -> None:
+    """Of other types, shapes and bytes, or gone."""
+    target = packed_tensors(tmp_path)[number]
+    outcomes = [survives(partial(target.attack, Dice(f"{target.name} {case}"))) for case in range(2 * EXAMPLES)]
+    assert 0.1 < sum(outcomes) / len(outcomes) < 0.9, "taken"
 
 
 def test_nothing_outside_is_read_or_written(repository: Path, tmp_path: Path) -> None:

@@ -14,7 +14,11 @@ from vllm.model_executor.model_loader import get_model_loader
 
 import heapr_vllm
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.model_executor.model_loader import CompleteModelLoader, missing_parts, needed_parameters
+from heapr_vllm.model_executor.model_loader import CompleteModelLoader, held_experts, missing_parts, needed_parameters
+from heapr_vllm.model_executor.moe_method import HeaprMoEMethod
+from heapr_vllm.model_executor.storage.dense import DenseStorage
+from heapr_vllm.model_executor.storage.layer_masks import LayerMasks
+from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 LAYER = "model.layers.0."
@@ -46,6 +50,18 @@ class Model(nn.Module):
 
 def test_parameters_that_a_checkpoint_must_bring() -> None:
     assert set(needed_parameters(Model())) == {"norm", "embed.weight", "attention.weight"}
+
+
+def test_experts_that_a_rank_holds() -> None:
+    """By the names of the checkpoint; an expert without neurons here is left out."""
+    prefix = "model.layers.0.mlp.experts"
+    masks = LayerMasks(f"language_model.{prefix}", torch.ones(4, 64, dtype=torch.bool), None, False, prefix)
+    layout = RaggedLayout.build([64, 0, 3], [64, 0, 16])
+    method = object.__new__(HeaprMoEMethod)
+    method.masks, method.storage = masks, DenseStorage(masks, {3: 0, 1: 1, 0: 2}, [(0, 64), (0, 0), (0, 3)], layout)
+    model = Model()
+    model.a.quant_method = method
+    assert held_experts(model) == {prefix: {3, 0}}
 
 
 @pytest.mark.parametrize(

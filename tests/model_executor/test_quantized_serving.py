@@ -99,6 +99,13 @@ def test_base_in_4_bits_on_the_path_of_a_gpu(mode: str, prepared: Prepare, stock
 
 
 @pytest.mark.slow
+def test_each_rank_unpacks_its_own_experts(prepared: Prepare, stock: dict[str, families.Output]) -> None:
+    arguments, env = families.MODES["masks"].arguments | families.MODES["EP=2"].arguments, families.MODES["EP=2"].env
+    process = engine.run(prepared(GPTQ) / "masks", env=families.ENVIRONMENT | env, **EAGER, **arguments)
+    assert_same(GPTQ, engine.results(process)[0], stock)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "names"), SLOW)
 def test_other_modes(mode: str, names: list[str], prepared: Prepare) -> None:
     folders = [prepared(name) for name in names]
@@ -118,6 +125,15 @@ def test_attention_of_4_bits_runs_in_the_engines_kernel(mode: str, name: str, pr
     process = engine.run(folder / families.MODES[mode].folder, dtype="bfloat16", env=env, **arguments)
     assert "CPUWNA16LinearKernel" in process.stdout + process.stderr
     assert families.distance(engine.results(process)[0], expected) < ROUNDING
+
+
+@pytest.mark.parametrize(("mode", "name"), [("compact", "gptq-linears"), ("masks", "w4a16-linears")])
+def test_attention_of_4_bits_is_refused_in_fp32(mode: str, name: str, prepared: Prepare) -> None:
+    """Experts of 4 bits are not: `test_output_equals_stock`."""
+    arguments = families.MODES[mode].arguments
+    process = engine.run(prepared(f"qwen3_moe+{name}") / families.MODES[mode].folder, **arguments)
+    message = "qkv_proj has weights of 4 bits, which vLLM does not run in float32; pass --dtype bfloat16"
+    assert process.returncode and message in process.stderr
 
 
 def test_masks_of_the_unquantized_model_serve_its_sibling(prepared: Prepare, corpus: Path, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options refused at start-up, option by option."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -84,3 +86,13 @@ def test_loaders_that_do_not_unpack(name: str, monkeypatch) -> None:
         unsupported.refuse_other_loaders(base)
     refuse(monkeypatch, load_format="heapr")
     unsupported.refuse_other_loaders(base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", [*quantized_models.FOUR_BITS, "fp8-block", "int8-linears"])
+def test_float32_and_4_bits(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(dtype=dtype))
+    monkeypatch.setattr(unsupported, "get_current_vllm_config", lambda: vllm_config)
+    is_refused = dtype == torch.float32 and name in quantized_models.FOUR_BITS
+    with pytest.raises(HeaprError, match="o_proj has.*--dtype bfloat16") if is_refused else nullcontext():
+        unsupported.refuse_float32(quantized_models.block(name, []), "model.layers.0.self_attn.o_proj")

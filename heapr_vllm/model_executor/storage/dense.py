@@ -106,6 +106,11 @@ class DenseStorage:
         self.loaded.add((local, part))
         return True
 
+    @property
+    def held(self) -> set[int]:
+        """Global ids of the experts of which this rank has neurons."""
+        return {expert for expert, local in self.local_ids.items() if self.layout.widths[local]}
+
     def neurons(self, expert: int) -> int:
         """Returns how many neurons of a global expert the checkpoint has."""
         return int(self.masks.keep[expert].sum()) if self.masks.is_compact else self.masks.keep.shape[1]

@@ -12,7 +12,7 @@ import torch
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.names import natural_order
-from heapr_vllm.formats.pruned import read_masks
+from heapr_vllm.formats.pruned import read_masks, served_scheme
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels.triton.obstacles import gpu_has_e4m3, layer_obstacle
 from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, LayerShape
@@ -58,7 +58,7 @@ def jobs_of_shapes(
         if name not in PAPER_SHAPES:
             raise HeaprError(f"unknown shape {name!r}; choose from {', '.join(PAPER_SHAPES)}, or pass a pruned model")
         moe = PAPER_SHAPES[name]
-        scheme = ExpertScheme.for_hidden_size(quantize, moe.hidden_size) if quantize else None
+        scheme = _wanted(quantize, moe.hidden_size)
         for sparsity in sparsities:
             widths = ragged_widths(moe.num_experts, moe.moe_intermediate_size, sparsity)
             jobs.append(Job(moe, _stored(widths, tp_size), dtype, scheme))
@@ -70,8 +70,9 @@ def jobs_of_model(
 ) -> list[Job]:
     """Jobs for a masks repository or compact checkpoint: layers of similar mean width share one.
 
-    `dtype` None and `quantize` None ("int8", "fp8", "int4") take the model's. Raises HeaprError if `directory` holds no
-    masks, or its config names no top-k or experts that the kernel does not run.
+    `dtype` None and `quantize` None ("int8", "fp8", "int4", or "none" for `dtype`) take the model's. Raises HeaprError
+    if `directory` holds no masks or does not say how experts are stored, or its config names no top-k or experts that
+    the kernel does not run.
     """
     masks = read_masks(directory)
     config_file = directory / "config.json"
@@ -83,12 +84,7 @@ def jobs_of_model(
     if not top_k or not hidden_size:
         raise HeaprError(f"{config_file} names no num_experts_per_tok or hidden_size; tune a --shape instead")
     dtype = dtype or getattr(torch, str(text.dtype or text.torch_dtype or "bfloat16"))
-    pruning = checkpoint.pruning
-    scheme = pruning.expert_scheme if pruning else None
-    if pruning and pruning.layout == "masks" and checkpoint.base_quantization and not scheme:
-        scheme = checkpoint.base_quantization.scheme(hidden_size)  # of the base model
-    if quantize:
-        scheme = ExpertScheme.for_hidden_size(quantize, hidden_size)
+    scheme = _wanted(quantize, hidden_size) if quantize else served_scheme(directory, hidden_size)
     scheme = scheme.widened() if scheme else None  # as the kernel that is tuned gets it
     jobs: list[Job] = []
     for prefix in sorted(masks.keep, key=lambda prefix: (int(masks.widths[prefix].sum()), natural_order(prefix))):
@@ -97,6 +93,10 @@ def jobs_of_model(
         if any(widths) and not (jobs and job.shape.distance(jobs[-1].shape) < SIMILAR):
             jobs.append(job)
     return _checked(jobs)
+
+
+def _wanted(quantize: str | None, hidden_size: int) -> ExpertScheme | None:
+    return None if quantize in (None, "none") else ExpertScheme.for_hidden_size(quantize, hidden_size)
 
 
 def with_rounded_activations(jobs: Sequence[Job]) -> list[Job]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -28,8 +28,8 @@ def opened(checkpoint: Checkpoint, dtype: str, device: str) -> Generator[tuple[P
     """Yields the model and its masks, None for an unpruned one.
 
     Masks repositories become their base model with the pruned neurons switched off, compact checkpoints are expanded
-    with zeros: both compute what the pruned model computes. Raises HeaprError on other quantizations and if the masks
-    belong to another base model.
+    with zeros: both compute what the served model computes, whose down projections of 4 bits are rounded to 8 under
+    masks too. Raises HeaprError on other quantizations and if the masks belong to another base model.
     """
     pruning = checkpoint.pruning
     if pruning is None:
@@ -43,8 +43,11 @@ def opened(checkpoint: Checkpoint, dtype: str, device: str) -> Generator[tuple[P
     remedy = "restore the base model, or export the masks with --no-verify"
     check_base(base, masks, pruning.base_model.fingerprint, remedy)
     model = load_model(base, dtype, device)
+    codes = base.expert_quantization
     if pruning.expert_scheme:
         round_experts(model, pruning.expert_scheme)
+    elif codes and codes.packing and not base.uncoded_experts:
+        round_experts(model, codes.scheme(base.hidden_size), shards=("w2",))
     with applied(masks, model):
         yield model, masks
 
@@ -73,11 +76,12 @@ def applied(masks: NeuronMasks, model: Model) -> Generator[Model]:
             weight[pruned] = values
 
 
-def round_experts(model: nn.Module, scheme: ExpertScheme) -> None:
-    """Gives routed experts the values that they have once stored as `scheme` says, in place."""
+def round_experts(model: nn.Module, scheme: ExpertScheme, shards: Collection[str] = ("w13", "w2")) -> None:
+    """Gives these matrices of routed experts the values that they have once stored as `scheme` says, in place."""
     for module in expert_modules(model).values():
-        for shard, stack in (("w13", module.gate_up_proj.data), ("w2", module.down_proj.data)):
-            for weight in stack:
+        stacks = {"w13": module.gate_up_proj.data, "w2": module.down_proj.data}
+        for shard in shards:
+            for weight in stacks[shard]:
                 codes, scale = scheme.quantize(weight, shard)
                 weight.copy_(scheme.dequantize(codes, scale, shard))
 

@@ -15,6 +15,7 @@ import torch
 
 from heapr_vllm.cli.main import main
 from heapr_vllm.errors import HeaprError
+from heapr_vllm.formats.pruned import CALIBRATION_FILE
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.model_executor.kernels.triton import tuned_files
 from heapr_vllm.model_executor.kernels.triton.launch import triton_ragged_moe
@@ -335,7 +336,16 @@ def test_jobs_of_a_model(masks_repository: Path, tmp_path: Path) -> None:
     inner = {"quant_method": "fp8", "weight_block_size": [32, 32]}
     config["quantization_config"] |= {"experts": None, "inner": inner}
     (stored / "config.json").write_text(json.dumps(config))
+    assert jobs_of_model(stored)[0].scheme is None, "the base model's experts have four bytes per weight"
+    record = json.loads((stored / "heapr" / CALIBRATION_FILE).read_text())
+    record["routed_bytes"] = record["routed_weights"] * 5 // 4
+    (stored / "heapr" / CALIBRATION_FILE).write_text(json.dumps(record))
     assert jobs_of_model(stored)[0].scheme == ExpertScheme("float", group_size=32), "as the base model stores them"
+    assert jobs_of_model(stored, quantize="none")[0].scheme is None
+    (stored / "heapr" / CALIBRATION_FILE).unlink()
+    with pytest.raises(HeaprError, match="does not say whether the experts.*--quantize int8"):
+        jobs_of_model(stored)
+    assert jobs_of_model(stored, quantize="fp8")[0].scheme == ExpertScheme("float", group_size=64)
     (stored / "config.json").write_text(json.dumps({**config, "hidden_size": 96}))
     with pytest.raises(HeaprError, match="int4 experts on GPUs need a hidden size in multiples of 64, not 96"):
         jobs_of_model(stored, quantize="int4")

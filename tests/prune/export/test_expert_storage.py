@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`heapr export --quantize`: kept codes are the base model's, and every choice has the size and values it promises."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from heapr_vllm.formats.reader import TensorReader
 from heapr_vllm.model_executor.quantization import HeaprConfig
 from heapr_vllm.prune import export_checkpoint, write_masks_repository
 from heapr_vllm.prune.export.masks_repository import read_pruning_config
+from heapr_vllm.prune.models.experts import expert_modules
 from heapr_vllm.prune.models.loading import load_model
 from heapr_vllm.prune.models.pruned import applied, opened
 from heapr_vllm.prune.repair.fit import RepairSettings
@@ -208,6 +211,43 @@ def test_masks_and_checkpoint_are_evaluated_alike(
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
     with applied(awkward_masks, load_model(Checkpoint(qwen3), "float32", "cpu")) as model, torch.no_grad():
         assert (model(tokens).logits - logits[1]).abs().max() > 1e-3, "it does round"
+
+
+def over(base: Path, masks_repository: Path, folder: Path) -> Checkpoint:
+    """The same masks, said to be of another base model, its sibling."""
+    shutil.copytree(masks_repository, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["base_model"]["name_or_path"] = str(base)
+    (folder / "config.json").write_text(json.dumps(config))
+    return Checkpoint(folder)
+
+
+def test_masks_over_codes_are_evaluated_as_they_are_served(
+    sibling: Path, masks_repository: Path, tmp_path: Path
+) -> None:
+    """Every weight is that of the exported checkpoint, so down_proj of 4 bits is that of 8."""
+    export_checkpoint(masks_repository, tmp_path / "compact", model=str(sibling))
+    compact, masks = Checkpoint(tmp_path / "compact"), over(sibling, masks_repository, tmp_path / "masks")
+    with opened(compact, "float32", "cpu") as (exported, _), opened(masks, "float32", "cpu") as (masked, found):
+        expected = exported.state_dict()
+        assert masked.state_dict().keys() == expected.keys()
+        for name, weight in masked.state_dict().items():
+            prefix, _, matrix = name.rpartition(".")
+            rows = found.keep[prefix].repeat(1, 2) if matrix == "gate_up_proj" else ...
+            assert torch.equal(weight[rows], expected[name][rows]), name
+
+
+def test_codes_of_some_experts_are_evaluated_as_they_are(masks_repository: Path, qwen3: Path, tmp_path: Path) -> None:
+    """Nothing serves their masks, so nothing is rounded."""
+    base = quantized_models.quantized(qwen3, tmp_path / "base", "gptq", excluded=LAYER)
+    masks = over(base, masks_repository, tmp_path / "masks")
+    with opened(masks, "float32", "cpu") as (model, found):
+        whole, keep = values(base), found.keep
+        for prefix, experts in expert_modules(model).items():
+            for expert, down in enumerate(experts.down_proj):
+                kept_columns = keep[prefix][expert]
+                expected = whole[f"{prefix}.{expert}.down_proj.weight"][:, kept_columns]
+                assert torch.equal(down[:, kept_columns], expected)
 
 
 @pytest.mark.parametrize(
