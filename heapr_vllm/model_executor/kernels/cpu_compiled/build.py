@@ -71,7 +71,7 @@ def library_name() -> str:
 
 
 def build(folder: Path) -> Path:
-    """Compiles into `folder`, whole or not at all, and loads what it compiled; about 10 s.
+    """Compiles into `folder`, whole or not at all, and loads what it compiled; about 15 s.
 
     Raises OSError if there is no compiler or the folder cannot be written, RuntimeError or ImportError if PyTorch's
     extension builder fails (Ninja or setuptools missing, say).

@@ -56,7 +56,7 @@ def _load_or_compile(folder: Path) -> None:
         if library.exists():
             torch.ops.load_library(str(library))
             return
-        logger.info("compiling the CPU kernel for experts of variable width, once on this machine (about 10 s) ...")
+        logger.info("compiling the CPU kernel for experts of variable width, once on this machine (about 15 s) ...")
         start = time.perf_counter()
         build.build(folder)
         logger.info("compiled in %.0f s: %s", time.perf_counter() - start, library)
