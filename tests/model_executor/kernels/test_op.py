@@ -52,6 +52,7 @@ CASES = [
     (3, [0, 0], 1, 32, 2, ()),  # dead layer
     (40, [0, 0, 17], 3, 32, 2, (2,)),  # nothing is stored here
     (1100, [24, 8], 2, 32, 2, ()),  # more tokens than the compiled op takes at once, and no divisor of its tiles
+    (40, [528, 300], 2, 544, 2, ()),  # deeper than what several runs of the compiled op's rows take at a time
 ]
 TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (3e-2, 3e-2), torch.float16: (3e-3, 3e-3)}
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -222,10 +223,11 @@ def test_all_kinds_of_layer_are_run() -> None:
     "capability, flags", [("avx512", "-mno-avx512vbmi"), ("avx512", "-DHEAPR_AMX"), ("avx2", ""), ("default", "")]
 )
 def test_other_instruction_sets(capability: str, flags: str) -> None:
-    """This file again, compiled for less than this CPU has."""
+    """This file and the one of unquantized experts again, compiled for less than this CPU has."""
     if capability == "avx512" and not build.isa().startswith("avx512"):
         pytest.skip("no AVX-512 here")
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "HEAPR_CPU_CFLAGS": flags}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "fp64 or code or rows"]
+    files = [__file__, str(Path(__file__).with_name("test_op.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", "fp64 or code or rows"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

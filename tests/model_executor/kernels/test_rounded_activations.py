@@ -45,9 +45,9 @@ def rounded(rows: torch.Tensor, group: int) -> torch.Tensor:
 def expected(x: torch.Tensor, routes: Routes, experts: ExpertRows) -> torch.Tensor:
     """The arithmetic of `integers.h` in fp64: x rounded, then silu(gate) * up, times the scales of down, likewise.
 
-    In between, silu(gate) * up has the dtype of x.
+    In between, silu(gate) * up is in bfloat16 if x is, else in float32.
     """
-    dtype, hidden_size = x.dtype, x.shape[1]
+    kept, hidden_size = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32, x.shape[1]
     assert experts.scales is not None
     groups = experts.scales.w13.shape[1]
     x = rounded(x.float(), torch.gcd(torch.tensor(GROUP), torch.tensor(hidden_size // groups)).item())
@@ -55,7 +55,7 @@ def expected(x: torch.Tensor, routes: Routes, experts: ExpertRows) -> torch.Tens
     for slot, (row, width) in enumerate(experts.table.tolist()):
         w13, w2 = expert_weights(experts, slot, row, width)
         gate, up = (x @ w13.double().T).chunk(2, -1)
-        h = (F.silu(gate) * up).to(dtype).float()
+        h = (F.silu(gate) * up).to(kept).float()
         route = (routes.weights * (routes.slots[routes.ids] == slot)).sum(-1).double()
         if experts.scales.is_by_channel(hidden_size):
             total += route[:, None] * (rounded(h, GROUP) @ w2.double())

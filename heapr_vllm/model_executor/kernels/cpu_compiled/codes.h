@@ -199,7 +199,6 @@ __attribute__((noinline)) void multiply_codes(const at::BFloat16* const* rows, i
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) finish(acc[r][v], scale + v * kWidth, out + r * kPanel + v * kWidth);
 }
-
 #endif
 
 // Decodes a panel along K. Returns of how many rows it has computed the product meanwhile: a first run if the CPU
@@ -213,7 +212,7 @@ int64_t decode(const Block<Row>& block, int64_t begin, int64_t end, const uint8_
       const int64_t count = at::divup(block.count, at::divup(block.count, kRows));
       Row* kept = count < block.count ? decoded : nullptr;
       with_constant<1, kRows>(count, [&](auto rows) {
-        multiply_codes<Code, rows()>(block.rows, begin, end, codes, scale, kept, out);
+        multiply_codes<Code, decltype(rows)::value>(block.rows, begin, end, codes, scale, kept, out);
       });
       return count;
     }
@@ -261,6 +260,10 @@ void product(const Block<typename Step<T>::Row>& block, int64_t depth, const W* 
 }
 
 // Rounds kWidth values to the type of activations.
+template <typename T>
+void store(const Vec& values, T* out) {
+  for (int64_t i = 0; i < kWidth; ++i) out[i] = static_cast<T>(values[i]);
+}
 inline void store(const Vec& values, float* out) { vector_at(out) = values; }
 #ifdef __AVX512BF16__
 inline void store(const Vec& values, at::BFloat16* out) {

@@ -128,11 +128,11 @@ struct Part {
 };
 
 constexpr int64_t kIntegerRows = 8;  // 12 need more registers for their addresses than there are
-constexpr int64_t kPart = 512;       // of K
+constexpr int64_t kPart = kPartBytes / kPanel;  // of K; in 4 bits it takes half the bytes
 template <typename Code>
-constexpr int64_t kFour = 4 * kPanel / kCodesPerByte<Code>;  // bytes of four neighbours along K
+constexpr int64_t kFourBytes = 4 * kPanel / kCodesPerByte<Code>;  // of four neighbours along K
 template <typename Code>
-constexpr int kLines<Biased<Code>> = kUnrolled * kFour<Code> / 64;
+constexpr int kLines<Biased<Code>> = kUnrolled * kFourBytes<Code> / 64;
 
 // out[r][32] += rows[r] times a part of a panel, for `Rows` rounded rows; prefetches as `multiply` does.
 template <typename Code, int Lines, int Rows>
@@ -143,14 +143,14 @@ void multiply_part(const int8_t* const* rows, const Part<Code>& part, float* out
   const auto of_row = [&](int r) { return reinterpret_cast<const RowGroup*>(rows[r] + part.depth)[number]; };
   for (int64_t begin = part.begin, end; begin < part.end; begin = end, ++number, scale += part.scale_step) {
     end = std::min(begin + part.group, part.end);
-    const int64_t bytes = (end - begin) / 4 * kFour<Code>;
-    const uint8_t* next = &codes->byte + bytes_ahead(kPart / 4 * kFour<Code>, bytes, part.runs, part.run);
+    const int64_t bytes = (end - begin) / 4 * kFourBytes<Code>;
+    const uint8_t* next = &codes->byte + bytes_ahead(kPart / 4 * kFourBytes<Code>, bytes, part.runs, part.run);
     Sums acc[Rows][2];
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) acc[r][0] = acc[r][1] = reinterpret_cast<Sums>(_mm512_set1_epi32(of_row(r).start));
     for (int64_t k = begin; k < end; k += 4 * kUnrolled) {  // few times, so that the loop's end is foreseen
 #pragma GCC unroll 4
-      for (int i = 0; i < kUnrolled; ++i, codes += kFour<Code>) {
+      for (int i = 0; i < kUnrolled; ++i, codes += kFourBytes<Code>) {
 #pragma GCC unroll 2
         for (int line = i * Lines / kUnrolled; line < (i + 1) * Lines / kUnrolled; ++line, next += 64)
           __builtin_prefetch(next);
@@ -190,9 +190,10 @@ void product(const Block<int8_t>& block, int64_t depth, const Biased<Code>* pane
                     same_groups ? kPanel : 0, at::divup(block.count, kIntegerRows), 0};
     with_lines<kLines<Biased<Code>>>(part.runs, [&](auto lines) {
       for_runs(block.count, kIntegerRows, [&](int64_t first, int64_t count) {
-        constexpr int64_t least = lines() < kLines<Biased<Code>> ? kIntegerRows / 2 : 1;
+        constexpr int64_t least = decltype(lines)::value < kLines<Biased<Code>> ? kIntegerRows / 2 : 1;
         with_constant<least, kIntegerRows>(count, [&](auto rows) {
-          multiply_part<Code, lines(), rows()>(block.rows + first, part, out + first * kPanel);
+          constexpr auto multiply = multiply_part<Code, decltype(lines)::value, decltype(rows)::value>;
+          multiply(block.rows + first, part, out + first * kPanel);
         });
         ++part.run;
       });

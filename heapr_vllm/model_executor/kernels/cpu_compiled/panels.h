@@ -33,8 +33,8 @@ constexpr int64_t kAmxRows = 32;          // rows of a product on AMX tiles, two
 constexpr int64_t kAmxUnit = 16;          // rows of a tile; what is missing is computed and thrown away
 constexpr int64_t kFewRows = 5;           // with fewer rows reading weights dominates; not timed on AMX
 constexpr int64_t kPrefetch = 8192;       // bytes ahead in the stream of weights; 2048 and 32768 were slower
-constexpr int64_t kPartBytes = 16384;     // of weights that several runs of rows take in turn: they stay in the L1 cache
-constexpr int kUnrolled = 4;              // steps along K
+constexpr int64_t kPartBytes = 16384;     // of weights that several runs of rows take in turn: they stay in L1
+constexpr int kUnrolled = 4;              // steps along K; depths are multiples of as many
 constexpr int64_t kVectors = kPanel / kWidth;
 
 typedef float Vec __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
@@ -112,7 +112,7 @@ inline void finish(const Vec& sum, const float* scale, float* out) {
     vector_at(out) = sum;
 }
 
-// Calls f with a number from `Least` to `Most`, as a constant.
+// Calls f with a number, which is from `Least` to `Most`, as a constant.
 template <int Least, int Most, typename F>
 void with_constant(int64_t number, const F& f) {
   if constexpr (Least < Most)
@@ -129,9 +129,9 @@ void with_lines(int64_t runs, const F& f) {
   f(std::integral_constant<int, Lines>());
 }
 
-// How many bytes ahead one of `runs` runs of rows over a part of a panel, `stride` bytes before the next one, starts to
-// prefetch: alone it stays ahead of itself; of several each takes its share of so many bytes of the next part, so that
-// memory is read all the time and not during the first run only.
+// How many bytes ahead of its weights a run of rows starts to prefetch. A single run stays a little ahead of itself. Of
+// several, which take the same part of a panel in turn, each fetches its share of the next part, `stride` bytes further
+// and `bytes` long, so that memory is read all the time and not during the first run only.
 inline int64_t bytes_ahead(int64_t stride, int64_t bytes, int64_t runs, int64_t run) {
   return runs == 1 ? kPrefetch : stride + bytes / runs * run;
 }
@@ -143,8 +143,8 @@ constexpr int kLines = kUnrolled * kStepBytes<T> / 64;  // of 64 bytes, of kUnro
 
 // out[r][32] = rows[r][begin : end] times a panel, for `Rows` rows, finished with the columns' scales, or without them
 // added to the product with [0 : begin]; in two passes if there are accumulators for half of it. In kUnrolled steps it
-// prefetches so many lines from `next` on, one now and one then: a burst of them, or a loop whose end is guessed wrong,
-// costs up to a fifth of the time.
+// prefetches so many lines from `next` on, none where weights lie in the L1 cache: one now and one then, since a burst
+// of them, or a loop whose end is guessed wrong, costs up to a fifth of the time (docs/measurements.md, 27 November).
 template <typename T, int Lines, int Rows>
 void multiply(const typename Step<T>::Row* const* rows, int64_t begin, int64_t end, const T* panel, const float* scale,
               const char* next, float* out) {
@@ -164,7 +164,7 @@ void multiply(const typename Step<T>::Row* const* rows, int64_t begin, int64_t e
       for (int i = 0; i < kUnrolled; ++i, b += kPanel * pairs) {
 #pragma GCC unroll 2
         for (int line = i * Lines / kUnrolled; line < (i + 1) * Lines / kUnrolled; ++line, next += 64)
-          __builtin_prefetch(next);
+          if (column == 0) __builtin_prefetch(next);
 #pragma GCC unroll 4
         for (int first = 0; first < vectors; first += kHeld) {
           const T* part = b + first * kWidth * pairs;
@@ -242,24 +242,26 @@ void multiply(const Block<typename Step<T>::Row>& block, int64_t begin, int64_t 
     const char* next = reinterpret_cast<const char*>(panel) + bytes_ahead(kPartBytes, bytes, runs, run++);
     constexpr int64_t least = Lines > 0 && Lines < kLines<T> ? kRows / 2 : 1;  // of several runs, which are even
     with_constant<least, kRows>(count, [&](auto rows) {
-      multiply<T, Lines, rows()>(block.rows + first, begin, end, panel, scale, next, out + first * kPanel);
+      constexpr int number = decltype(rows)::value;
+      multiply<T, Lines, number>(block.rows + first, begin, end, panel, scale, next, out + first * kPanel);
     });
   });
 }
 
-// out[r][32] = block.rows[r][0 : depth] times a panel that comes from memory; by parts along K if there are several runs
-// of rows.
+// out[r][32] = block.rows[r][0 : depth] times a panel that comes from memory; by parts along K if runs are several.
 template <typename T>
 void multiply(const Block<typename Step<T>::Row>& block, int64_t depth, const T* panel, float* out) {
   const int64_t runs = at::divup(block.count, kRows);
   const int64_t longest = runs == 1 ? depth : kPartBytes / (kPanel * sizeof(T));
   with_lines<kLines<T>>(runs, [&](auto lines) {
-    for (int64_t begin = 0; begin < depth; begin += longest)
-      multiply<T, lines()>(block, begin, std::min(begin + longest, depth), panel + begin * kPanel, nullptr, out);
+    for (int64_t begin = 0, end; begin < depth; begin = end) {
+      end = std::min(begin + longest, depth);
+      multiply<T, decltype(lines)::value>(block, begin, end, panel + begin * kPanel, nullptr, out);
+    }
   });
 }
 
-// As `multiply` with AMX tiles where they are used.
+// Does as `multiply` on AMX tiles and returns true if rows go there.
 template <typename T>
 bool multiply_if_tiled(const Block<typename Step<T>::Row>& block, int64_t begin, int64_t end, const T* panel,
                        const float* scale, float* out) {

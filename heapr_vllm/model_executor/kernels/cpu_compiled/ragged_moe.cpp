@@ -9,8 +9,8 @@
 // Down may have codes of 8 bits where gate and up have codes of 4. Their scales:
 //   gate/up of an expert [width / 16][groups][gate, up][16 neurons]
 //   down of an expert    [groups][width], for hidden / groups outputs each; by channel [slots][hidden] instead
-// Those of gate and up multiply sums over a group of the hidden size; those of down multiply silu(gate) * up before a
-// task's outputs, all of one group, are computed, or by channel the outputs.
+// Those of gate and up multiply sums over a group of the hidden size; those of down multiply silu(gate) * up before the
+// outputs of a group are computed, or by channel the outputs.
 // Per chunk of tokens there are two parallel loops. The first takes tasks (expert, rows, 16-neuron panels) and leaves
 // silu(gate) * up; the second takes tasks of output columns, runs over all experts in slot order and sums in fp32. No
 // sum crosses a task, so results do not depend on the number of threads nor on who takes which task.
@@ -33,7 +33,7 @@
 
 namespace {
 
-constexpr int64_t kChunk = 1024;    // tokens sorted and computed together; bounds the scratch
+constexpr int64_t kChunk = 1024;     // tokens sorted and computed together; bounds the scratch
 constexpr int64_t kDownPanels = 16;  // at most, of a task of outputs
 
 constexpr std::array<float, kPanel> filled(float value) {
@@ -51,7 +51,7 @@ void silu_and_mul(const float* gate_up, Row* h) {
     const V gate = V::loadu(gate_up + i);
     (gate * V::loadu(gate_up + kLanes + i) / (V(1.f) + gate.neg().exp())).store(result + i);
   }
-  at::vec::convert(result, h, kLanes);
+  for (int64_t i = 0; i < kLanes; i += kWidth) store(vector_at(result + i), h + i);
 }
 
 // Every thread makes a worker and calls it with one task after another; they take the next one as they get free.
@@ -110,8 +110,9 @@ struct Layer {
   static_assert(kIntegers<W> == kIntegers<D>);
   static constexpr bool kCodes = !std::is_same_v<T, W>;
   using Row = std::conditional_t<kIntegers<W>, int8_t, typename Step<T>::Row>;
-  using Exact = std::conditional_t<kIntegers<W>, T, float>;  // where factors, and then a rounding, are still to come
-  using Hidden = std::conditional_t<kCodes, Exact, Row>;     // of silu(gate) * up
+  static constexpr bool kBrief = kIntegers<W> && std::is_same_v<T, at::BFloat16>;  // 8 bits follow; the range suffices
+  using Exact = std::conditional_t<kBrief, T, float>;     // where factors are still to come
+  using Hidden = std::conditional_t<kCodes, Exact, Row>;  // of silu(gate) * up
   const Row* x;
   const W* w13;
   const D* w2;
