@@ -34,11 +34,13 @@ def attack(files: Sequence[Target | PackedTensors], content: bytes) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.fuzz")
     parser.add_argument("--seconds", type=int, default=600)
-    parser.add_argument("--replay", type=Path, help="an input that libFuzzer kept, instead")
+    parser.add_argument("--replay", type=Path, help="an input that libFuzzer kept, with its --only")
     parser.add_argument("--only", default="", metavar="WORD")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         files = [each for each in (*targets(Path(work)), *packed_tensors(Path(work))) if arguments.only in each.name]
+        if not files:
+            parser.error(f"no target's name contains {arguments.only}")
         if arguments.replay:
             attack(files, arguments.replay.read_bytes())
             return

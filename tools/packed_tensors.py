@@ -21,6 +21,7 @@ from tests import quantized_models
 from tools.hostile import Chooser
 
 EXPERTS = "model.layers.0.mlp.experts"
+FORMS = [name for name in quantized_models.FOUR_BITS if not name.endswith("linears")]
 HIDDEN_SIZE = 64
 SHAPES = {"gate": (96, HIDDEN_SIZE), "up": (96, HIDDEN_SIZE), "down": (HIDDEN_SIZE, 96)}
 GROUP_SIZES = (32, 64, 128, 1024, 48, 0, -1)  # which config.json says; the first is right
@@ -125,5 +126,4 @@ def _changed(tensor: torch.Tensor, choose: Chooser) -> torch.Tensor | None:
 
 def packed_tensors(work: Path) -> list[PackedTensors]:
     """One for every way that `four_bits.py` reads, in folders in `work`."""
-    forms = [name for name in quantized_models.FOUR_BITS if not name.endswith("linears")]
-    return [PackedTensors(name, work / name) for name in forms]
+    return [PackedTensors(name, work / name) for name in FORMS]

@@ -78,7 +78,7 @@ def refuse_other_loaders(base: BaseQuantization | None) -> None:
 
 
 def refuse_float32(block: dict[str, Any], prefix: str) -> None:
-    """Raises HeaprError in float32 if a layer that is not pruned has 4 bits, which vLLM's kernels do not multiply so.
+    """Raises HeaprError in float32 if a linear layer has 4 bits, which vLLM's CPU kernels and Marlin do not run so.
 
     `block`: `quantization_config` by which vLLM runs the layer called `prefix`.
     """

@@ -34,7 +34,7 @@ from heapr_vllm.prune.selection.selector import Selector
 from tests import quantized_models
 from tests.formats.strategies import REPAIR, documents, metadata, with_metadata
 from tools.hostile import Dice
-from tools.packed_tensors import packed_tensors
+from tools.packed_tensors import FORMS, PackedTensors
 
 EXAMPLES = int(os.environ.get("HEAPR_FUZZ", "40"))  # per reader
 fuzzed = settings(
@@ -232,10 +232,10 @@ def test_blocks(data: st.DataObject, repository: Path) -> None:
         survives(lambda: PruningConfig.from_dict(document))
 
 
-@pytest.mark.parametrize("number", range(4))
-def test_tensors_of_4_bits(number: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FORMS)
+def test_tensors_of_4_bits(name: str, tmp_path: Path) -> None:
     """Of other types, shapes and bytes, or gone."""
-    target = packed_tensors(tmp_path)[number]
+    target = PackedTensors(name, tmp_path / name)
     outcomes = [survives(partial(target.attack, Dice(f"{target.name} {case}"))) for case in range(2 * EXAMPLES)]
     assert 0.1 < sum(outcomes) / len(outcomes) < 0.9, "taken"
 
