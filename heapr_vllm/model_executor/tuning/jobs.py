@@ -12,8 +12,9 @@ import torch
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.checkpoint import Checkpoint
 from heapr_vllm.formats.names import natural_order
-from heapr_vllm.formats.pruned import read_masks, served_scheme
+from heapr_vllm.formats.pruned import read_masks
 from heapr_vllm.formats.quantized import ExpertScheme
+from heapr_vllm.formats.served_scheme import served_scheme
 from heapr_vllm.model_executor.kernels.triton.obstacles import gpu_has_e4m3, layer_obstacle
 from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, LayerShape
 from heapr_vllm.model_executor.storage.layout import round_up
@@ -84,7 +85,7 @@ def jobs_of_model(
     if not top_k or not hidden_size:
         raise HeaprError(f"{config_file} names no num_experts_per_tok or hidden_size; tune a --shape instead")
     dtype = dtype or getattr(torch, str(text.dtype or text.torch_dtype or "bfloat16"))
-    scheme = _wanted(quantize, hidden_size) if quantize else served_scheme(directory, hidden_size)
+    scheme = _wanted(quantize, hidden_size) if quantize else served_scheme(checkpoint, hidden_size)
     scheme = scheme.widened() if scheme else None  # as the kernel that is tuned gets it
     jobs: list[Job] = []
     for prefix in sorted(masks.keep, key=lambda prefix: (int(masks.widths[prefix].sum()), natural_order(prefix))):

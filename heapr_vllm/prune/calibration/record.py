@@ -10,9 +10,9 @@ from typing import Any
 
 from heapr_vllm.errors import HeaprError
 from heapr_vllm.formats.atomic import atomic_file
-from heapr_vllm.formats.pruned import CALIBRATION_FILE
 from heapr_vllm.formats.quantized import ExpertScheme
 from heapr_vllm.formats.schema import Count, Positive, read_json
+from heapr_vllm.formats.served_scheme import CALIBRATION_FILE
 from heapr_vllm.prune.calibration.settings import CalibrationSettings
 from heapr_vllm.prune.text.samples import SourceRecord
 

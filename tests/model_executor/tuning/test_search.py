@@ -15,8 +15,8 @@ import torch
 
 from heapr_vllm.cli.main import main
 from heapr_vllm.errors import HeaprError
-from heapr_vllm.formats.pruned import CALIBRATION_FILE
 from heapr_vllm.formats.quantized import ExpertScheme
+from heapr_vllm.formats.served_scheme import CALIBRATION_FILE
 from heapr_vllm.model_executor.kernels.triton import tuned_files
 from heapr_vllm.model_executor.kernels.triton.launch import triton_ragged_moe
 from heapr_vllm.model_executor.kernels.triton.tiles import LayerShape, Tile, default_config, use_one_route_blocks

@@ -178,8 +178,8 @@ void store(const Pairs& pairs, Row* decoded) {
 // As `multiply`, with codes that are decoded in registers, and for others' use kept in `decoded` unless it is null. A
 // function of its own, since inlined it took a third longer with codes of 4 bits.
 template <typename Code, int Rows>
-__attribute__((noinline)) void multiply_codes(const at::BFloat16* const* rows, int64_t begin, int64_t end, const uint8_t* codes,
-                    const float* scale, at::BFloat16* decoded, float* out) {
+[[gnu::noinline]] void multiply_codes(const at::BFloat16* const* rows, int64_t begin, int64_t end,
+                                      const uint8_t* codes, const float* scale, at::BFloat16* decoded, float* out) {
   const Decoder<Code> decoder;
   Vec acc[Rows][kVectors] = {};
   for (int64_t k = begin; k < end; codes += 64) {

@@ -192,8 +192,8 @@ void product(const Block<int8_t>& block, int64_t depth, const Biased<Code>* pane
       for_runs(block.count, kIntegerRows, [&](int64_t first, int64_t count) {
         constexpr int64_t least = decltype(lines)::value < kLines<Biased<Code>> ? kIntegerRows / 2 : 1;
         with_constant<least, kIntegerRows>(count, [&](auto rows) {
-          constexpr auto multiply = multiply_part<Code, decltype(lines)::value, decltype(rows)::value>;
-          multiply(block.rows + first, part, out + first * kPanel);
+          constexpr auto multiply_rows = multiply_part<Code, decltype(lines)::value, decltype(rows)::value>;
+          multiply_rows(block.rows + first, part, out + first * kPanel);
         });
         ++part.run;
       });
