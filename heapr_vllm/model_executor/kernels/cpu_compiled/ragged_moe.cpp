@@ -228,7 +228,7 @@ struct Layer {
     });
   }
 
-  // Adds the routes of every expert and the squares of its hidden activations, summed in fp32 over a chunk, to `traffic`.
+  // Adds to `traffic` the routes of every expert and the squares of its hidden activations, summed in fp32 over a chunk.
   void add_traffic(const std::vector<Expert>& experts, const Hidden* h) const {
     for_tasks(experts.size(), [&] {
       return [&](int64_t number) {
@@ -410,8 +410,9 @@ void run(const Arguments& a, bool rounds_activations) {
 }
 
 // Checks the scales of codes and says what they are.
-Scales scales_of(int64_t hidden, const at::Tensor& w13, const at::Tensor& w2, const std::optional<at::Tensor>& w13_scale,
-                 const std::optional<at::Tensor>& w2_scale, int64_t num_slots) {
+Scales scales_of(int64_t hidden, const at::Tensor& w13, const at::Tensor& w2,
+                 const std::optional<at::Tensor>& w13_scale, const std::optional<at::Tensor>& w2_scale,
+                 int64_t num_slots) {
   TORCH_CHECK(w13_scale && w2_scale, "cpu_ragged_moe: codes need scales");
   for (const at::Tensor& scale : {*w13_scale, *w2_scale})
     TORCH_CHECK(scale.dim() == 2 && scale.is_contiguous() && scale.scalar_type() == at::kFloat,
