@@ -144,6 +144,10 @@ def test_neurons_without_weights_do_not_coarsen_the_others(kind: str) -> None:
     assert (output - wanted).norm() <= 2e-2 * wanted.norm()
 
 
+def test_stored_widths_have_room_for_scales() -> None:
+    assert KERNEL.stored_widths([0, 1, 64, 70]) == [0, 64, 64, 80]
+
+
 def test_layers_that_it_runs() -> None:
     for kind in KINDS:
         assert KERNEL.layer_obstacle(torch.bfloat16, 256, scheme_of(kind)) is None

@@ -228,7 +228,7 @@ struct Layer {
     });
   }
 
-  // Adds to `traffic` the routes of every expert and the squares of its hidden activations, summed in fp32 over a chunk.
+  // Adds to `traffic` the routes of every expert and the squares of its hidden activations, in fp32 over a chunk.
   void add_traffic(const std::vector<Expert>& experts, const Hidden* h) const {
     for_tasks(experts.size(), [&] {
       return [&](int64_t number) {
