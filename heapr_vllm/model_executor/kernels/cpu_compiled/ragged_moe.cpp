@@ -122,6 +122,7 @@ struct Layer {
   using Exact = std::conditional_t<kBrief, T, float>;     // where factors are still to come
   using Hidden = std::conditional_t<kCodes, Exact, Row>;  // of silu(gate) * up
   static constexpr bool kRoundsOnce = std::is_same_v<D, Biased<int8_t>>;
+  static constexpr bool kConverts = kCodes && !kRoundsOnce;  // before every product, factors with it
   const Row* x;
   const W* w13;
   const D* w2;
@@ -285,11 +286,8 @@ struct Layer {
     });
   }
 
-  // `Source`: of the rows of hidden activations, as products take them or with factors still to come.
-  template <typename Source>
   void down(int64_t begin, int64_t end, const int32_t* routes, const std::vector<Expert>& experts,
-            const Source* h) const {
-    constexpr bool kConverts = !std::is_same_v<Source, Row>;
+            const std::conditional_t<kConverts, Hidden, Row>* h) const {
     const int64_t panels = hidden / kPanel;
     const int64_t same = kConverts && !scales.by_channel ? panels / scales.groups : panels;  // with the same factors
     const int64_t group = std::clamp<int64_t>(panels / (4 * at::get_num_threads()), 1, kDownPanels);
