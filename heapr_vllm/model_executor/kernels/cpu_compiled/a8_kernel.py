@@ -18,7 +18,7 @@ from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import (
 from heapr_vllm.model_executor.kernels.slabs import SCALE_DTYPE, round_by_slabs
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
-SLAB = 128  # neurons whose codes of 8 bits in down_proj share a scale, and whose activations do
+SLAB = 128  # neurons whose activations share a scale, and codes of 8 bits in down_proj: kHiddenGroup of integers.h
 LEAST_WIDTH = SLAB // 2
 MOST_GROUP = 128  # outputs of a scale, at most, for which the room of all suffices
 

@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int64_t kInputGroup = 128;   // inputs of gate and up, at most, that share a scale
-constexpr int64_t kHiddenGroup = 128;  // hidden activations that do
+constexpr int64_t kHiddenGroup = 128;  // hidden activations that do; SLAB of a8_kernel.py
 
 // Codes of weights with a bias, as the product with activations in 8 bits reads them.
 template <typename Code>

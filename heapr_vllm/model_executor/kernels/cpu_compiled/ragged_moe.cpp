@@ -14,9 +14,10 @@
 // room of its [groups][width] holds bfloat16 instead, by slabs of 128 neighbouring neurons, the last one cut short:
 //   down of an expert    [hidden / 32][slabs][32 outputs]
 // They multiply sums over a slab, so that one rounding of silu(gate) * up does for all outputs.
-// Per chunk of tokens there are two parallel loops. The first takes tasks (expert, rows, 16-neuron panels) and leaves
-// silu(gate) * up; the second takes tasks of output columns, runs over all experts in slot order and sums in fp32. No
-// sum crosses a task, so results do not depend on the number of threads nor on who takes which task.
+// Per chunk of tokens there are two parallel loops, and where activations are rounded once, a third in between, which
+// does it. The first takes tasks (expert, rows, 16-neuron panels) and leaves silu(gate) * up; the last takes tasks of
+// output columns, runs over all experts in slot order and sums in fp32. No sum crosses a task, so results do not depend
+// on the number of threads nor on who takes which task.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -122,7 +123,7 @@ struct Layer {
   using Exact = std::conditional_t<kBrief, T, float>;     // where factors are still to come
   using Hidden = std::conditional_t<kCodes, Exact, Row>;  // of silu(gate) * up
   static constexpr bool kRoundsOnce = std::is_same_v<D, Biased<int8_t>>;
-  static constexpr bool kConverts = kCodes && !kRoundsOnce;  // before every product, factors with it
+  static constexpr bool kConverts = kCodes && !kRoundsOnce;  // hidden activations, for every product with its factors
   const Row* x;
   const W* w13;
   const D* w2;
