@@ -30,7 +30,7 @@ from heapr_vllm.model_executor.kernels.triton import a8_launch, launch
 from tests.model_executor.kernels import a8_cases, moe_cases
 
 SECONDS = 60
-PACKAGE = "heapr_vllm.model_executor.kernels.triton"
+PACKAGE = "heapr_vllm.model_executor.kernels"
 SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -53,7 +53,7 @@ HELPERS_IN_4_BITS = ("_places", "_plane", "_scaled_plane")
 KERNELS = (*HELPERS, *HELPERS_IN_4_BITS, *LAUNCHED)
 A8_LAUNCHED = ("round_rows_kernel", "a8_up_kernel", "a8_down_kernel")
 A8_KERNELS = ("_rounded", "_product", "_scale", *A8_LAUNCHED)
-A8_LAUNCHER = ("pack", "_round_slabs", "slab_scales", "inputs", "empty_hidden", "up_projection", "down_projection")
+A8_LAUNCHER = ("pack", "slab_scales", "inputs", "empty_hidden", "up_projection", "down_projection")
 ROUTE_BLOCKS = ("align_routes", "max_blocks", "build")
 LAUNCHER = (
     "pack",
@@ -142,15 +142,17 @@ def load(mutant: Mutant, folder: str) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    if mutant.module == "jit":
+    if mutant.module == "triton.jit":
         for kernel in LAUNCHED:
             setattr(launch, kernel, getattr(module, kernel))
-    elif mutant.module == "a8_jit":
+    elif mutant.module == "triton.a8_jit":
         for kernel in A8_LAUNCHED:
             setattr(a8_launch, kernel, getattr(module, kernel))
-    elif mutant.module == "a8_launch":
+    elif mutant.module == "slabs":
+        a8_launch.round_by_slabs = module.round_by_slabs
+    elif mutant.module == "triton.a8_launch":
         a8_cases.A8 = module.A8
-    elif mutant.module == "route_blocks":
+    elif mutant.module == "triton.route_blocks":
         launch.RouteBlocks = module.RouteBlocks
     else:
         for name in ("triton_ragged_moe", "pack", "index_tables"):
@@ -172,9 +174,9 @@ def _check(mutant: Mutant) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     with tempfile.TemporaryDirectory() as folder:
         load(mutant, folder)
-        if sys.modules[f"{PACKAGE}.route_blocks"].max_blocks(40, 8, 16) != 10:
+        if sys.modules[f"{PACKAGE}.triton.route_blocks"].max_blocks(40, 8, 16) != 10:
             os._exit(1)  # more would only cost time
-        if mutant.module.startswith("a8"):
+        if mutant.module == "slabs" or mutant.module.startswith("triton.a8"):
             cases, build, limit = a8_cases.FEW_A8_CASES, a8_cases.build, max(a8_cases.LIMIT.values())
         else:
             cases = (*moe_cases.CASES, *moe_cases.FEW_IN_8_BITS, *moe_cases.FEW_IN_4_BITS)
@@ -195,11 +197,12 @@ def main() -> int:
         if not survives(Mutant(name, "control", Path(str(module.__file__)).read_text())):
             raise RuntimeError("the kernels fail without any mutation; run pytest tests/model_executor/kernels/triton")
     found = [
-        *mutants("jit", KERNELS),
-        *mutants("route_blocks", ROUTE_BLOCKS),
-        *mutants("launch", LAUNCHER),
-        *mutants("a8_jit", A8_KERNELS),
-        *mutants("a8_launch", A8_LAUNCHER),
+        *mutants("triton.jit", KERNELS),
+        *mutants("triton.route_blocks", ROUTE_BLOCKS),
+        *mutants("triton.launch", LAUNCHER),
+        *mutants("triton.a8_jit", A8_KERNELS),
+        *mutants("triton.a8_launch", A8_LAUNCHER),
+        *mutants("slabs", ("round_by_slabs",)),
     ]
     survivors = [mutant.name for mutant in tqdm(found, unit="mutant", disable=None) if survives(mutant)]
     unexpected = [name for name in survivors if name not in EQUIVALENT]

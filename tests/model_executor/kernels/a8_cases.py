@@ -22,6 +22,7 @@ from heapr_vllm.model_executor.kernels.triton.tiles import TileConfig, largest_d
 from heapr_vllm.model_executor.storage.layout import RaggedLayout, round_up
 from tests.model_executor.kernels import moe_cases
 from tests.model_executor.kernels.moe_cases import CASES, DECODE, SMALL, WIDE, Case, Layer, copied, fenced
+from tests.model_executor.kernels.slabs import rounded_slabs
 
 SLAB = 64  # neurons whose activations share a scale
 GROUP = 128  # inputs, at most, that do
@@ -55,7 +56,7 @@ class RoundedLayer(NamedTuple):
             gate, up = (x[token] @ w13.double().T).chunk(2, -1)
             hidden = rounded((F.silu(gate) * up).float(), SLAB, self.kind)
             if not layer.plain.scales.is_by_channel(hidden_size):
-                w2 = rounded_slabs(w2, self.kind)
+                w2 = rounded_slabs(w2, self.kind, SLAB)
             output.index_add_(0, token, hidden @ w2.double() * layer.routes.weights.flatten()[chosen, None])
         return output
 
@@ -115,15 +116,6 @@ def codes_of(rows: torch.Tensor, group: int, kind: str) -> tuple[torch.Tensor, t
     steps = parts * (LARGEST_CODE[kind] / largest.clamp(min=1e-30))
     codes = steps.round().to(torch.int8) if kind == "int" else steps.to(torch.float8_e4m3fn)
     return codes.flatten(1), (largest / LARGEST_CODE[kind])[..., 0]
-
-
-def rounded_slabs(w2: torch.Tensor, kind: str) -> torch.Tensor:
-    """Values [width, H] once rounded to codes with bf16 scales, one per 64 rows and column."""
-    slabs = w2.unflatten(0, (-1, SLAB))
-    scale = (slabs.abs().amax(1, keepdim=True) / LARGEST_CODE[kind]).bfloat16().float()
-    steps = (slabs / scale.where(scale > 0, 1.0)).clamp(-LARGEST_CODE[kind], LARGEST_CODE[kind])
-    codes = steps.round() if kind == "int" else steps.to(torch.float8_e4m3fn).float()
-    return (codes * scale).flatten(0, 1)
 
 
 def of_codes(case: Case, kind: str, strategy: str, group_size: int | None = None) -> Case:

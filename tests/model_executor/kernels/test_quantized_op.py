@@ -86,7 +86,7 @@ def zeros(scheme: ExpertScheme, rows: int, hidden: int) -> torch.Tensor:
 def layer(case: tuple, dtype: torch.dtype, kind: str, kernel: RaggedKernel) -> Layer:
     """An expert's largest weights differ by neuron, so that a wrong scale shows. Padding has code 0 and scale 1."""
     tokens, widths, top_k, hidden, group_size, remote = case
-    group_size = hidden if kind.startswith("int4") and group_size is None else group_size
+    group_size = 64 if kind.startswith("int4") and group_size is None else group_size
     scheme = scheme_of(kind, group_size)
     generator = torch.Generator().manual_seed(len(widths) * tokens)
     local = [e for e in range(len(widths)) if e not in remote]

@@ -9,18 +9,20 @@ import torch.nn.functional as F
 
 pytest.importorskip("vllm")
 
-from heapr_vllm.formats.quantized import PACKED_DTYPE, ExpertScheme, unpack_nibbles
+from heapr_vllm.formats.quantized import ExpertScheme, unpack_nibbles
 from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes, Scales
 from heapr_vllm.model_executor.kernels.cpu_compiled import build
 from heapr_vllm.model_executor.kernels.cpu_compiled.a8_kernel import CompiledA8Kernel
 from heapr_vllm.model_executor.kernels.reference import expert_weights
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 from tests.model_executor.kernels.largest_sums import check_largest_sums
+from tests.model_executor.kernels.slabs import rounded_slabs
 from tests.model_executor.kernels.test_quantized_op import CASES, layer, scheme_of
 from tests.model_executor.kernels.thread_counts import outputs_by_threads
 
 KERNEL = CompiledA8Kernel()
 GROUP = 128  # activations, at most, that share a scale
+A8_CASES = [case for case in CASES if case[4] is None or case[4] <= GROUP]
 KINDS = ("int8", "int4", "int4-int8")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 pytestmark = pytest.mark.skipif(KERNEL.machine_obstacle() is not None, reason="no compiler, or no AVX-512 VNNI")
@@ -43,9 +45,9 @@ def rounded(rows: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def expected(x: torch.Tensor, routes: Routes, experts: ExpertRows) -> torch.Tensor:
-    """The arithmetic of `integers.h` in fp64: x rounded, then silu(gate) * up, times the scales of down, likewise.
+    """The arithmetic of `integers.h` in fp64: x rounded, then silu(gate) * up likewise, and down in 8 bits by slabs.
 
-    In between, silu(gate) * up is in bfloat16 if x is, else in float32.
+    If down has 4 bits, silu(gate) * up times its scales. Before that it is in bfloat16 if x is, else in float32.
     """
     kept, hidden_size = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32, x.shape[1]
     assert experts.scales is not None
@@ -60,8 +62,10 @@ def expected(x: torch.Tensor, routes: Routes, experts: ExpertRows) -> torch.Tens
         if experts.scales.is_by_channel(hidden_size):
             total += route[:, None] * (rounded(h, GROUP) @ w2.double())
             continue
-        codes = experts.w2[row : row + width]
-        codes = (unpack_nibbles(codes) if codes.dtype == PACKED_DTYPE else codes).double()
+        if not experts.is_packed:
+            total += route[:, None] * (rounded(h, GROUP) @ rounded_slabs(w2, "int", GROUP).double())
+            continue
+        codes = unpack_nibbles(experts.w2[row : row + width]).double()
         scales = experts.scales.w2[row : row + width]
         for group, columns in enumerate(codes.split(hidden_size // groups, 1)):
             outputs = slice(group * columns.shape[1], (group + 1) * columns.shape[1])
@@ -71,15 +75,14 @@ def expected(x: torch.Tensor, routes: Routes, experts: ExpertRows) -> torch.Tens
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"T{case[0]}-H{case[3]}-g{case[4]}")
+@pytest.mark.parametrize("case", A8_CASES, ids=lambda case: f"T{case[0]}-H{case[3]}-g{case[4]}")
 def test_arithmetic(case: tuple, dtype: torch.dtype, kind: str) -> None:
-    """Against the same rounding in fp64, and against none: rounding costs 2 %, of two widths 2.1 %."""
+    """Against the same rounding in fp64, and against none: rounding costs 1 to 3 %."""
     built, plain = (layer(case, dtype, kind, kernel) for kernel in (KERNEL, Unpacked()))
     output, wanted = built.run(), expected(built.x, plain.routes, plain.experts)
     own_rounding = 8e-3 if dtype == torch.bfloat16 else 3e-3  # of the output; h may fall to another integer
     assert (output - wanted).norm() <= own_rounding * wanted.norm()
-    limit = 2.1e-2 if kind == "int4-int8" else 2e-2
-    assert (output - built.expected).norm() <= limit * built.expected.norm()
+    assert (output - built.expected).norm() <= 3e-2 * built.expected.norm()
     assert torch.equal(output, built.run()), "not repeatable"
 
 
@@ -94,11 +97,11 @@ def test_sums_of_integers_are_exact(group_size: int | None, tokens: int) -> None
         KERNEL.run(output, x, routes, replace(experts, table=table))
         return output
 
-    check_largest_sums(run, tokens, 16, group_size, down_code=1)
+    check_largest_sums(run, tokens, group_size)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", CASES[3:9], ids=lambda case: f"T{case[0]}-H{case[3]}-g{case[4]}")
+@pytest.mark.parametrize("case", A8_CASES[3:9], ids=lambda case: f"T{case[0]}-H{case[3]}-g{case[4]}")
 def test_rows_and_threads_do_not_change_results(case: tuple, kind: str) -> None:
     built = layer(case, torch.bfloat16, kind, KERNEL)
     singly = [built.run(slice(token, token + 1)) for token in range(min(case[0], 9))]
@@ -122,7 +125,7 @@ def test_what_is_no_number_shows(value: float) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_neurons_without_weights_do_not_coarsen_the_others(kind: str) -> None:
     """Their scale is 1, a thousand times that of others, whose activations would all be rounded to 0 beside theirs."""
-    tokens, hidden, width = 9, 128, 32
+    tokens, hidden, width = 9, 128, 64
     scheme, generator = scheme_of(kind), torch.Generator().manual_seed(0)
     gate_up = torch.randn(2 * width, hidden, generator=generator) * 0.1
     down = torch.randn(hidden, width, generator=generator) * 0.1
@@ -141,6 +144,10 @@ def test_neurons_without_weights_do_not_coarsen_the_others(kind: str) -> None:
     assert (output - wanted).norm() <= 2e-2 * wanted.norm()
 
 
+def test_stored_widths_have_room_for_scales() -> None:
+    assert KERNEL.stored_widths([0, 1, 64, 70]) == [0, 64, 64, 80]
+
+
 def test_layers_that_it_runs() -> None:
     for kind in KINDS:
         assert KERNEL.layer_obstacle(torch.bfloat16, 256, scheme_of(kind)) is None
@@ -149,6 +156,7 @@ def test_layers_that_it_runs() -> None:
         (torch.float32, scheme, "computes in float32; choose compiled"),
         (torch.bfloat16, replace(scheme, type="float"), "not fp8 ones; choose compiled"),
         (torch.bfloat16, None, "not unquantized ones; choose compiled"),
+        (torch.bfloat16, replace(scheme, group_size=256), "groups of at most 128, not 256; choose compiled"),
     ):
         assert (KERNEL.layer_obstacle(dtype, 256, other) or "").endswith(message)
     assert build.has_vnni()

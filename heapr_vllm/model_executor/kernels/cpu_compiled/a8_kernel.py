@@ -15,7 +15,12 @@ from heapr_vllm.model_executor.kernels.cpu_compiled.kernel import (
     reorder,
     reorder_nibbles,
 )
+from heapr_vllm.model_executor.kernels.slabs import SCALE_DTYPE, round_by_slabs
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
+
+SLAB = 128  # neurons whose activations share a scale, and codes of 8 bits in down_proj: kHiddenGroup of integers.h
+LEAST_WIDTH = SLAB // 2
+MOST_GROUP = 128  # outputs of a scale, at most, for which the room of all suffices
 
 
 class CompiledA8Kernel(CompiledKernel):
@@ -40,20 +45,36 @@ class CompiledA8Kernel(CompiledKernel):
     def layer_obstacle(self, dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None) -> str | None:
         if scheme is None or scheme.type != "int":
             return f"it is for integer experts, not {scheme.name if scheme else 'unquantized'} ones; choose compiled"
+        if scheme.group_size and scheme.group_size > MOST_GROUP:
+            return f"it is for groups of at most {MOST_GROUP}, not {scheme.group_size}; choose compiled"
         if dtype == torch.float32:
             return "it rounds activations to 8 bits, and the model computes in float32; choose compiled"
         return super().layer_obstacle(dtype, hidden_size, scheme)
 
-    def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scales | None = None) -> None:
-        """Does as `CompiledKernel.pack`; a neuron without weights in a group of outputs gets scale 0 there.
+    def stored_widths(self, widths: list[int]) -> list[int]:
+        """Returns those of `CompiledKernel`, but at least 64, so that `pack` has room for a slab's scales."""
+        return [max(width, LEAST_WIDTH) if width else 0 for width in super().stored_widths(widths)]
 
-        Its activation counts for nothing then when those of its neighbours, times their scales, are rounded with it.
+    def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scales | None = None) -> None:
+        """Does as `CompiledKernel.pack`, but hidden activations must be rounded without the scales of down_proj.
+
+        In 8 bits those in groups make way for scales by slab. In 4 bits, where activations are rounded times their
+        scales, a neuron without weights in a group of outputs gets scale 0 there, so that it does not coarsen others.
         """
-        if scales and not scales.is_by_channel(w2.shape[1]):
-            zero = ZERO_BYTE_4_BITS if w2.dtype == PACKED_DTYPE else 0
-            is_zero = (w2 == zero).unflatten(1, (scales.w2.shape[1], -1)).all(-1)
+        if scales is None or scales.is_by_channel(w2.shape[1]):
+            super().pack(w13, w2, layout, scales)
+            return
+        if w2.dtype == PACKED_DTYPE:
+            is_zero = (w2 == ZERO_BYTE_4_BITS).unflatten(1, (scales.w2.shape[1], -1)).all(-1)
             scales.w2.masked_fill_(is_zero, 0)
+            super().pack(w13, w2, layout, scales)
+            return
+        places = [slice(row, row + width) for row, width in layout.expert_table()]
+        by_slab = [round_by_slabs(w2[place], scales.w2[place], SLAB) for place in places]
         super().pack(w13, w2, layout, scales)
+        for place, slab_scales in zip(places, by_slab, strict=True):
+            by_panel = slab_scales.unflatten(1, (-1, COLUMNS)).transpose(0, 1).flatten()
+            scales.w2[place].view(SCALE_DTYPE).view(-1)[: len(by_panel)] = by_panel
 
     def pack_gate_up(self, rows: torch.Tensor) -> None:
         """Makes codes unsigned, as those of 4 bits are, in the order of `integers.h`."""

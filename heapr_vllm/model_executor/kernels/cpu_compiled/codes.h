@@ -242,7 +242,8 @@ void multiply_decoded(const Block<typename Step<T>::Row>& block, int64_t depth, 
     const int64_t group = begin / scales.group;
     end = std::min({begin + longest, (group + 1) * scales.group, depth});
     const float* scale = scales.values + group * kPanel;
-    const int64_t done = decode<Code>(block, begin, end, codes + begin * kPanel / kCodesPerByte<Code>, scale, decoded, out);
+    const uint8_t* first = codes + begin * kPanel / kCodesPerByte<Code>;
+    const int64_t done = decode<Code>(block, begin, end, first, scale, decoded, out);
     const Block<Row> rest{block.rows + done, block.count - done, block.stride, block.tiled};
     if (!multiply_if_tiled(rest, begin, end, decoded, scale, out + done * kPanel))
       multiply<Row, 0>(rest, begin, end, decoded, scale, out + done * kPanel);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products of activations in 8 bits with panels of codes, summed as 32-bit integers.
 //
-// One instruction multiplies four unsigned bytes by four signed ones, so codes have a bias added, 128 in 8 bits and 8 in
-// 4, and activations keep their sign. A row's sum over a group of K then is too large by the bias times the sum of its
-// activations there, which is known before, and from whose negative the sum starts. Of a panel, 128 bytes hold four
+// One instruction multiplies four unsigned bytes by four signed ones, so codes have a bias added, 128 in 8 bits and 8
+// in 4, and activations keep their sign. A row's sum over a group of K then is too large by the bias times the sum of
+// its activations there, which is known before, and from whose negative the sum starts. Of a panel, 128 bytes hold four
 // neighbours along K of all columns, [2 halves of the panel][16 columns][4]; in 4 bits 64 bytes do, with the first half
 // in the lower nibbles. No sum overflows: a group is at most 128 deep.
 
@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int64_t kInputGroup = 128;   // inputs of gate and up, at most, that share a scale
-constexpr int64_t kHiddenGroup = 128;  // hidden activations that do
+constexpr int64_t kHiddenGroup = 128;  // hidden activations that do; SLAB of a8_kernel.py
 
 // Codes of weights with a bias, as the product with activations in 8 bits reads them.
 template <typename Code>
@@ -30,8 +30,8 @@ constexpr bool kIntegers = false;
 template <typename Code>
 constexpr bool kIntegers<Biased<Code>> = true;
 
-// Of a group of a rounded row: what its integers are multiplied by, and what sums of products start from. All groups' lie
-// behind the integers.
+// Of a group of a rounded row: what its integers are multiplied by, and what sums of products start from. Those of all
+// groups lie behind the integers.
 struct RowGroup {
   float scale;
   int32_t start;
@@ -75,7 +75,8 @@ RowGroup round_group(const T* values, const float* factors, int64_t count, int32
 #pragma GCC unroll 2
   for (int block = 0; block < kBlocks; ++block) {
     const auto integers = [&](int v) { return _mm512_cvtps_epi32(products[4 * block + v] * factor); };
-    const __m512i low = _mm512_packs_epi32(integers(0), integers(1)), high = _mm512_packs_epi32(integers(2), integers(3));
+    const __m512i low = _mm512_packs_epi32(integers(0), integers(1));
+    const __m512i high = _mm512_packs_epi32(integers(2), integers(3));
     const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
     sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), bytes);
     const int64_t rest = std::min<int64_t>(count - 64 * block, 64);
@@ -124,7 +125,7 @@ struct Part {
   const Biased<Code>* codes;
   const float* scale;
   int64_t scale_step;  // from a group to the next; 0 within one scale group of the panel
-  int64_t runs, run;
+  int64_t ahead;       // bytes from weights to what is prefetched beside them
 };
 
 constexpr int64_t kIntegerRows = 8;  // 12 need more registers for their addresses than there are
@@ -139,15 +140,17 @@ template <typename Code, int Lines, int Rows>
 void multiply_part(const int8_t* const* rows, const Part<Code>& part, float* out) {
   const auto* codes = part.codes;
   const float* scale = part.scale;
-  int64_t number = part.number;
-  const auto of_row = [&](int r) { return reinterpret_cast<const RowGroup*>(rows[r] + part.depth)[number]; };
-  for (int64_t begin = part.begin, end; begin < part.end; begin = end, ++number, scale += part.scale_step) {
+  const int8_t* row[Rows];  // a copy, which stores to `out` cannot change, for all that the compiler knows
+#pragma GCC unroll 12
+  for (int r = 0; r < Rows; ++r) row[r] = rows[r];
+  int64_t offset = part.depth + part.number * static_cast<int64_t>(sizeof(RowGroup));  // of the group, from a row
+  const auto group_of = [&](int r) { return *reinterpret_cast<const RowGroup*>(row[r] + offset); };
+  for (int64_t begin = part.begin, end; begin < part.end; begin = end) {
     end = std::min(begin + part.group, part.end);
-    const int64_t bytes = (end - begin) / 4 * kFourBytes<Code>;
-    const uint8_t* next = &codes->byte + bytes_ahead(kPart / 4 * kFourBytes<Code>, bytes, part.runs, part.run);
+    const uint8_t* next = &codes->byte + part.ahead;
     Sums acc[Rows][2];
 #pragma GCC unroll 12
-    for (int r = 0; r < Rows; ++r) acc[r][0] = acc[r][1] = reinterpret_cast<Sums>(_mm512_set1_epi32(of_row(r).start));
+    for (int r = 0; r < Rows; ++r) acc[r][0] = acc[r][1] = reinterpret_cast<Sums>(_mm512_set1_epi32(group_of(r).start));
     for (int64_t k = begin; k < end; k += 4 * kUnrolled) {  // few times, so that the loop's end is foreseen
 #pragma GCC unroll 4
       for (int i = 0; i < kUnrolled; ++i, codes += kFourBytes<Code>) {
@@ -158,7 +161,7 @@ void multiply_part(const int8_t* const* rows, const Part<Code>& part, float* out
 #pragma GCC unroll 12
         for (int r = 0; r < Rows; ++r) {
           int32_t four;
-          std::memcpy(&four, rows[r] + k + 4 * i, sizeof(four));
+          std::memcpy(&four, row[r] + k + 4 * i, sizeof(four));
           const __m512i activations = _mm512_set1_epi32(four);
 #pragma GCC unroll 2
           for (int v = 0; v < 2; ++v)
@@ -167,13 +170,17 @@ void multiply_part(const int8_t* const* rows, const Part<Code>& part, float* out
         }
       }
     }
+    const Vec scales[2] = {vector_at(scale), vector_at(scale + kWidth)};
 #pragma GCC unroll 12
-    for (int r = 0; r < Rows; ++r)
+    for (int r = 0; r < Rows; ++r) {
+      const float row_scale = group_of(r).scale;
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v)
-        vector_at(out + r * kPanel + v * kWidth) +=
-            __builtin_convertvector(acc[r][v], Vec) * vector_at(scale + v * kWidth) * of_row(r).scale;
+        vector_at(out + r * kPanel + v * kWidth) += __builtin_convertvector(acc[r][v], Vec) * scales[v] * row_scale;
+    }
     asm volatile("" ::: "memory");  // or the compiler holds `out` in the registers that sums need
+    offset += sizeof(RowGroup);
+    scale += part.scale_step;
   }
 }
 
@@ -181,21 +188,24 @@ void multiply_part(const int8_t* const* rows, const Part<Code>& part, float* out
 template <typename T, typename Code>
 void product(const Block<int8_t>& block, int64_t depth, const Biased<Code>* panel, PanelScales scales, float* out) {
   const bool same_groups = block.group == scales.group;
+  const auto bytes_of = [](int64_t depth) { return depth / 4 * kFourBytes<Code>; };
   std::fill_n(out, block.count * kPanel, 0.f);
   for (int64_t begin = 0, end; begin < depth; begin = end) {
     const int64_t number = begin / scales.group;
     end = std::min({begin + kPart, depth, same_groups ? depth : (number + 1) * scales.group});
     const Biased<Code>* codes = panel + begin * kPanel / kCodesPerByte<Code>;
     Part<Code> part{depth, block.group, begin, end, begin / block.group, codes, scales.values + number * kPanel,
-                    same_groups ? kPanel : 0, at::divup(block.count, kIntegerRows), 0};
-    with_lines<kLines<Biased<Code>>>(part.runs, [&](auto lines) {
+                    same_groups ? kPanel : 0, 0};
+    const int64_t runs = at::divup(block.count, kIntegerRows);
+    int64_t run = 0;
+    with_lines<kLines<Biased<Code>>>(runs, [&](auto lines) {
       for_runs(block.count, kIntegerRows, [&](int64_t first, int64_t count) {
+        part.ahead = bytes_ahead(bytes_of(kPart), bytes_of(block.group), runs, run++);
         constexpr int64_t least = decltype(lines)::value < kLines<Biased<Code>> ? kIntegerRows / 2 : 1;
         with_constant<least, kIntegerRows>(count, [&](auto rows) {
           constexpr auto multiply_rows = multiply_part<Code, decltype(lines)::value, decltype(rows)::value>;
           multiply_rows(block.rows + first, part, out + first * kPanel);
         });
-        ++part.run;
       });
     });
   }

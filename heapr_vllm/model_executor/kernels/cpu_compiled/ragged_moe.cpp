@@ -10,10 +10,14 @@
 //   gate/up of an expert [width / 16][groups][gate, up][16 neurons]
 //   down of an expert    [groups][width], for hidden / groups outputs each; by channel [slots][hidden] instead
 // Those of gate and up multiply sums over a group of the hidden size; those of down multiply silu(gate) * up before the
-// outputs of a group are computed, or by channel the outputs.
-// Per chunk of tokens there are two parallel loops. The first takes tasks (expert, rows, 16-neuron panels) and leaves
-// silu(gate) * up; the second takes tasks of output columns, runs over all experts in slot order and sums in fp32. No
-// sum crosses a task, so results do not depend on the number of threads nor on who takes which task.
+// outputs of a group are computed, or by channel the outputs. Where products are of integers and down has 8 bits, the
+// room of its [groups][width] holds bfloat16 instead, by slabs of 128 neighbouring neurons, the last one cut short:
+//   down of an expert    [hidden / 32][slabs][32 outputs]
+// They multiply sums over a slab, so that one rounding of silu(gate) * up does for all outputs.
+// Per chunk of tokens there are two parallel loops, and where activations are rounded once, a third in between, which
+// does it. The first takes tasks (expert, rows, 16-neuron panels) and leaves silu(gate) * up; the last takes tasks of
+// output columns, runs over all experts in slot order and sums in fp32. No sum crosses a task, so results do not depend
+// on the number of threads nor on who takes which task.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -68,9 +72,14 @@ void for_tasks(int64_t tasks, const F& make_worker) {
 }
 
 // Routes of one expert: [begin, end) of the sorted list; `slot`, `row` and `width` say where its weights lie; `h` where
-// the rows of its hidden activations start.
+// the rows of its hidden activations start, and `stride` how far they are apart.
 struct Expert {
-  int64_t slot, row, width, begin, end, h;
+  int64_t slot, row, width, begin, end, h, stride;
+
+  template <typename Element>
+  Element* hidden_row(Element* rows, int64_t route) const {
+    return rows + h + (route - begin) * stride;
+  }
 };
 
 // Factors of codes; `groups` of the hidden size have their own. By channel it is one group, and outputs have factors.
@@ -113,6 +122,8 @@ struct Layer {
   static constexpr bool kBrief = kIntegers<W> && std::is_same_v<T, at::BFloat16>;  // 8 bits follow; the range suffices
   using Exact = std::conditional_t<kBrief, T, float>;     // where factors are still to come
   using Hidden = std::conditional_t<kCodes, Exact, Row>;  // of silu(gate) * up
+  static constexpr bool kRoundsOnce = std::is_same_v<D, Biased<int8_t>>;
+  static constexpr bool kConverts = kCodes && !kRoundsOnce;  // hidden activations, for every product with its factors
   const Row* x;
   const W* w13;
   const D* w2;
@@ -133,7 +144,14 @@ struct Layer {
     h.resize(std::max<size_t>(h.size(), sort(begin, end, routes, experts)));
     gate_up(routes.data(), experts, h.data());
     if (traffic.activation_sq) add_traffic(experts, h.data());
-    down(begin, end, routes.data(), experts, h.data());
+    if constexpr (kRoundsOnce) {
+      static thread_local std::vector<Row> rounded;
+      rounded.resize(h.size());
+      round_hidden(experts, h.data(), rounded.data());
+      down(begin, end, routes.data(), experts, rounded.data());
+    } else {
+      down(begin, end, routes.data(), experts, h.data());
+    }
   }
 
   // Sorts the routes of these tokens by slot, then by token; returns the elements of h. Routes of experts that are not
@@ -151,9 +169,10 @@ struct Layer {
     for (int64_t slot = 0; slot < num_slots; ++slot) {
       const int64_t count = next[slot], row = table[2 * slot], width = table[2 * slot + 1];
       next[slot] = first;
-      if (count && width) experts.push_back({slot, row, width, first, first + count, elements});
+      const int64_t stride = kRoundsOnce ? row_size<Row>(width, kHiddenGroup) : width;
+      if (count && width) experts.push_back({slot, row, width, first, first + count, elements, stride});
       first += count;
-      elements += count * width;
+      elements += count * stride;
       widest = std::max(widest, width);
     }
     routes.resize(first);
@@ -205,13 +224,13 @@ struct Layer {
           product<T>(Block<Row>{rows, count, hidden, tiled, row_group}, hidden, codes(w13, row * hidden),
                      w13_scales(row), out);
           for (int64_t r = 0; r < count; ++r)
-            silu_and_mul(out + r * kPanel, h + e.h + (task.begin - e.begin + r) * e.width + panel * kLanes);
+            silu_and_mul(out + r * kPanel, e.hidden_row(h, task.begin + r) + panel * kLanes);
         }
       };
     });
   }
 
-  // Adds the routes of every expert and the squares of its hidden activations, summed in fp32 over a chunk, to `traffic`.
+  // Adds to `traffic` the routes of every expert and the squares of its hidden activations, in fp32 over a chunk.
   void add_traffic(const std::vector<Expert>& experts, const Hidden* h) const {
     for_tasks(experts.size(), [&] {
       return [&](int64_t number) {
@@ -219,9 +238,9 @@ struct Layer {
         double* total = traffic.activation_sq + e.slot * traffic.max_width;
         for (int64_t column = 0; column < e.width; column += kLanes) {
           float sums[kLanes] = {};
-          for (int64_t r = 0; r < e.end - e.begin; ++r)
+          for (int64_t route = e.begin; route < e.end; ++route)
             for (int64_t i = 0; i < kLanes; ++i) {
-              const float value = h[e.h + r * e.width + column + i];
+              const float value = e.hidden_row(h, route)[column + i];
               sums[i] += value * value;
             }
           for (int64_t i = 0; i < kLanes; ++i) total[column + i] += sums[i];
@@ -243,16 +262,35 @@ struct Layer {
     return {scales.w13 + row * scales.groups, hidden / scales.groups};
   }
 
-  // Of a panel of down: none but by channel.
+  // Of a panel of down: by channel, by slab, or none.
   PanelScales w2_scales(const Expert& e, int64_t panel) const {
     static constexpr std::array<float, kPanel> ones = filled(1.f);
-    return {scales.by_channel ? scales.w2 + e.slot * hidden + panel * kPanel : ones.data(), e.width};
+    if (scales.by_channel) return {scales.w2 + e.slot * hidden + panel * kPanel, e.width};
+    if constexpr (!kRoundsOnce) return {ones.data(), e.width};
+    static thread_local std::vector<float> values;
+    const int64_t count = at::divup(e.width, kHiddenGroup) * kPanel;
+    const auto* stored = reinterpret_cast<const at::BFloat16*>(scales.w2 + e.row * scales.groups) + panel * count;
+    values.resize(std::max<size_t>(values.size(), count));
+    at::vec::convert(stored, values.data(), count);
+    for (int64_t i = 0; i < count; i += kPanel) __builtin_prefetch(stored + count + i);  // of the next panel
+    return {values.data(), kHiddenGroup};
+  }
+
+  // Rounds the hidden activations of every expert.
+  void round_hidden(const std::vector<Expert>& experts, const Hidden* h, Row* rounded) const {
+    for_tasks(experts.size(), [&] {
+      return [&](int64_t number) {
+        const Expert& e = experts[number];
+        for (int64_t route = e.begin; route < e.end; ++route)
+          convert_row<D>(e.hidden_row(h, route), nullptr, e.width, kHiddenGroup, e.hidden_row(rounded, route));
+      };
+    });
   }
 
   void down(int64_t begin, int64_t end, const int32_t* routes, const std::vector<Expert>& experts,
-            const Hidden* h) const {
+            const std::conditional_t<kConverts, Hidden, Row>* h) const {
     const int64_t panels = hidden / kPanel;
-    const int64_t same = kCodes && !scales.by_channel ? panels / scales.groups : panels;  // with the same scales
+    const int64_t same = kConverts && !scales.by_channel ? panels / scales.groups : panels;  // with the same factors
     const int64_t group = std::clamp<int64_t>(panels / (4 * at::get_num_threads()), 1, kDownPanels);
     const auto work = [&](int64_t task) {
       static thread_local std::vector<float> sums;
@@ -267,7 +305,10 @@ struct Layer {
           Block<Row> block{rows, count, e.width, !kIntegers<W> && on_tiles<T>(e.end - e.begin), kHiddenGroup};
           for (int64_t panel = first_panel; panel < last_panel; ++panel) {
             if (panel == first_panel || panel % same == 0) {
-              rows[0] = converted(h + e.h + (first - e.begin) * e.width, count, e, panel / same);
+              if constexpr (kConverts)
+                rows[0] = converted(e.hidden_row(h, first), count, e, panel / same);
+              else
+                rows[0] = e.hidden_row(h, first);
               for (int64_t r = 1; r < count; ++r) rows[r] = rows[r - 1] + row_size<Row>(e.width, kHiddenGroup);
             }
             product<T>(block, e.width, codes(w2, e.row * hidden + panel * kPanel * e.width), w2_scales(e, panel), out);
@@ -288,17 +329,13 @@ struct Layer {
   // Rows of hidden activations of an expert, times its factors for a group of outputs, as this thread keeps them until
   // the next call. Tiles may read beyond them.
   const Row* converted(const Hidden* h, int64_t count, const Expert& e, int64_t group) const {
-    if constexpr (!kCodes) {
-      return h;
-    } else {
-      static thread_local std::vector<Row> result;
-      const int64_t size = row_size<Row>(e.width, kHiddenGroup);
-      result.resize(std::max<size_t>(result.size(), kRowBlock * size));
-      const float* scale = scales.by_channel ? nullptr : scales.w2 + e.row * scales.groups + group * e.width;
-      for (int64_t r = 0; r < count; ++r)
-        convert_row<D>(h + r * e.width, scale, e.width, kHiddenGroup, result.data() + r * size);
-      return result.data();
-    }
+    static thread_local std::vector<Row> result;
+    const int64_t size = row_size<Row>(e.width, kHiddenGroup);
+    result.resize(std::max<size_t>(result.size(), kRowBlock * size));
+    const float* scale = scales.by_channel ? nullptr : scales.w2 + e.row * scales.groups + group * e.width;
+    for (int64_t r = 0; r < count; ++r)
+      convert_row<D>(h + r * e.stride, scale, e.width, kHiddenGroup, result.data() + r * size);
+    return result.data();
   }
 };
 
@@ -372,8 +409,9 @@ void run(const Arguments& a, bool rounds_activations) {
 }
 
 // Checks the scales of codes and says what they are.
-Scales scales_of(int64_t hidden, const at::Tensor& w13, const at::Tensor& w2, const std::optional<at::Tensor>& w13_scale,
-                 const std::optional<at::Tensor>& w2_scale, int64_t num_slots) {
+Scales scales_of(int64_t hidden, const at::Tensor& w13, const at::Tensor& w2,
+                 const std::optional<at::Tensor>& w13_scale, const std::optional<at::Tensor>& w2_scale,
+                 int64_t num_slots) {
   TORCH_CHECK(w13_scale && w2_scale, "cpu_ragged_moe: codes need scales");
   for (const at::Tensor& scale : {*w13_scale, *w2_scale})
     TORCH_CHECK(scale.dim() == 2 && scale.is_contiguous() && scale.scalar_type() == at::kFloat,

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from heapr_vllm.formats.quantized import BITWISE, LARGEST_CODE, dequantize
+from heapr_vllm.formats.quantized import dequantize
 from heapr_vllm.model_executor.kernels.base import ExpertRows, Scales
+from heapr_vllm.model_executor.kernels.slabs import SCALE_DTYPE, round_by_slabs
 from heapr_vllm.model_executor.kernels.triton import launch
 from heapr_vllm.model_executor.kernels.triton.a8_jit import a8_down_kernel, a8_up_kernel, round_rows_kernel
 from heapr_vllm.model_executor.kernels.triton.launch import Steps, group_size
 from heapr_vllm.model_executor.kernels.triton.route_blocks import RouteBlocks
 from heapr_vllm.model_executor.kernels.triton.tiles import TRITON_UNIT, TileConfig
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
-
-SCALE_DTYPE = torch.bfloat16  # of slabs of w2
 
 
 @dataclass(frozen=True)
@@ -44,26 +43,9 @@ def pack(w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scal
         return
     by_slab = []
     for row, width in layout.expert_table():
-        by_slab.append(_round_slabs(w2[row : row + width], scales.w2[row : row + width]))
+        by_slab.append(round_by_slabs(w2[row : row + width], scales.w2[row : row + width], TRITON_UNIT))
     launch.pack(w13, w2, layout, scales)
     slab_scales(scales.w2, hidden_size).copy_(torch.cat(by_slab))
-
-
-def _round_slabs(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Rounds neurons [width, H] with scales [width, H / g] in place by slabs; returns bf16 scales [width / 64, H].
-
-    The largest magnitude gets the largest code. A scale is rounded before codes are, which so make up for it.
-    """
-    values = dequantize(codes, scale, (1, codes.shape[1] // scale.shape[1])).unflatten(0, (-1, TRITON_UNIT))
-    largest = LARGEST_CODE["int" if codes.dtype == torch.int8 else "float"]
-    slab_scale = (values.abs().amax(1) / largest).to(SCALE_DTYPE)
-    slab_scale = torch.where(slab_scale == 0, 1.0, slab_scale)
-    rounded = values / slab_scale[:, None].float()
-    if codes.dtype == torch.int8:
-        rounded = rounded.round()
-    rounded = rounded.clamp(-largest, largest).flatten(0, 1).to(codes.dtype)
-    codes.view(BITWISE).copy_(rounded.view(BITWISE))
-    return slab_scale
 
 
 def slab_scales(w2_scale: torch.Tensor, hidden_size: int) -> torch.Tensor:

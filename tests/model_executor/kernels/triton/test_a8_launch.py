@@ -31,7 +31,6 @@ from tests.model_executor.kernels.a8_cases import (
     codes_of,
     group_of,
     right_e4m3,
-    rounded_slabs,
     stored_codes,
 )
 from tests.model_executor.kernels.largest_sums import check_largest_sums
@@ -45,6 +44,7 @@ from tests.model_executor.kernels.moe_cases import (
     fenced_scratch,
     is_fenced,
 )
+from tests.model_executor.kernels.slabs import rounded_slabs
 from tests.model_executor.kernels.triton.test_launch import no_traffic
 
 HAS_E4M3 = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
@@ -119,7 +119,7 @@ def rows_of_routes(layer, blocks: RouteBlocks, config: TileConfig) -> list[tuple
 def weights_of(layer, kind: str, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Gate and up [2 * width, H], and down [width, H] rounded again where it is in groups."""
     w13, w2 = expert_weights(layer.plain, slot, *layer.plain.table[slot].tolist())
-    return w13, w2 if layer.plain.scales.is_by_channel(w2.shape[1]) else rounded_slabs(w2, kind)
+    return w13, w2 if layer.plain.scales.is_by_channel(w2.shape[1]) else rounded_slabs(w2, kind, SLAB)
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
@@ -137,7 +137,7 @@ def test_sums_of_integers_are_exact(group_size: int | None, tokens: int) -> None
         triton_ragged_moe(output, x.to(DEVICE), routes, experts, config=config, steps=A8)
         return output
 
-    check_largest_sums(run, tokens, 64, group_size, down_code=127)
+    check_largest_sums(run, tokens, group_size)
 
 
 @pytest.mark.parametrize("case", [FEW[0], FEW[-1]], ids=str)  # both ways to make blocks
@@ -200,7 +200,7 @@ def test_down_projections_are_rounded_again_by_slabs(group_size: int, kind: str)
     codes = layer.experts.w2.view(-1, 256, 64).float()
     values = (codes * scales.float()[..., None]).transpose(1, 2).reshape(rows, 256)
     before = stored_codes(layer.plain)
-    assert torch.equal(values, torch.cat([rounded_slabs(part, kind) for part in before.split(64)]))
+    assert torch.equal(values, rounded_slabs(before, kind, SLAB))
     step = scales.float().repeat_interleave(64, 0) * (1 if kind == "int" else 32)
     assert ((values - before).abs() <= 0.51 * step).all()
     assert (codes.abs().amax(-1) == LARGEST_CODE[kind]).float().mean() > 0.99
