@@ -165,7 +165,9 @@ def build_arms(
                 if kernel.machine_obstacle() or kernel.layer_obstacle(dtype, moe.hidden_size, scheme):
                     continue
                 suffix = f" a{kernel.activation_bits}" if kernel.activation_bits else ""
-                arms[f"{ours} {kind}{suffix}"] = Arm.build(moe, widths, stored, dtype, kernel, copies, scheme)
+                arms[f"{ours} {kind}{suffix}"] = Arm.build(
+                    moe, widths, kernel.stored_widths(widths), dtype, kernel, copies, scheme
+                )
         for count in buckets if sparsity else ():
             stored = bucketed(widths, WIDTH_UNIT, count)
             arms[f"{name} in {count} buckets"] = Arm.build(moe, widths, stored, dtype, native, copies)

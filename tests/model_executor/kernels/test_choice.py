@@ -99,6 +99,7 @@ def test_time_does_not_decide_whether_activations_are_rounded(
     assert names(torch.bfloat16, scheme=ExpertScheme("int")) == rounding
     assert names(torch.float32, scheme=ExpertScheme("int")) == ["compiled"]
     assert names(torch.bfloat16, scheme=ExpertScheme("float")) == ["compiled"]
+    assert names(torch.bfloat16, scheme=ExpertScheme(group_size=256)) == ["compiled"]
     monkeypatch.setenv("HEAPR_CPU_KERNEL", "compiled")
     assert names(torch.bfloat16, scheme=ExpertScheme("int")) == ["compiled"]
     monkeypatch.delenv("HEAPR_CPU_KERNEL")

@@ -13,16 +13,19 @@ from heapr_vllm.formats.quantized import ExpertScheme, unpack_nibbles
 from heapr_vllm.model_executor.kernels.base import ExpertRows, Routes, Scales
 from heapr_vllm.model_executor.kernels.cpu_compiled import build
 from heapr_vllm.model_executor.kernels.cpu_compiled.a8_kernel import CompiledA8Kernel
-from heapr_vllm.model_executor.kernels.reference import expert_weights
+from heapr_vllm.model_executor.kernels.reference import ReferenceKernel, expert_weights
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 from tests.model_executor.kernels.largest_sums import check_largest_sums
 from tests.model_executor.kernels.slabs import rounded_slabs
+from tests.model_executor.kernels.test_op import by_expert, no_traffic
 from tests.model_executor.kernels.test_quantized_op import CASES, layer, scheme_of
 from tests.model_executor.kernels.thread_counts import outputs_by_threads
 
 KERNEL = CompiledA8Kernel()
 GROUP = 128  # activations, at most, that share a scale
 A8_CASES = [case for case in CASES if case[4] is None or case[4] <= GROUP]
+SLABS = (20, [144, 272, 16], 2, 256, 128, ())  # more slabs than one, the last ones cut short
+A8_CASES.append(SLABS)
 KINDS = ("int8", "int4", "int4-int8")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 pytestmark = pytest.mark.skipif(KERNEL.machine_obstacle() is not None, reason="no compiler, or no AVX-512 VNNI")
@@ -77,12 +80,13 @@ def expected(x: torch.Tensor, routes: Routes, experts: ExpertRows) -> torch.Tens
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", A8_CASES, ids=lambda case: f"T{case[0]}-H{case[3]}-g{case[4]}")
 def test_arithmetic(case: tuple, dtype: torch.dtype, kind: str) -> None:
-    """Against the same rounding in fp64, and against none: rounding costs 1 to 3 %."""
+    """Against the same rounding in fp64, and against none: rounding costs 1 to 2 %, with scales by slab up to 3 %."""
     built, plain = (layer(case, dtype, kind, kernel) for kernel in (KERNEL, Unpacked()))
     output, wanted = built.run(), expected(built.x, plain.routes, plain.experts)
     own_rounding = 8e-3 if dtype == torch.bfloat16 else 3e-3  # of the output; h may fall to another integer
     assert (output - wanted).norm() <= own_rounding * wanted.norm()
-    assert (output - built.expected).norm() <= 3e-2 * built.expected.norm()
+    limit = 2.1e-2 if kind == "int4" else 3e-2
+    assert (output - built.expected).norm() <= limit * built.expected.norm()
     assert torch.equal(output, built.run()), "not repeatable"
 
 
@@ -110,10 +114,11 @@ def test_rows_and_threads_do_not_change_results(case: tuple, kind: str) -> None:
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
+@pytest.mark.parametrize("case", [CASES[3], SLABS], ids=["channel", "slabs"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_no_number_shows(value: float) -> None:
+def test_what_is_no_number_shows(value: float, case: tuple) -> None:
     """It must not vanish in the rounding; other tokens do not see it."""
-    built = layer(CASES[3], torch.bfloat16, "int8", KERNEL)
+    built = layer(case, torch.bfloat16, "int8", KERNEL)
     clean = built.run()
     built.x[1, 5] = value
     output = built.run()
@@ -123,10 +128,51 @@ def test_what_is_no_number_shows(value: float) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_neurons_without_weights_do_not_coarsen_the_others(kind: str) -> None:
+@pytest.mark.parametrize("case", [CASES[6], SLABS], ids=str)
+def test_traffic_is_that_of_exact_hidden_activations(case: tuple, kind: str) -> None:
+    """In bf16, with only x rounded."""
+    built = layer(case, torch.bfloat16, kind, KERNEL)
+    exact = layer(case, torch.float32, kind, ReferenceKernel())
+    sums = []
+    for each in (built, exact):
+        with_traffic = each._replace(experts=replace(each.experts, traffic=no_traffic(each.experts)))
+        each.kernel.run(torch.empty_like(each.x), each.x, each.routes, with_traffic.experts)
+        sums.append(by_expert(with_traffic, max(case[1])))
+    (found, tokens), (wanted, wanted_tokens) = sums
+    assert torch.equal(tokens, wanted_tokens)
+    assert (found - wanted).norm() <= 3e-2 * wanted.norm()
+
+
+def test_packing_again_gives_the_same_bits() -> None:
+    """A reload fills the parameters with codes and scales of the checkpoint, whatever packing made of the last ones."""
+    plain, packed = (layer(SLABS, torch.bfloat16, "int8", kernel).experts for kernel in (Unpacked(), KERNEL))
+    again = layer(SLABS, torch.bfloat16, "int8", KERNEL).experts
+    assert plain.scales is not None and packed.scales is not None and again.scales is not None
+    for stale, fresh in (
+        (again.w13, plain.w13),
+        (again.w2, plain.w2),
+        (again.scales.w13, plain.scales.w13),
+        (again.scales.w2, plain.scales.w2),
+    ):
+        stale.copy_(fresh)
+    KERNEL.pack(again.w13, again.w2, RaggedLayout.build(SLABS[1], KERNEL.stored_widths(SLABS[1])), again.scales)
+    assert torch.equal(again.w13, packed.w13) and torch.equal(again.w2, packed.w2)
+    for one, other in ((again.scales.w13, packed.scales.w13), (again.scales.w2, packed.scales.w2)):
+        assert torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+def test_scales_without_room_are_refused() -> None:
+    built = layer(SLABS, torch.bfloat16, "int8", KERNEL)
+    table = built.experts.table.clone()
+    table[-1, 1] = 16
+    with pytest.raises(RuntimeError, match="width 16 leaves no room for scales by slab"):
+        built._replace(experts=replace(built.experts, table=table)).run()
+
+
+def test_neurons_without_weights_do_not_coarsen_the_others_in_4_bits() -> None:
     """Their scale is 1, a thousand times that of others, whose activations would all be rounded to 0 beside theirs."""
     tokens, hidden, width = 9, 128, 64
-    scheme, generator = scheme_of(kind), torch.Generator().manual_seed(0)
+    scheme, generator = scheme_of("int4"), torch.Generator().manual_seed(0)
     gate_up = torch.randn(2 * width, hidden, generator=generator) * 0.1
     down = torch.randn(hidden, width, generator=generator) * 0.1
     down[:, ::2] = 0

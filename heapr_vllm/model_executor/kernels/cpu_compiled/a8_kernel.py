@@ -19,8 +19,8 @@ from heapr_vllm.model_executor.kernels.slabs import SCALE_DTYPE, round_by_slabs
 from heapr_vllm.model_executor.storage.layout import RaggedLayout
 
 SLAB = 128  # neurons whose activations share a scale, and codes of 8 bits in down_proj: kHiddenGroup of integers.h
-LEAST_WIDTH = SLAB // 2
-MOST_GROUP = 128  # outputs of a scale, at most, for which the room of all suffices
+MOST_GROUP = 128  # outputs of a scale in groups, at most
+LEAST_WIDTH = MOST_GROUP // 2  # then bf16 scales by slab have room: ceil(width / SLAB) * H * 2 <= width * H / group * 4
 
 
 class CompiledA8Kernel(CompiledKernel):
@@ -45,21 +45,21 @@ class CompiledA8Kernel(CompiledKernel):
     def layer_obstacle(self, dtype: torch.dtype, hidden_size: int, scheme: ExpertScheme | None = None) -> str | None:
         if scheme is None or scheme.type != "int":
             return f"it is for integer experts, not {scheme.name if scheme else 'unquantized'} ones; choose compiled"
-        if scheme.group_size and scheme.group_size > MOST_GROUP:
+        if scheme.group_size and scheme.group_size > MOST_GROUP and scheme.of("w2").num_bits == 8:
             return f"it is for groups of at most {MOST_GROUP}, not {scheme.group_size}; choose compiled"
         if dtype == torch.float32:
             return "it rounds activations to 8 bits, and the model computes in float32; choose compiled"
         return super().layer_obstacle(dtype, hidden_size, scheme)
 
     def stored_widths(self, widths: list[int]) -> list[int]:
-        """Returns those of `CompiledKernel`, but at least 64, so that `pack` has room for a slab's scales."""
+        """Returns those of `CompiledKernel`, but at least 64, so that `pack` has room, whatever the scheme."""
         return [max(width, LEAST_WIDTH) if width else 0 for width in super().stored_widths(widths)]
 
     def pack(self, w13: torch.Tensor, w2: torch.Tensor, layout: RaggedLayout, scales: Scales | None = None) -> None:
-        """Does as `CompiledKernel.pack`, but hidden activations must be rounded without the scales of down_proj.
+        """Does as `CompiledKernel.pack`; then scales of down_proj in groups and 8 bits have made way for those by slab.
 
-        In 8 bits those in groups make way for scales by slab. In 4 bits, where activations are rounded times their
-        scales, a neuron without weights in a group of outputs gets scale 0 there, so that it does not coarsen others.
+        So hidden activations are rounded once. In 4 bits they are rounded times their scales, and a neuron without
+        weights in a group of outputs gets scale 0 there, so that it does not coarsen others.
         """
         if scales is None or scales.is_by_channel(w2.shape[1]):
             super().pack(w13, w2, layout, scales)
@@ -71,7 +71,7 @@ class CompiledA8Kernel(CompiledKernel):
             return
         places = [slice(row, row + width) for row, width in layout.expert_table()]
         by_slab = [round_by_slabs(w2[place], scales.w2[place], SLAB) for place in places]
-        super().pack(w13, w2, layout, scales)
+        super().pack(w13, w2, layout, scales)  # which moves the scales that are replaced now
         for place, slab_scales in zip(places, by_slab, strict=True):
             by_panel = slab_scales.unflatten(1, (-1, COLUMNS)).transpose(0, 1).flatten()
             scales.w2[place].view(SCALE_DTYPE).view(-1)[: len(by_panel)] = by_panel

@@ -188,7 +188,7 @@ void multiply_part(const int8_t* const* rows, const Part<Code>& part, float* out
 template <typename T, typename Code>
 void product(const Block<int8_t>& block, int64_t depth, const Biased<Code>* panel, PanelScales scales, float* out) {
   const bool same_groups = block.group == scales.group;
-  const auto bytes_of = [](int64_t depth) { return depth / 4 * kFourBytes<Code>; };
+  const auto bytes_of = [](int64_t k) { return k / 4 * kFourBytes<Code>; };
   std::fill_n(out, block.count * kPanel, 0.f);
   for (int64_t begin = 0, end; begin < depth; begin = end) {
     const int64_t number = begin / scales.group;

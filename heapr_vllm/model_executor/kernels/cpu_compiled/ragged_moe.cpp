@@ -276,15 +276,16 @@ struct Layer {
     return {values.data(), kHiddenGroup};
   }
 
-  // Rounds the hidden activations of every expert.
+  // Rounds the hidden activations of every expert, a block of all routes at a time.
   void round_hidden(const std::vector<Expert>& experts, const Hidden* h, Row* rounded) const {
-    for_tasks(experts.size(), [&] {
-      return [&](int64_t number) {
-        const Expert& e = experts[number];
-        for (int64_t route = e.begin; route < e.end; ++route)
+    const int64_t routes = experts.empty() ? 0 : experts.back().end;
+    const auto work = [&](int64_t block) {
+      const int64_t begin = block * kRowBlock, end = std::min(begin + kRowBlock, routes);
+      for (const Expert& e : experts)
+        for (int64_t route = std::max(begin, e.begin); route < std::min(end, e.end); ++route)
           convert_row<D>(e.hidden_row(h, route), nullptr, e.width, kHiddenGroup, e.hidden_row(rounded, route));
-      };
-    });
+    };
+    for_tasks(at::divup(routes, kRowBlock), [&] { return work; });
   }
 
   void down(int64_t begin, int64_t end, const int32_t* routes, const std::vector<Expert>& experts,
@@ -363,10 +364,22 @@ at::Tensor converted(const at::Tensor& x, int64_t group) {
   }
 }
 
+// Checks that scales of down by slab have room in place of those in groups.
+void check_slabs(const Arguments& a) {
+  if (a.scales.by_channel) return;
+  const int32_t* table = a.table.const_data_ptr<int32_t>();
+  for (int64_t slot = 0; slot < a.table.size(0); ++slot) {
+    const int64_t width = table[2 * slot + 1], halves = 2 * width * a.scales.groups;
+    TORCH_CHECK(at::divup(width, kHiddenGroup) * a.x.size(1) <= halves,
+                "cpu_ragged_moe: width ", width, " leaves no room for scales by slab; CompiledA8Kernel pads it");
+  }
+}
+
 template <typename T, typename W, typename D = W>
 void run(const Arguments& a) {
   using Row = typename Layer<T, W, D>::Row;
   const int64_t tokens = a.x.size(0), row_group = std::gcd(kInputGroup, a.x.size(1) / a.scales.groups);
+  if constexpr (std::is_same_v<D, Biased<int8_t>>) check_slabs(a);
   const at::Tensor rows = converted<T, W, Row>(a.x, row_group);
   const Layer<T, W, D> layer{rows.const_data_ptr<Row>(),
                           static_cast<const W*>(a.w13.const_data_ptr()),
@@ -439,7 +452,8 @@ Traffic traffic_of(const std::optional<at::Tensor>& activation_sq, const std::op
 
 // Writes the MoE output [T, H]. x [T, H]; w13 [2 * rows, H] and w2 [rows, H] packed as above, of x's dtype, or int8 or
 // float8_e4m3fn, or uint8 [rows, H / 2] with two codes in a byte, beside which w2 may be int8; codes with float32
-// scales, for w13 [2 * rows, groups] and for w2 [rows, groups], or by channel [2 * rows, 1] and [num_slots, H]; weights
+// scales, for w13 [2 * rows, groups] and for w2 [rows, groups], in whose room those by slab may lie, or by channel
+// [2 * rows, 1] and [num_slots, H]; weights
 // float32 and ids int32 [T, k]; slots int32 [num_experts + 1]; table int32 [num_slots, 2], first row and width, a
 // multiple of 16. With rounds_activations products are of integers (integers.h), and panels in their order. Adds the
 // call's tokens to activation_sq float64 [num_slots, widest width] and tokens int64 [num_slots], if they are there.
