@@ -452,11 +452,11 @@ Traffic traffic_of(const std::optional<at::Tensor>& activation_sq, const std::op
 
 // Writes the MoE output [T, H]. x [T, H]; w13 [2 * rows, H] and w2 [rows, H] packed as above, of x's dtype, or int8 or
 // float8_e4m3fn, or uint8 [rows, H / 2] with two codes in a byte, beside which w2 may be int8; codes with float32
-// scales, for w13 [2 * rows, groups] and for w2 [rows, groups], in whose room those by slab may lie, or by channel
-// [2 * rows, 1] and [num_slots, H]; weights
-// float32 and ids int32 [T, k]; slots int32 [num_experts + 1]; table int32 [num_slots, 2], first row and width, a
-// multiple of 16. With rounds_activations products are of integers (integers.h), and panels in their order. Adds the
-// call's tokens to activation_sq float64 [num_slots, widest width] and tokens int64 [num_slots], if they are there.
+// scales, for w13 [2 * rows, groups] and for w2 [rows, groups], in whose room those by slab may lie, or by channel [2 *
+// rows, 1] and [num_slots, H]; weights float32 and ids int32 [T, k]; slots int32 [num_experts + 1]; table int32
+// [num_slots, 2], first row and width, a multiple of 16. With rounds_activations products are of integers (integers.h),
+// and panels in their order. Adds the call's tokens to activation_sq float64 [num_slots, widest width] and tokens int64
+// [num_slots], if they are there.
 void cpu_ragged_moe(at::Tensor& output, const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
                     const at::Tensor& weights, const at::Tensor& ids, const at::Tensor& slots, const at::Tensor& table,
                     const std::optional<at::Tensor>& w13_scale, const std::optional<at::Tensor>& w2_scale,

@@ -23,9 +23,8 @@ from tests.model_executor.kernels.thread_counts import outputs_by_threads
 
 KERNEL = CompiledA8Kernel()
 GROUP = 128  # activations, at most, that share a scale
-A8_CASES = [case for case in CASES if case[4] is None or case[4] <= GROUP]
 SLABS = (20, [144, 272, 16], 2, 256, 128, ())  # more slabs than one, the last ones cut short
-A8_CASES.append(SLABS)
+A8_CASES = [*(case for case in CASES if case[4] is None or case[4] <= GROUP), SLABS]
 KINDS = ("int8", "int4", "int4-int8")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 pytestmark = pytest.mark.skipif(KERNEL.machine_obstacle() is not None, reason="no compiler, or no AVX-512 VNNI")
